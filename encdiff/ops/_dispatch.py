@@ -1,0 +1,140 @@
+"""Choose an implementation of an op, and say why.
+
+The choice is a pure function of the inputs: every implementation answers with the reasons why it cannot serve them, and
+`auto` takes the first that has none. Nothing is decided at import time and no exception is swallowed.
+"""
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+
+from encdiff.errors import InputError
+
+log = logging.getLogger("encdiff.ops")
+
+OPS: dict[str, "Op"] = {}
+_forced: str | None = None  # set by use_impl; wins over ENCDIFF_IMPL
+_ran: list[tuple[str, str]] | None = None  # filled inside record_impls
+_logged: set[tuple[str, str, str]] = set()
+
+
+class Implementation(NamedTuple):
+    """`reasons(*args, **kwargs)` lists why `fn(*args, **kwargs)` cannot serve; an empty list means that it can."""
+
+    name: str
+    fn: Callable[..., Any]
+    reasons: Callable[..., list[str]]
+
+
+class Op:
+    """An op and its implementations, in order of preference; calling it runs the one that `choose` picks."""
+
+    def __init__(self, name: str, implementations: list[Implementation]):
+        self.name = name
+        self.implementations = implementations
+        OPS[name] = self
+
+    def __call__(self, *args, impl: str | None = None, **kwargs):
+        chosen = self.choose(*args, impl=impl, **kwargs)
+        if _ran is not None:
+            _ran.append((self.name, chosen.name))
+        return chosen.fn(*args, **kwargs)
+
+    def choose(self, *args, impl: str | None = None, **kwargs) -> Implementation:
+        forced = impl or self._default()
+        if forced is not None:
+            return self._get_forced(forced, *args, **kwargs)
+        for implementation in self.implementations:
+            reasons = implementation.reasons(*args, **kwargs)
+            if not reasons:
+                return implementation
+            _log_once(self.name, implementation.name, reasons)
+        raise InputError(f"{self.name}: no implementation serves this input\n{self.explain(*args, **kwargs)}")
+
+    def explain(self, *args, **kwargs) -> str:
+        """One line per implementation: what speaks against it, and which one `auto` takes."""
+        lines, taken = [], False
+        for name, _, reasons in self.implementations:
+            against = reasons(*args, **kwargs)
+            verdict = "; ".join(against) if against else ("can serve" if taken else "chosen")
+            taken = taken or not against
+            lines.append(f"{self.name}: {name}: {verdict}")
+        return "\n".join(lines)
+
+    def _default(self) -> str | None:
+        name = _forced or os.environ.get("ENCDIFF_IMPL") or "auto"
+        if name == "auto":
+            return None
+        _check_known(name)
+        return name if any(i.name == name for i in self.implementations) else None
+
+    def _get_forced(self, name: str, *args, **kwargs) -> Implementation:
+        for implementation in self.implementations:
+            if implementation.name == name:
+                reasons = implementation.reasons(*args, **kwargs)
+                if reasons:
+                    raise InputError(f"{self.name}: impl={name!r} cannot serve this input: {'; '.join(reasons)}")
+                return implementation
+        raise InputError(f"{self.name}: impl={name!r} must be one of {[i.name for i in self.implementations]}")
+
+
+def _check_known(name: str) -> None:
+    known = {i.name for op in OPS.values() for i in op.implementations}
+    if name not in known:
+        raise InputError(f"implementation {name!r} must be 'auto' or one of {sorted(known)}")
+
+
+def _log_once(op: str, implementation: str, reasons: list[str]) -> None:
+    if torch.compiler.is_compiling():  # a log call would break the graph
+        return
+    for reason in reasons:
+        if (op, implementation, reason) not in _logged:
+            _logged.add((op, implementation, reason))
+            log.info("%s: not %s: %s", op, implementation, reason)
+
+
+@contextmanager
+def use_impl(name: str) -> Iterator[None]:
+    """Force the implementation `name` for every op that has one of that name; other ops choose as usual.
+
+    `"auto"` restores the automatic choice, also over the environment variable `ENCDIFF_IMPL`.
+    """
+    global _forced
+    if name != "auto":
+        _check_known(name)
+    before, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+@contextmanager
+def record_impls() -> Iterator[list[tuple[str, str]]]:
+    """Collect (op, implementation) of every call inside the block: the proof of what ran."""
+    global _ran
+    before, _ran = _ran, []
+    try:
+        yield _ran
+    finally:
+        _ran = before
+
+
+def explain(op: str | Callable[..., Any], *args, **kwargs) -> str:
+    """Say which implementation an op would take for these arguments, and what speaks against the others.
+
+    `op` is the op's name or its public function: `print(explain("cross_attention", x, context, ...))`.
+    """
+    name = op if isinstance(op, str) else op.__name__
+    if name not in OPS:
+        raise InputError(f"op {name!r} must be one of {sorted(OPS)}")
+    return OPS[name].explain(*args, **kwargs)
+
+
+def always(*args, **kwargs) -> list[str]:
+    """The reasons of an implementation that serves every input: none."""
+    return []
