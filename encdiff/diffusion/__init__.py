@@ -1,0 +1,1 @@
+"""Diffusion in plain functions: noise schedules, samplers, losses. Import the modules by name."""

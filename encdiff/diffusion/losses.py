@@ -1,0 +1,87 @@
+"""The training objective: regression losses, distributions of the timestep, weights by signal-to-noise ratio."""
+
+import torch
+
+from encdiff.errors import InputError
+from encdiff.ops.noise import check_prediction, compute_dtype
+
+LOSSES = ("l1", "mse")
+DISTRIBUTIONS = ("uniform", "logit-normal", "power")
+
+
+def diffusion_loss(
+    prediction: torch.Tensor, target: torch.Tensor, kind: str = "l1", weight: torch.Tensor | None = None
+) -> torch.Tensor:
+    """mean over the batch of weight_b * mean |prediction_b - target_b| (`l1`) or its square (`mse`).
+
+    prediction, target (B, ...) floating, one shape; weight (B,) or None for ones (not normalised).
+    Returns a scalar, float32 (float64 for float64 predictions). Raises InputError for other shapes,
+    an empty prediction or an unknown kind.
+    """
+    if kind not in LOSSES:
+        raise InputError(f"loss kind is {kind!r}, must be one of {', '.join(LOSSES)}")
+    if prediction.shape != target.shape:
+        raise InputError(f"prediction {tuple(prediction.shape)} and target {tuple(target.shape)} must have one shape")
+    if prediction.numel() == 0:
+        raise InputError(f"prediction {tuple(prediction.shape)} is empty, its mean is not defined")
+    if weight is not None and weight.shape != prediction.shape[:1]:
+        raise InputError(f"weight {tuple(weight.shape)} must be ({len(prediction)},), one per sample of prediction")
+    dtype = compute_dtype(prediction)
+    difference = prediction.to(dtype) - target.to(dtype)
+    error = difference.abs() if kind == "l1" else difference.square()
+    return error.mean() if weight is None else (error.reshape(len(error), -1).mean(1) * weight.to(dtype)).mean()
+
+
+def sample_timesteps(
+    batch: int,
+    num_timesteps: int,
+    *,
+    kind: str = "uniform",
+    mean: float = 0.0,
+    std: float = 1.0,
+    power: float = 0.5,
+    generator: torch.Generator | None = None,
+    device: torch.device | str | None = None,
+) -> torch.Tensor:
+    """Draw a training timestep per sample: int64 (batch,), 0 <= t < T = num_timesteps. With u ~ U[0,1), n ~ N(0,1):
+
+    - `uniform`: every t equally likely;
+    - `logit-normal`: t = floor(T sigmoid(mean + std n)), SD3's (arXiv 2403.03206): the middle; mean > 0 for more noise;
+    - `power`: t = floor(T u^power), of density (1/power) s^(1/power - 1) at s = t/T: more noise for power < 1.
+
+    A generator must be on `device`. Raises InputError for an unknown kind, batch < 0, T < 1, std or power not positive.
+    """
+    if kind not in DISTRIBUTIONS:
+        raise InputError(f"timestep distribution is {kind!r}, must be one of {', '.join(DISTRIBUTIONS)}")
+    if batch < 0 or num_timesteps < 1 or not (std > 0 and power > 0):
+        raise InputError(
+            f"batch, num_timesteps, std, power are {batch}, {num_timesteps}, {std}, {power}; "
+            "must be at least 0, at least 1, positive, positive"
+        )
+    if kind == "uniform":
+        return torch.randint(num_timesteps, (batch,), generator=generator, device=device)
+    draw = torch.randn if kind == "logit-normal" else torch.rand
+    x = draw(batch, generator=generator, device=device, dtype=torch.float64)
+    s = torch.sigmoid(mean + std * x) if kind == "logit-normal" else x**power
+    return (num_timesteps * s).long().clamp(max=num_timesteps - 1)  # s can round to 1
+
+
+def snr(alphas_cumprod: torch.Tensor) -> torch.Tensor:
+    """Signal-to-noise ratio alpha_bar / (1 - alpha_bar), any shape, in float64."""
+    alpha_bar = alphas_cumprod.double()
+    return alpha_bar / (1 - alpha_bar)
+
+
+def min_snr_weight(snr: torch.Tensor, prediction: str, gamma: float = 5.0) -> torch.Tensor:
+    """Min-SNR weights (arXiv 2303.09556) for the squared error of `prediction`, of snr's shape.
+
+    min(snr, gamma) on x0 is min(snr, gamma) / snr on epsilon and min(snr, gamma) / (snr + 1) on v.
+    Raises InputError for an unknown prediction or gamma <= 0.
+    """
+    check_prediction(prediction)
+    if not gamma > 0:
+        raise InputError(f"gamma is {gamma}, must be positive")
+    if prediction == "epsilon":
+        return (gamma / snr).clamp(max=1)  # defined at snr 0 too
+    weight = snr.clamp(max=gamma)
+    return weight / (snr + 1) if prediction == "v" else weight

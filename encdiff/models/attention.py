@@ -1,0 +1,119 @@
+"""The spatial transformer of the U-Net: self-attention, cross-attention to the concept tokens, GEGLU."""
+
+from typing import NamedTuple
+
+import torch.nn as nn
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from encdiff import ops
+
+
+class Conditioning(NamedTuple):
+    """What every cross-attention of the U-Net is given."""
+
+    tokens: Tensor  # S (B, N, D)
+    token_bias: Tensor | None = None  # (B, N), added to the logits
+    maps: list[Tensor] | None = None  # collects (B, h, w, N), the attention averaged over heads, layer by layer
+
+
+class Attention(nn.Module):
+    """The weights of one attention; the ops apply them."""
+
+    def __init__(self, width: int, context_width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.to_q = nn.Linear(width, width, bias=False)
+        self.to_k = nn.Linear(context_width, width, bias=False)
+        self.to_v = nn.Linear(context_width, width, bias=False)
+        self.to_out = nn.Sequential(nn.Linear(width, width))
+
+    def weights(self) -> tuple[Tensor, ...]:
+        out = self.to_out[0]
+        return self.to_q.weight, self.to_k.weight, self.to_v.weight, out.weight, out.bias
+
+
+class GEGLU(nn.Module):
+    """(h, g) = proj(x); h * GELU(g)."""
+
+    def __init__(self, width: int, inner: int):
+        super().__init__()
+        self.proj = nn.Linear(width, 2 * inner)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, gate = self.proj(x).chunk(2, dim=-1)
+        return h * F.gelu(gate)
+
+
+class FeedForward(nn.Module):
+    """Linear(GEGLU(x)), four times as wide inside."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        # Identity keeps the place of the published code's dropout, and so the names
+        self.net = nn.Sequential(GEGLU(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+class TransformerBlock(nn.Module):
+    """x += SelfAttn(LN(x)); x += CrossAttn(LN(x), S); x += FF(LN(x))."""
+
+    def __init__(self, width: int, context_width: int, heads: int):
+        super().__init__()
+        self.attn1 = Attention(width, width, heads)
+        self.ff = FeedForward(width)
+        self.attn2 = Attention(width, context_width, heads)
+        self.norm1 = nn.LayerNorm(width)
+        self.norm2 = nn.LayerNorm(width)
+        self.norm3 = nn.LayerNorm(width)
+
+    def forward(self, x: Tensor, cond: Conditioning) -> Tensor:
+        x = ops.self_attention(x, *self.attn1.weights(), heads=self.attn1.heads, residual=True, **_norm(self.norm1))
+        x = self._cross_attend(x, cond)
+        return x + self.ff(self.norm3(x))
+
+    def _cross_attend(self, x: Tensor, cond: Conditioning) -> Tensor:
+        options = dict(heads=self.attn2.heads, residual=True, token_bias=cond.token_bias, **_norm(self.norm2))
+        if cond.maps is None:
+            return ops.cross_attention(x, cond.tokens, *self.attn2.weights(), **options)
+        x, attention = ops.cross_attention(x, cond.tokens, *self.attn2.weights(), maps="mean", **options)
+        cond.maps.append(attention)
+        return x
+
+
+class SpatialTransformer(nn.Module):
+    """GroupNorm, 1x1 convolution in, transformer blocks over the h*w positions, 1x1 convolution out (zero at first), add.
+
+    Maps (B, C, h, w) to the same shape.
+    """
+
+    def __init__(self, channels: int, context_width: int, heads: int, depth: int = 1, groups: int = 32):
+        super().__init__()
+        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.proj_in = nn.Conv2d(channels, channels, 1)
+        self.transformer_blocks = nn.ModuleList(TransformerBlock(channels, context_width, heads) for _ in range(depth))
+        self.proj_out = zero_init(nn.Conv2d(channels, channels, 1))
+
+    def forward(self, x: Tensor, cond: Conditioning) -> Tensor:
+        height = x.shape[2]
+        h = rearrange(self.proj_in(self.norm(x)), "b c h w -> b (h w) c")
+        first_map = 0 if cond.maps is None else len(cond.maps)
+        for block in self.transformer_blocks:
+            h = block(h, cond)
+        if cond.maps is not None:
+            cond.maps[first_map:] = [rearrange(m, "b (h w) n -> b h w n", h=height) for m in cond.maps[first_map:]]
+        return x + self.proj_out(rearrange(h, "b (h w) c -> b c h w", h=height))
+
+
+def zero_init(module: nn.Module) -> nn.Module:
+    """Start a residual branch at zero."""
+    for parameter in module.parameters():
+        nn.init.zeros_(parameter)
+    return module
+
+
+def _norm(norm: nn.LayerNorm) -> dict:
+    return {"norm_weight": norm.weight, "norm_bias": norm.bias, "norm_eps": norm.eps}

@@ -1,0 +1,346 @@
+"""EncDiff: an image encoder, an MLP bank and a diffusion U-Net that cross-attends to the concept tokens."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from einops import rearrange
+from huggingface_hub import ModelHubMixin, hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from torch import Tensor
+
+from encdiff import ops
+from encdiff.checkpoint import (
+    atomic_path,
+    load_state,
+    load_tensors,
+    read_published,
+    save_tensors,
+    write_published,
+)
+from encdiff.diffusion import losses, samplers, schedules
+from encdiff.errors import InputError
+from encdiff.models.autoencoder import SpaceToDepth, VQAutoencoder
+from encdiff.models.config import EncDiffConfig
+from encdiff.models.encoder import ImageEncoder
+from encdiff.models.tokens import MLPBank
+from encdiff.models.unet import UNet
+
+Progress = Callable[[int, int], None]  # (done, total)
+
+
+class EncDiff(
+    nn.Module,
+    ModelHubMixin,
+    library_name="encdiff",
+    tags=["disentanglement", "diffusion"],
+    license="mit",
+    paper_url="https://arxiv.org/abs/2402.09712",
+):
+    """The whole model. Images are float (B, 3, S, S) in [-1, 1], S the configuration's image size.
+
+    The names in its state dict are those of the published checkpoints. Methods that show images (`reconstruct`, `swap`,
+    `traverse`, `sample`, `attention_maps`) run in eval mode without gradients; `encode`, `tokens`, `denoise` and `loss`
+    run in the mode the model is in, with gradients.
+
+    Source: arXiv 2402.09712.
+    """
+
+    def __init__(self, config: EncDiffConfig | None = None):
+        super().__init__()
+        self.config = c = config or EncDiffConfig()
+        if c.first_stage == "vq":
+            first_stage = VQAutoencoder(c.vq_width, c.vq_multipliers, c.vq_depth, codebook_size=c.vq_codes)
+        else:
+            first_stage = SpaceToDepth(c.patch)
+        self.model = nn.ModuleDict({
+            "diffusion_model": UNet(
+                first_stage.latent_channels, c.token_width, c.width, c.multipliers, c.depth, c.attention_levels,
+                c.heads, c.transformer_depth, c.scale_shift, c.resample, c.groups,
+            ),
+        })  # fmt: skip
+        self.cond_stage_model = nn.ModuleDict({
+            "encoder": ImageEncoder(c.image_size, c.concepts, c.encoder_width),
+            "net": MLPBank(c.concepts, c.token_width, c.bank_widths, c.bank_activation),
+        })  # fmt: skip
+        self.first_stage_model = first_stage.requires_grad_(False)
+        betas = schedules.make_betas(c.schedule, c.num_timesteps, c.beta_start, c.beta_end)
+        self.register_buffer("alphas_cumprod", schedules.alphas_cumprod(betas), persistent=False)
+
+    @property
+    def unet(self) -> UNet:
+        return self.model["diffusion_model"]
+
+    @property
+    def encoder(self) -> ImageEncoder:
+        return self.cond_stage_model["encoder"]
+
+    @property
+    def bank(self) -> MLPBank:
+        return self.cond_stage_model["net"]
+
+    @property
+    def first_stage(self) -> nn.Module:
+        return self.first_stage_model
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(c, h, w) of one latent."""
+        side = self.config.image_size // self.config.downsampling
+        return self.first_stage.latent_channels, side, side
+
+    # ---- the method
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Images (B, 3, S, S) -> scalars (B, N)."""
+        self._check_images(images)
+        return self.encoder(images)
+
+    def tokens(self, scalars: Tensor) -> Tensor:
+        """Scalars (B, N) -> concept tokens (B, N, d)."""
+        return self.bank(scalars)
+
+    def denoise(
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        tokens: Tensor,
+        token_bias: Tensor | None = None,
+        maps: list[Tensor] | None = None,
+    ) -> Tensor:
+        """Noisy latents (B, c, h, w), timesteps (B,), tokens (B, N, d) -> the configured prediction (B, c, h, w).
+
+        See `UNet.forward` for token_bias and maps.
+        """
+        return self.unet(x_t, t, tokens, token_bias, maps)
+
+    def to_latents(self, images: Tensor) -> Tensor:
+        """Images (B, 3, S, S) -> latents (B, c, h, w) as the diffusion sees them; the first stage learns nothing."""
+        with torch.no_grad():
+            return self.first_stage.encode(images) * self.config.scaling_factor
+
+    def to_images(self, latents: Tensor) -> Tensor:
+        """Latents (B, c, h, w) -> images (B, 3, S, S), clipped to [-1, 1]."""
+        with torch.no_grad():
+            return self.first_stage.decode(latents / self.config.scaling_factor).clamp(-1, 1)
+
+    def loss(
+        self,
+        images: Tensor,
+        *,
+        t: Tensor | None = None,
+        noise: Tensor | None = None,
+        weight: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """The training loss, a scalar: noise the latents, predict from them and the image's own concepts, compare.
+
+        t (B,) int64, noise (B, c, h, w) and the per-sample weight (B,) can be given; else t is uniform, the noise
+        normal, both from `generator`, and the weights are 1.
+        """
+        x0 = self.to_latents(images)
+        if t is None:
+            t = losses.sample_timesteps(len(x0), self.config.num_timesteps, generator=generator, device=x0.device)
+        if noise is None:
+            noise = torch.randn(x0.shape, generator=generator, device=x0.device, dtype=x0.dtype)
+        x_t, target = ops.q_sample(x0, noise, t, self.alphas_cumprod, self.config.prediction)
+        prediction = self.denoise(x_t, t, self.tokens(self.encode(images)))
+        return losses.diffusion_loss(prediction, target, self.config.loss, weight)
+
+    # ---- what people do with it
+
+    def sample(
+        self,
+        scalars: Tensor,
+        *,
+        x_T: Tensor | None = None,
+        steps: int = 50,
+        eta: float = 0.0,
+        seed: int = 0,
+        token_bias: Tensor | None = None,
+        progress: Progress | None = None,
+    ) -> Tensor:
+        """Images (B, 3, S, S) from scalars (B, N) by DDIM.
+
+        Every image starts from one and the same noise, drawn from `seed`, so that images differ by their concepts
+        alone; pass x_T (B, c, h, w) for other starts. token_bias (B, N) emphasises or (-inf) erases concepts.
+        """
+        with self._evaluating():
+            generator = torch.Generator("cpu").manual_seed(seed)
+            if x_T is None:
+                x_T = torch.randn(1, *self.latent_shape, generator=generator).expand(len(scalars), -1, -1, -1)
+            tokens = self.tokens(scalars)
+            latents = samplers.ddim(
+                lambda x_t, t: self.denoise(x_t, t, tokens, token_bias),
+                x_T.to(scalars.device, torch.float32).contiguous(),
+                self.alphas_cumprod,
+                steps=steps,
+                eta=eta,
+                prediction=self.config.prediction,
+                generator=generator,
+                callback=progress and (lambda i, *_: progress(i + 1, steps)),
+            )
+            return self.to_images(latents)
+
+    def reconstruct(self, images: Tensor, **options) -> Tensor:
+        """Encode, then sample from the scalars alone; options as for `sample`."""
+        return self.sample(self._codes(images), **options)
+
+    def invert(self, images: Tensor, steps: int = 50) -> Tensor:
+        """The x_T from which DDIM comes back to these images under their own concepts: for faithful edits."""
+        tokens = self.tokens(self._codes(images))
+        with self._evaluating():
+            return samplers.ddim_invert(
+                lambda x_t, t: self.denoise(x_t, t, tokens), self.to_latents(images), self.alphas_cumprod,
+                steps=steps, prediction=self.config.prediction,
+            )  # fmt: skip
+
+    def swap(self, source: Tensor, target: Tensor, concepts: int | Sequence[int], **options) -> Tensor:
+        """The target images with the given concepts taken from the source images; both (B, 3, S, S)."""
+        if source.shape != target.shape:
+            raise InputError(f"source {tuple(source.shape)} and target {tuple(target.shape)} must have one shape")
+        chosen = [self._check_concept(c) for c in ([concepts] if isinstance(concepts, int) else concepts)]
+        scalars = self._codes(target).clone()
+        scalars[:, chosen] = self._codes(source)[:, chosen]
+        return self.sample(scalars, **options)
+
+    def traverse(self, image: Tensor, concept: int, values: Sequence[float] | Tensor, **options) -> Tensor:
+        """One image (3, S, S) or (1, 3, S, S) with one scalar set to each of the values: (len(values), 3, S, S)."""
+        image = image[None] if image.ndim == 3 else image
+        if len(image) != 1:
+            raise InputError(f"image is {tuple(image.shape)}, must be one image (3, S, S)")
+        values = torch.as_tensor(values, dtype=torch.float32, device=image.device)
+        scalars = self._codes(image).repeat(len(values), 1)
+        scalars[:, self._check_concept(concept)] = values
+        return self.sample(scalars, **options)
+
+    def attention_maps(self, images: Tensor, steps: int = 10, seed: int = 0) -> Tensor:
+        """Where the U-Net attends to each concept: (B, N, S, S), over N a distribution at every pixel.
+
+        Averaged over heads, over layers (each resized to the image) and over `steps` noise levels of the image itself.
+        """
+        if steps < 1:
+            raise InputError(f"steps is {steps}, must be at least 1")
+        tokens = self.tokens(self._codes(images))
+        with self._evaluating():
+            x0 = self.to_latents(images)
+            generator = torch.Generator("cpu").manual_seed(seed)
+            total, count = torch.zeros((), device=x0.device), 0
+            for step in schedules.ddim_timesteps(steps, self.config.num_timesteps).tolist():
+                t = torch.full((len(x0),), step, device=x0.device)
+                noise = torch.randn(x0.shape, generator=generator).to(x0)
+                x_t, _ = ops.q_sample(x0, noise, t, self.alphas_cumprod)
+                maps: list[Tensor] = []
+                self.denoise(x_t, t, tokens, maps=maps)
+                for m in maps:
+                    m = rearrange(m, "b h w n -> b n h w")
+                    total = total + F.interpolate(m, self.config.image_size, mode="bilinear", align_corners=False)
+                count += len(maps)
+            return total / count
+
+    # ---- files
+
+    @classmethod
+    def from_preset(cls, name: str) -> "EncDiff":
+        """A new, untrained model of a named configuration; see `PRESETS`."""
+        return cls(EncDiffConfig.from_preset(name))
+
+    @classmethod
+    def load_published(
+        cls, path: str | Path, preset: str | EncDiffConfig = "shapes3d", *, ema: bool = True, trusted: bool = False
+    ) -> "EncDiff":
+        """Read a checkpoint of the published code.
+
+        Args:
+            path: a `.ckpt` of tensors; unpickled only if `trusted`.
+            preset: the configuration it was trained with, by name or in full.
+            ema: take the averaged U-Net rather than the trained one.
+
+        Raises:
+            InputError: not such a file, or tensors missing, unexpected or of another shape (listed).
+        """
+        config = EncDiffConfig.from_preset(preset) if isinstance(preset, str) else preset
+        state, scaling_factor = read_published(path, ema, trusted)
+        model = cls(replace(config, scaling_factor=scaling_factor))
+        load_state(model, state, path)
+        return model.eval()
+
+    def save_published(self, path: str | Path) -> None:
+        """Write a checkpoint that the published code reads."""
+        write_published(path, self.state_dict(), self.config.scaling_factor)
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        save_tensors(save_directory / "model.safetensors", self.state_dict(), {"format": "pt"})
+        with atomic_path(save_directory / "config.json") as temporary:
+            temporary.write_text(json.dumps(asdict(self.config), indent=2) + "\n")
+
+    @classmethod
+    def _from_pretrained(cls, *, model_id: str, map_location: str = "cpu", **hub) -> "EncDiff":
+        config_path, weights_path = (_locate(model_id, name, hub) for name in ("config.json", "model.safetensors"))
+        try:
+            values = json.loads(Path(config_path).read_text())
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise InputError(f"{config_path}: not JSON ({error})") from None
+        model = cls(EncDiffConfig.from_dict(values, str(config_path)))
+        load_state(model, load_tensors(weights_path)[0], weights_path)
+        return model.to(map_location).eval()
+
+    # ---- checks
+
+    def _codes(self, images: Tensor) -> Tensor:
+        with self._evaluating():
+            return self.encode(images)
+
+    def _evaluating(self) -> "_Evaluating":
+        return _Evaluating(self)
+
+    def _check_concept(self, concept: int) -> int:
+        if not isinstance(concept, int) or not 0 <= concept < self.config.concepts:
+            raise InputError(f"concept is {concept!r}, must be an integer in 0..{self.config.concepts - 1}")
+        return concept
+
+    def _check_images(self, images: Tensor) -> None:
+        size = self.config.image_size
+        if images.ndim != 4 or images.shape[1:] != (3, size, size):
+            raise InputError(f"images are {tuple(images.shape)}, must be (B, 3, {size}, {size})")
+        if not images.is_floating_point():
+            raise InputError(f"images are {images.dtype}, must be floating point in [-1, 1]; see encdiff.data.to_float")
+        if images.device.type == "cpu" and images.numel():  # on a GPU this would stall the device
+            low, high = images.aminmax()
+            if not (low >= -1.001 and high <= 1.001):  # false for NaN
+                raise InputError(f"images span {low:.4g} to {high:.4g}, must lie in [-1, 1] without NaN")
+
+
+class _Evaluating:
+    """Eval mode without gradients inside the block; the mode before it afterwards."""
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self.no_grad = torch.no_grad()
+
+    def __enter__(self) -> None:
+        self.training = self.model.training
+        self.model.eval()
+        self.no_grad.__enter__()
+
+    def __exit__(self, *error) -> None:
+        self.no_grad.__exit__(*error)
+        self.model.train(self.training)
+
+
+def _locate(model_id: str, name: str, hub: dict) -> str | Path:
+    folder = Path(model_id)
+    if folder.is_dir():
+        if not (folder / name).is_file():
+            raise InputError(f"{folder}: no {name} in it; must be a folder written by save_pretrained")
+        return folder / name
+    known = ("revision", "cache_dir", "force_download", "token", "local_files_only")
+    try:
+        return hf_hub_download(model_id, name, **{k: hub[k] for k in known if k in hub})
+    except (HfHubHTTPError, LocalEntryNotFoundError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{model_id}: neither a folder here nor a model that the Hub gave ({reason})") from None

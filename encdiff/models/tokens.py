@@ -1,0 +1,54 @@
+"""The MLP bank: every scalar becomes a concept token by an MLP of its own."""
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from encdiff import ops
+
+
+class MLPBank(nn.Module):
+    """N separate MLPs 1 -> widths -> token width, stored stacked and applied at once.
+
+    Args:
+        concepts: N.
+        token_width: d.
+        widths: hidden widths; the paper's are 64, 128.
+        activation: between the layers; the paper's is ELU.
+
+    Maps scalars (B, N) to tokens (B, N, d). In a state dict the layers stand apart, as in the published checkpoints:
+    `{concept}.{2 * layer}.weight` (out, in) and `.bias` (out,).
+
+    Source: arXiv 2402.09712, section 3.2.
+    """
+
+    def __init__(
+        self, concepts: int = 20, token_width: int = 16, widths: tuple[int, ...] = (64, 128), activation: str = "elu"
+    ):
+        super().__init__()
+        self.activation = activation
+        chain = (1, *widths, token_width)
+        layers = [[nn.Linear(i, o) for _ in range(concepts)] for i, o in zip(chain, chain[1:], strict=False)]
+        self.weights = nn.ParameterList(torch.stack([m.weight.data for m in layer]) for layer in layers)
+        self.biases = nn.ParameterList(torch.stack([m.bias.data for m in layer]) for layer in layers)
+        self.register_state_dict_post_hook(_unstack)
+        self.register_load_state_dict_pre_hook(_stack)
+
+    def forward(self, scalars: Tensor) -> Tensor:
+        return ops.mlp_bank(scalars, list(self.weights), list(self.biases), self.activation)
+
+
+def _unstack(bank: MLPBank, state: dict[str, Tensor], prefix: str, _) -> None:
+    for layer in range(len(bank.weights)):
+        weight, bias = state.pop(f"{prefix}weights.{layer}"), state.pop(f"{prefix}biases.{layer}")
+        for concept in range(len(weight)):
+            state[f"{prefix}{concept}.{2 * layer}.weight"] = weight[concept]
+            state[f"{prefix}{concept}.{2 * layer}.bias"] = bias[concept]
+
+
+def _stack(bank: MLPBank, state: dict[str, Tensor], prefix: str, *_) -> None:
+    for layer, (weight, bias) in enumerate(zip(bank.weights, bank.biases, strict=True)):
+        for stacked, parameter, kind in ((weight, "weights", "weight"), (bias, "biases", "bias")):
+            names = [f"{prefix}{concept}.{2 * layer}.{kind}" for concept in range(len(stacked))]
+            if all(name in state for name in names):  # otherwise they are reported as missing
+                state[f"{prefix}{parameter}.{layer}"] = torch.stack([state.pop(name) for name in names])

@@ -1,0 +1,205 @@
+"""The denoising U-Net, conditioned on the timestep and on concept tokens."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from encdiff.errors import InputError
+from encdiff.models.attention import Conditioning, SpatialTransformer, zero_init
+
+
+class UNet(nn.Module):
+    """The guided-diffusion / latent-diffusion U-Net with a spatial transformer at chosen levels and in the middle.
+
+    Args:
+        channels: of the latent, in and out.
+        context_width: D, the width of a concept token.
+        width: base channels; level i has width * multipliers[i].
+        multipliers: one per level, from the highest resolution down; each further level halves the resolution.
+        depth: residual blocks per level on the way down; one more on the way up.
+        attention_levels: levels with a spatial transformer after every residual block.
+        heads: of every attention; divides every attending level's channels.
+        transformer_depth: blocks per spatial transformer.
+        scale_shift: the timestep scales and shifts the normalised features; otherwise it is added before the norm.
+        resample: "residual" (a residual block with pooling or nearest upsampling inside) or "conv".
+        groups: of every GroupNorm; divides every channel count.
+
+    Parameter names are those of the published checkpoints (without prefix).
+
+    Source: arXiv 2105.05233, 2112.10752.
+    """
+
+    def __init__(
+        self,
+        channels: int = 3,
+        context_width: int = 16,
+        width: int = 64,
+        multipliers: Sequence[int] = (1, 2, 4, 4),
+        depth: int = 2,
+        attention_levels: Sequence[int] = (0, 1, 2),
+        heads: int = 8,
+        transformer_depth: int = 1,
+        scale_shift: bool = True,
+        resample: str = "residual",
+        groups: int = 32,
+    ):
+        super().__init__()
+        _check(width, multipliers, attention_levels, heads, resample, groups)
+        self.width = width
+        emb = 4 * width
+        self.time_embed = nn.Sequential(nn.Linear(width, emb), nn.SiLU(), nn.Linear(emb, emb))
+
+        def res(c_in: int, c_out: int, sample: str | None = None) -> ResBlock:
+            return ResBlock(c_in, c_out, emb, scale_shift, groups, sample)
+
+        def attend(c: int) -> SpatialTransformer:
+            return SpatialTransformer(c, context_width, heads, transformer_depth, groups)
+
+        def resampled(c: int, kind: str) -> nn.Module:
+            return res(c, c, kind) if resample == "residual" else Resample(c, kind)
+
+        c = width
+        self.input_blocks = nn.ModuleList([Stage([nn.Conv2d(channels, c, 3, padding=1)])])
+        skips = [c]
+        for level, multiplier in enumerate(multipliers):
+            for _ in range(depth):
+                layers = [res(c, width * multiplier)]
+                c = width * multiplier
+                if level in attention_levels:
+                    layers.append(attend(c))
+                self.input_blocks.append(Stage(layers))
+                skips.append(c)
+            if level < len(multipliers) - 1:
+                self.input_blocks.append(Stage([resampled(c, "down")]))
+                skips.append(c)
+
+        self.middle_block = Stage([res(c, c), attend(c), res(c, c)])
+
+        self.output_blocks = nn.ModuleList()
+        for level, multiplier in reversed(list(enumerate(multipliers))):
+            for i in range(depth + 1):
+                layers = [res(c + skips.pop(), width * multiplier)]
+                c = width * multiplier
+                if level in attention_levels:
+                    layers.append(attend(c))
+                if level > 0 and i == depth:
+                    layers.append(resampled(c, "up"))
+                self.output_blocks.append(Stage(layers))
+
+        self.out = nn.Sequential(nn.GroupNorm(groups, c), nn.SiLU(), zero_init(nn.Conv2d(c, channels, 3, padding=1)))
+
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        tokens: Tensor,
+        token_bias: Tensor | None = None,
+        maps: list[Tensor] | None = None,
+    ) -> Tensor:
+        """Predict from x_t (B, C, H, W), timesteps t (B,) and concept tokens (B, N, D); returns (B, C, H, W).
+
+        token_bias (B, N) is added to every attention logit of a token; a list given as `maps` receives the attention
+        of every layer, averaged over heads, as (B, h, w, N).
+        """
+        cond = Conditioning(tokens, token_bias, maps)
+        emb = self.time_embed(timestep_embedding(t, self.width))
+        h, skips = x, []
+        for stage in self.input_blocks:
+            h = stage(h, emb, cond)
+            skips.append(h)
+        h = self.middle_block(h, emb, cond)
+        for stage in self.output_blocks:
+            h = stage(torch.cat([h, skips.pop()], dim=1), emb, cond)
+        return self.out(h)
+
+
+class Stage(nn.Sequential):
+    """Layers in order, each given what it takes: residual blocks the timestep, transformers the concepts."""
+
+    def __init__(self, layers: list[nn.Module]):
+        super().__init__(*layers)
+
+    def forward(self, h: Tensor, emb: Tensor, cond: Conditioning) -> Tensor:
+        for layer in self:
+            if isinstance(layer, ResBlock):
+                h = layer(h, emb)
+            elif isinstance(layer, SpatialTransformer):
+                h = layer(h, cond)
+            else:
+                h = layer(h)
+        return h
+
+
+class ResBlock(nn.Module):
+    """Two normalised convolutions, the timestep between them, and a skip; may halve or double the resolution."""
+
+    def __init__(self, c_in: int, c_out: int, emb: int, scale_shift: bool, groups: int, sample: str | None):
+        super().__init__()
+        self.scale_shift, self.sample = scale_shift, sample
+        self.in_layers = nn.Sequential(nn.GroupNorm(groups, c_in), nn.SiLU(), nn.Conv2d(c_in, c_out, 3, padding=1))
+        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb, 2 * c_out if scale_shift else c_out))
+        # Identity keeps the place of the published code's dropout, and so the names
+        self.out_layers = nn.Sequential(
+            nn.GroupNorm(groups, c_out), nn.SiLU(), nn.Identity(), zero_init(nn.Conv2d(c_out, c_out, 3, padding=1))
+        )
+        self.skip_connection = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        norm, act, conv = self.in_layers
+        h = act(norm(x))
+        if self.sample is not None:
+            h, x = _resample(h, self.sample), _resample(x, self.sample)
+        h = conv(h)
+        e = self.emb_layers(emb)[:, :, None, None]
+        norm, *rest = self.out_layers
+        if self.scale_shift:
+            scale, shift = e.chunk(2, dim=1)
+            h = torch.addcmul(shift, norm(h), 1 + scale)
+        else:
+            h = norm(h + e)
+        for layer in rest:
+            h = layer(h)
+        return self.skip_connection(x) + h
+
+
+class Resample(nn.Module):
+    """Halve the resolution by a strided convolution, or double it: nearest, then a convolution."""
+
+    def __init__(self, channels: int, kind: str):
+        super().__init__()
+        self.kind = kind
+        conv = nn.Conv2d(channels, channels, 3, stride=2 if kind == "down" else 1, padding=1)
+        setattr(self, "op" if kind == "down" else "conv", conv)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.op(x) if self.kind == "down" else self.conv(_resample(x, "up"))
+
+
+def timestep_embedding(t: Tensor, width: int) -> Tensor:
+    """Cosines, then sines, of t at width/2 frequencies from 1 down to 1/10000: (B,) -> (B, width), float32."""
+    half = width // 2
+    frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
+    angles = t[:, None].float() * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+def _resample(x: Tensor, kind: str) -> Tensor:
+    return F.avg_pool2d(x, 2) if kind == "down" else F.interpolate(x, scale_factor=2, mode="nearest")
+
+
+def _check(width, multipliers, attention_levels, heads, resample, groups) -> None:
+    if resample not in ("residual", "conv"):
+        raise InputError(f"resample is {resample!r}, must be 'residual' or 'conv'")
+    if width % 2:
+        raise InputError(f"width is {width}, must be even")
+    if any(level not in range(len(multipliers)) for level in attention_levels):
+        raise InputError(f"attention_levels {tuple(attention_levels)} must lie in 0..{len(multipliers) - 1}")
+    for level, channels in enumerate(width * m for m in multipliers):
+        if channels % groups:
+            raise InputError(f"level {level} has {channels} channels, must be a multiple of groups {groups}")
+        if (level in attention_levels or level == len(multipliers) - 1) and channels % heads:
+            raise InputError(f"level {level} has {channels} channels, must be a multiple of heads {heads}")
