@@ -1,0 +1,179 @@
+import math
+
+import pytest
+import torch
+from _golden import draw, load, relative_error, weight
+from torch.nn import functional as F
+
+from encdiff import ops
+from encdiff.errors import InputError
+
+IMPLS = ["sdpa", "reference"]
+
+
+def inputs(B, L, C, N, D, heads, width, dtype=torch.float64, seed=0):
+    g = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype)
+
+    inner = heads * width
+    weights = [normal(inner, C) / C**0.5, normal(inner, D) / D**0.5, normal(inner, D) / D**0.5, normal(C, inner) / inner**0.5]
+    return normal(B, L, C), normal(B, N, D), weights, normal(C)
+
+
+def by_loops(x, tokens, weights, b_o, heads, bias=None):
+    """The formula, one head and one query at a time, in float64."""
+    w_q, w_k, w_v, w_o = (w.double() for w in weights)
+    x, tokens = x.double(), tokens.double()
+    d = w_q.shape[0] // heads
+    y, maps = torch.zeros_like(x), torch.zeros(x.shape[0], heads, x.shape[1], tokens.shape[1], dtype=torch.float64)
+    for b in range(x.shape[0]):
+        for i in range(x.shape[1]):
+            out = []
+            for h in range(heads):
+                rows = slice(h * d, (h + 1) * d)
+                logits = (tokens[b] @ w_k[rows].T) @ (w_q[rows] @ x[b, i]) / math.sqrt(d)
+                p = torch.softmax(logits if bias is None else logits + bias[b, h], 0)
+                maps[b, h, i] = p
+                out.append(p @ (tokens[b] @ w_v[rows].T))
+            y[b, i] = w_o @ torch.cat(out) + (0 if b_o is None else b_o.double())
+    return y, maps
+
+
+CASES = {  # B, L, C, N, D, heads, head width
+    "paper 16x16": (2, 16, 64, 20, 16, 8, 8),
+    "odd sizes": (3, 7, 10, 13, 5, 2, 9),
+    "one token": (2, 5, 8, 1, 3, 1, 4),
+    "inner wider than C": (1, 4, 6, 3, 7, 3, 8),
+}
+
+
+@pytest.mark.parametrize("impl", ["auto", *IMPLS])
+@pytest.mark.parametrize("name", ["xattn_a", "xattn_b", "xattn_c"])
+def test_published_outputs_and_gradients(name, impl):
+    golden = load(name)
+    C, D, heads, width, B, L, N = golden["dims"].tolist()
+    inner = heads * width
+    shapes = {"to_q": (inner, C), "to_k": (inner, D), "to_v": (inner, D), "to_out.0": (C, inner)}
+    w = {k: weight(f"{name}.{k}.weight", s).requires_grad_() for k, s in shapes.items()}
+    bias = weight(f"{name}.to_out.0.bias", (C,)).requires_grad_()
+    x, context = draw(f"{name}:x", (B, L, C)).requires_grad_(), draw(f"{name}:context", (B, N, D)).requires_grad_()
+    with ops.use_impl(impl):
+        y = ops.cross_attention(x, context, *w.values(), bias, heads=heads)
+    y.backward(draw(f"{name}:grad_out", y.shape))
+    assert relative_error(y, golden["y"]) < 1e-4
+    gradients = {"grad_x": x, "grad_context": context, "grad:to_out.0.bias": bias}
+    gradients |= {f"grad:{k}.weight": v for k, v in w.items()}
+    for key, tensor in gradients.items():
+        assert relative_error(tensor.grad, golden[key]) < 1e-3, key
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("case", CASES)
+def test_against_the_formula(case, impl):
+    heads, width = CASES[case][5:]
+    x, tokens, weights, b_o = inputs(*CASES[case])
+    with ops.record_impls() as ran:
+        y = ops.cross_attention(x, tokens, *weights, b_o, heads=heads, impl=impl)
+    assert ran == [("cross_attention", impl)]
+    torch.testing.assert_close(y, by_loops(x, tokens, weights, b_o, heads)[0])
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_norm_residual_and_strides(impl):
+    x, tokens, weights, b_o = inputs(2, 12, 10, 3, 5, 2, 4)
+    gamma, beta = torch.randn(10, dtype=torch.float64), torch.randn(10, dtype=torch.float64)
+    feature_map = x.transpose(1, 2).contiguous().transpose(1, 2)  # as an NCHW feature map enters
+    y = ops.cross_attention(
+        feature_map, tokens, *weights, b_o, heads=2, norm_weight=gamma, norm_bias=beta, norm_eps=1e-3, residual=True, impl=impl
+    )
+    normed = F.layer_norm(x, (10,), gamma, beta, 1e-3)
+    torch.testing.assert_close(y, x + by_loops(normed, tokens, weights, b_o, 2)[0])
+
+
+@pytest.mark.parametrize("maps", ["head", "mean"])
+def test_maps_come_from_the_same_pass(maps):
+    x, tokens, weights, b_o = inputs(2, 6, 10, 5, 4, 2, 3)
+    y, attention = ops.cross_attention(x, tokens, *weights, b_o, heads=2, maps=maps)
+    expected_y, expected = by_loops(x, tokens, weights, b_o, 2)
+    torch.testing.assert_close(y, expected_y)
+    torch.testing.assert_close(attention, expected if maps == "head" else expected.mean(1))
+
+
+@pytest.mark.parametrize("per_head", [False, True])
+def test_token_bias_masks_and_emphasises(per_head):
+    x, tokens, weights, b_o = inputs(2, 6, 10, 5, 4, 2, 3)
+    bias = torch.randn(2, 2, 5, dtype=torch.float64) if per_head else torch.randn(2, 5, dtype=torch.float64)
+    bias[..., 3] = -torch.inf
+    y, attention = ops.cross_attention(x, tokens, *weights, b_o, heads=2, token_bias=bias, maps="head")
+    expected = by_loops(x, tokens, weights, b_o, 2, bias if per_head else bias[:, None].expand(2, 2, 5))
+    torch.testing.assert_close((y, attention), expected)
+    assert (attention[..., 3] == 0).all()
+
+
+def test_a_fully_masked_row_attends_to_nothing():
+    x, tokens, weights, b_o = inputs(2, 6, 10, 5, 4, 2, 3)
+    x.requires_grad_()
+    bias = torch.zeros(2, 5, dtype=torch.float64)
+    bias[1] = -torch.inf
+    y = ops.cross_attention(x, tokens, *weights, b_o, heads=2, token_bias=bias)
+    torch.testing.assert_close(y[1], b_o.expand(6, 10))
+    y.sum().backward()
+    assert x.grad.isfinite().all() and (x.grad[1] == 0).all() and (x.grad[0] != 0).any()
+
+
+def test_extreme_logits_stay_finite():
+    x, tokens, weights, b_o = inputs(1, 4, 8, 6, 4, 2, 4, torch.float32)
+    y = ops.cross_attention(1e4 * x, 1e2 * tokens, *weights, b_o, heads=2, impl="reference")
+    assert y.isfinite().all()
+    torch.testing.assert_close(y.double(), by_loops(1e4 * x, 1e2 * tokens, weights, b_o, 2)[0], rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+@pytest.mark.parametrize("B, L", [(0, 5), (2, 0)])
+def test_empty(B, L, impl):
+    x, tokens, weights, b_o = inputs(B, L, 8, 3, 4, 2, 4)
+    with ops.use_impl(impl):
+        assert ops.cross_attention(x, tokens, *weights, b_o, heads=2).shape == (B, L, 8)
+
+
+def test_half_precision_keeps_the_type_and_computes_in_float32():
+    x, tokens, weights, b_o = inputs(2, 16, 32, 5, 8, 4, 8, torch.bfloat16)
+    y = ops.cross_attention(x, tokens, *weights, b_o, heads=4, impl="reference")
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.double(), by_loops(x, tokens, weights, b_o, 4)[0], rtol=2**-8, atol=2**-9)
+
+
+def test_gradcheck():
+    x, tokens, weights, b_o = inputs(1, 3, 4, 3, 2, 2, 2)
+    gamma, beta = torch.randn(4, dtype=torch.float64), torch.randn(4, dtype=torch.float64)
+    leaves = [t.requires_grad_() for t in (x, tokens, *weights, b_o, gamma, beta, torch.randn(1, 3, dtype=torch.float64))]
+
+    def f(x, tokens, w_q, w_k, w_v, w_o, b_o, gamma, beta, bias):
+        return ops.cross_attention(
+            x, tokens, w_q, w_k, w_v, w_o, b_o, heads=2, norm_weight=gamma, norm_bias=beta, residual=True,
+            token_bias=bias, maps="head", impl="reference",
+        )  # fmt: skip
+
+    assert torch.autograd.gradcheck(f, leaves)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(heads=3), r"heads 3 must divide the 8 rows of w_q"),
+        (dict(x=torch.zeros(2, 4, 7)), r"w_q is \(8, 8\), must be \(8, 7\)"),
+        (dict(context=torch.zeros(2, 3, 5)), r"w_k is \(8, 4\), must be \(8, 5\)"),
+        (dict(context=torch.zeros(3, 3, 4)), r"x \(2, 4, 8\) and context \(3, 3, 4\)"),
+        (dict(context=torch.zeros(2, 3, 4, device="meta")), r"context is on meta, must be on x's device cpu"),
+        (dict(token_bias=torch.zeros(2, 4)), r"token_bias is \(2, 4\), must be"),
+        (dict(maps="all"), r"maps is 'all', must be"),
+        (dict(maps="mean", impl="sdpa"), r"impl='sdpa' cannot serve this input: does not return attention maps"),
+    ],
+)
+def test_bad_input(change, message):
+    x, context, (w_q, w_k, w_v, w_o), b_o = inputs(2, 4, 8, 3, 4, 2, 4, torch.float32)
+    arguments = dict(x=x, context=context, w_q=w_q, w_k=w_k, w_v=w_v, w_o=w_o, b_o=b_o, heads=2) | change
+    with pytest.raises(InputError, match=message):
+        ops.cross_attention(**arguments)
