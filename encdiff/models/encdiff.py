@@ -10,7 +10,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
 from huggingface_hub import ModelHubMixin, hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from torch import Tensor
 
 from encdiff import ops
@@ -68,8 +68,9 @@ class EncDiff(
             "net": MLPBank(c.concepts, c.token_width, c.bank_widths, c.bank_activation),
         })  # fmt: skip
         self.first_stage_model = first_stage.requires_grad_(False)
-        betas = schedules.make_betas(c.schedule, c.num_timesteps, c.beta_start, c.beta_end)
-        self.register_buffer("alphas_cumprod", schedules.alphas_cumprod(betas), persistent=False)
+        with torch.device("cpu"):  # checked by value, also where the parameters are made on "meta"
+            betas = schedules.make_betas(c.schedule, c.num_timesteps, c.beta_start, c.beta_end)
+            self.register_buffer("alphas_cumprod", schedules.alphas_cumprod(betas), persistent=False)
 
     @property
     def unet(self) -> UNet:
@@ -142,13 +143,14 @@ class EncDiff(
         t (B,) int64, noise (B, c, h, w) and the per-sample weight (B,) can be given; else t is uniform, the noise
         normal, both from `generator`, and the weights are 1.
         """
+        tokens = self.tokens(self.encode(images))
         x0 = self.to_latents(images)
         if t is None:
             t = losses.sample_timesteps(len(x0), self.config.num_timesteps, generator=generator, device=x0.device)
         if noise is None:
             noise = torch.randn(x0.shape, generator=generator, device=x0.device, dtype=x0.dtype)
         x_t, target = ops.q_sample(x0, noise, t, self.alphas_cumprod, self.config.prediction)
-        prediction = self.denoise(x_t, t, self.tokens(self.encode(images)))
+        prediction = self.denoise(x_t, t, tokens)
         return losses.diffusion_loss(prediction, target, self.config.loss, weight)
 
     # ---- what people do with it
@@ -279,15 +281,25 @@ class EncDiff(
             temporary.write_text(json.dumps(asdict(self.config), indent=2) + "\n")
 
     @classmethod
-    def _from_pretrained(cls, *, model_id: str, map_location: str = "cpu", **hub) -> "EncDiff":
-        config_path, weights_path = (_locate(model_id, name, hub) for name in ("config.json", "model.safetensors"))
+    def from_pretrained(cls, name: str | Path, *, device: str | torch.device = "cpu", **hub) -> "EncDiff":
+        """Read a model, in eval mode.
+
+        Args:
+            name: a folder that `save_pretrained` wrote, or the name of a model on the Hub.
+            device: where to put it.
+            hub: for a model on the Hub: revision, cache_dir, force_download, token, local_files_only.
+
+        Raises:
+            InputError: no such folder or model, a file missing or truncated, or tensors of another configuration.
+        """
+        config_path, weights_path = (_locate(name, file, hub) for file in ("config.json", "model.safetensors"))
         try:
-            values = json.loads(Path(config_path).read_text())
+            values = json.loads(config_path.read_text())
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise InputError(f"{config_path}: not JSON ({error})") from None
         model = cls(EncDiffConfig.from_dict(values, str(config_path)))
         load_state(model, load_tensors(weights_path)[0], weights_path)
-        return model.to(map_location).eval()
+        return model.to(device).eval()
 
     # ---- checks
 
@@ -332,15 +344,14 @@ class _Evaluating:
         self.model.train(self.training)
 
 
-def _locate(model_id: str, name: str, hub: dict) -> str | Path:
-    folder = Path(model_id)
+def _locate(name: str | Path, file: str, hub: dict) -> Path:
+    folder = Path(name)
     if folder.is_dir():
-        if not (folder / name).is_file():
-            raise InputError(f"{folder}: no {name} in it; must be a folder written by save_pretrained")
-        return folder / name
-    known = ("revision", "cache_dir", "force_download", "token", "local_files_only")
+        if not (folder / file).is_file():
+            raise InputError(f"{folder}: no {file} in it; must be a folder written by save_pretrained")
+        return folder / file
     try:
-        return hf_hub_download(model_id, name, **{k: hub[k] for k in known if k in hub})
-    except (HfHubHTTPError, LocalEntryNotFoundError, ValueError) as error:
+        return Path(hf_hub_download(str(name), file, **hub))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
         reason = str(error).splitlines()[0]
-        raise InputError(f"{model_id}: neither a folder here nor a model that the Hub gave ({reason})") from None
+        raise InputError(f"{name}: neither a folder here nor a model that the Hub gave ({reason})") from None

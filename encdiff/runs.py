@@ -1,0 +1,142 @@
+"""What every training run needs around its steps: a folder, a log, a bar, and a way to stop without losing anything."""
+
+import csv
+import json
+import shutil
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
+
+from encdiff.checkpoint import atomic_path
+from encdiff.errors import InputError
+
+
+class RunFolder:
+    """A run's folder: `config.json`, `log.csv`, `checkpoint.safetensors`, `samples/` and, at the end, `model/`.
+
+    A folder that already holds something is refused, unless `resume` continues its checkpoint or `overwrite` replaces
+    the run in it.
+    """
+
+    OWN = ("config.json", "log.csv", "checkpoint.safetensors", "samples", "model", "tensorboard")
+
+    def __init__(self, path: str | Path, resume: bool = False, overwrite: bool = False):
+        self.path = Path(path)
+        if resume and overwrite:
+            raise InputError("resume and overwrite cannot both be given")
+        if resume and not self.checkpoint.is_file():
+            raise InputError(f"{self.checkpoint}: no checkpoint to resume; leave out --resume to begin a run")
+        if self.path.exists() and not self.path.is_dir():
+            raise InputError(f"{self.path}: is a file, must be a folder")
+        if self.path.is_dir() and any(self.path.iterdir()) and not resume:
+            if not overwrite:
+                raise InputError(f"{self.path}: holds something already; continue it with --resume or use --overwrite")
+            self._clear()
+        self.samples.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.path / "checkpoint.safetensors"
+
+    @property
+    def samples(self) -> Path:
+        return self.path / "samples"
+
+    @property
+    def model(self) -> Path:
+        return self.path / "model"
+
+    def write_config(self, values: dict[str, Any]) -> None:
+        with atomic_path(self.path / "config.json") as temporary:
+            temporary.write_text(json.dumps(values, indent=2) + "\n")
+
+    def log(self, columns: tuple[str, ...], step: int = 0) -> "CsvLog":
+        """The run's log, without the rows after `step` that an interrupted run left behind."""
+        return CsvLog(self.path / "log.csv", columns, step)
+
+    def _clear(self) -> None:
+        foreign = sorted(p.name for p in self.path.iterdir() if p.name not in self.OWN)
+        if foreign:
+            raise InputError(f"{self.path}: will not overwrite a folder that also holds {foreign[0]}")
+        shutil.rmtree(self.path)
+
+
+class CsvLog:
+    """Rows of numbers, the first column the step; each row is on disk when `write` returns."""
+
+    def __init__(self, path: Path, columns: tuple[str, ...], step: int = 0):
+        kept: list[dict] = []
+        if step and path.is_file():
+            with path.open(newline="") as file:
+                kept = [row for row in csv.DictReader(file) if int(row[columns[0]]) <= step]
+        with atomic_path(path) as temporary, temporary.open("w", newline="") as file:
+            writer = csv.DictWriter(file, columns, extrasaction="ignore")
+            writer.writeheader()
+            writer.writerows(kept)
+        self.path, self.columns = path, columns
+
+    def write(self, **row: float) -> None:
+        with self.path.open("a", newline="") as file:
+            csv.DictWriter(file, self.columns).writerow(row)
+
+
+class Interrupt:
+    """Inside the block, the first Ctrl-C or SIGTERM sets `requested` instead of ending the program; the second ends it."""
+
+    requested = False
+
+    def __enter__(self) -> "Interrupt":
+        self.before = {}
+        if threading.current_thread() is threading.main_thread():  # elsewhere signals cannot be caught
+            self.before = {s: signal.signal(s, self._request) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *error) -> None:
+        for signum, handler in self.before.items():
+            signal.signal(signum, handler)
+
+    def _request(self, signum: int, _) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+
+
+@contextmanager
+def training_bar(total: int, step: int) -> Iterator[Progress]:
+    """A bar with loss, images per second and time left; `bar.update(0, completed=..., loss=..., speed=...)`."""
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]:.4f}"),
+        TextColumn("{task.fields[speed]:.0f} images/s"), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+    )  # fmt: skip
+    with Progress(*columns, refresh_per_second=2, speed_estimate_period=60) as bar:
+        bar.add_task("training", total=total, completed=step, loss=float("nan"), speed=0.0)
+        yield bar
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, prefix: str = "optimizer") -> dict[str, Tensor]:
+    """The optimiser's state as named tensors: `{prefix}.{parameter}.{key}`."""
+    state = optimizer.state_dict()["state"]
+    return {f"{prefix}.{i}.{key}": torch.as_tensor(v) for i, entry in state.items() for key, v in entry.items()}
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], prefix: str = "optimizer") -> None:
+    """Put back what `optimizer_tensors` took; the hyper-parameters stay those of `optimizer`."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        if name.startswith(prefix + "."):
+            index, key = name.removeprefix(prefix + ".").split(".")
+            state.setdefault(int(index), {})[key] = tensor
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def step_generator(seed: int, step: int) -> torch.Generator:
+    """The random numbers of one training step: a function of seed and step alone, so that a resumed run repeats them."""
+    mixed = (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9) % 2**63
+    return torch.Generator().manual_seed(mixed)

@@ -1,0 +1,206 @@
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from _golden import FOLDER, draw, fill, load, relative_error
+
+from encdiff import PRESETS, EncDiff, EncDiffConfig, InputError, ops
+from encdiff.diffusion.samplers import ddim
+from encdiff.diffusion.schedules import alphas_cumprod, make_betas
+from encdiff.models.unet import UNet
+
+TINY = EncDiffConfig(
+    image_size=16, concepts=3, encoder_width=8, token_width=4, bank_widths=(8,), first_stage="space_to_depth", patch=4,
+    width=16, multipliers=(1, 2), depth=1, attention_levels=(0, 1), heads=2, groups=8,
+)  # fmt: skip
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    model = EncDiff(TINY)
+    for parameter in model.parameters():  # at the published initialisation the concepts have no effect yet
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=1.5 * parameter[0].numel() ** -0.5)
+    return model.eval()
+
+
+@pytest.fixture
+def images():
+    generator = torch.Generator().manual_seed(1)
+    colours, texture = torch.rand(4, 3, 1, 1, generator=generator), torch.rand(4, 3, 16, 16, generator=generator)
+    return (0.7 * colours + 0.3 * texture) * 2 - 1
+
+
+def test_names_and_shapes_are_those_of_published_checkpoints():
+    layout = json.loads((FOLDER / "checkpoint_layout.json").read_text())
+    state = EncDiff.from_preset("shapes3d").state_dict()
+    assert {name: list(tensor.shape) for name, tensor in state.items()} == layout
+
+
+def test_published_ddim_trajectory():
+    golden, small = load("ddim_unet_small"), load("unet_small")
+    config = json.loads(str(small["config"]))
+    unet = fill(UNet(3, 16, config["model_channels"], config["channel_mult"], 1, (0, 1), config["num_heads"]), "model.diffusion_model.")
+    tokens = draw("unet_small:context", (3, 10, 16))[:2]
+    visited = []
+    last = ddim(
+        lambda x_t, t: unet(x_t, t, tokens), draw("ddim:x_T", (2, 3, 16, 16)), alphas_cumprod(make_betas("ldm:linear")),
+        steps=10, callback=lambda i, t, x_t, x0: visited.append(x_t.clone()),
+    )  # fmt: skip
+    trajectory = [*visited[1:], last]
+    assert len(trajectory) == len(golden["trajectory"])
+    for ours, published in zip(trajectory, golden["trajectory"], strict=True):
+        assert relative_error(ours, published) < 1e-4
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_build(name):
+    with torch.device("meta"):
+        model = EncDiff.from_preset(name)
+    assert model.config is PRESETS[name]
+
+
+def test_shapes(model, images):
+    scalars = model.encode(images)
+    tokens = model.tokens(scalars)
+    assert scalars.shape == (4, 3) and tokens.shape == (4, 3, 4)
+    x_t = torch.randn(4, *model.latent_shape)
+    assert model.denoise(x_t, torch.tensor([0, 5, 500, 999]), tokens).shape == x_t.shape == (4, 48, 4, 4)
+    assert model.reconstruct(images, steps=2).shape == images.shape
+    assert model.traverse(images[0], 1, [-1.0, 0.0, 1.0], steps=2).shape == (3, 3, 16, 16)
+    assert model.invert(images, steps=2).shape == (4, 48, 4, 4)
+
+
+def test_the_loss_is_the_formula_and_reaches_encoder_and_bank(model, images):
+    model.train()
+    t, noise = torch.tensor([3, 400, 700, 999]), torch.randn(4, *model.latent_shape)
+    loss = model.loss(images, t=t, noise=noise)
+    a = model.alphas_cumprod[t].float()[:, None, None, None]
+    x_t = a.sqrt() * model.to_latents(images) + (1 - a).sqrt() * noise
+    expected = (model.denoise(x_t, t, model.tokens(model.encode(images))) - noise).abs().mean()
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    for part in (model.encoder, model.bank, model.unet):
+        assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in part.parameters())
+
+
+def test_a_weight_of_zero_silences_a_sample(model, images):
+    t, noise = torch.tensor([3, 400, 700, 999]), torch.randn(4, *model.latent_shape)
+    one = model.loss(images, t=t, noise=noise, weight=torch.tensor([4.0, 0, 0, 0]))
+    torch.testing.assert_close(one, model.loss(images[:1], t=t[:1], noise=noise[:1]))
+
+
+def test_swap_takes_the_chosen_concepts_from_the_source(model, images):
+    source, target = images[:2], images[2:]
+    scalars = model.encode(target).detach().clone()
+    scalars[:, [0, 2]] = model.encode(source)[:, [0, 2]].detach()
+    swapped = model.swap(source, target, [0, 2], steps=3)
+    torch.testing.assert_close(swapped, model.sample(scalars, steps=3))
+    assert not torch.allclose(swapped, model.reconstruct(target, steps=3), atol=1e-3)
+    torch.testing.assert_close(model.swap(source, target, [0, 1, 2], steps=3), model.reconstruct(source, steps=3))
+
+
+def test_traverse_at_its_own_value_is_the_reconstruction(model, images):
+    value = model.encode(images[:1])[0, 1].item()
+    traversed = model.traverse(images[:1], 1, [value], steps=3)
+    torch.testing.assert_close(traversed, model.reconstruct(images[:1], steps=3))
+
+
+def test_sampling_depends_on_seed_and_start_only(model, images):
+    one = model.reconstruct(images, steps=3, seed=1)
+    assert torch.equal(one, model.reconstruct(images, steps=3, seed=1))
+    assert not torch.equal(one, model.reconstruct(images, steps=3, seed=2))
+    x_T = torch.randn(4, *model.latent_shape)
+    alone = model.reconstruct(images[1:2], steps=3, x_T=x_T[1:2])
+    torch.testing.assert_close(model.reconstruct(images, steps=3, x_T=x_T)[1:2], alone, rtol=1e-3, atol=1e-3)
+
+
+def test_erasing_every_concept_leaves_nothing_of_the_image(model, images):
+    erased = torch.full((4, 3), -torch.inf)
+    out = model.reconstruct(images, steps=2, token_bias=erased)
+    torch.testing.assert_close(out[0], out[1])
+
+
+def test_attention_maps_are_distributions_over_concepts(model, images):
+    maps = model.attention_maps(images, steps=3)
+    assert maps.shape == (4, 3, 16, 16)
+    assert (maps >= 0).all()
+    torch.testing.assert_close(maps.sum(1), torch.ones(4, 16, 16))
+    assert torch.equal(maps, model.attention_maps(images, steps=3))
+
+
+def test_pictures_leave_the_mode_as_it_was(model, images):
+    model.train()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    model.reconstruct(images, steps=2)
+    assert model.training
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+def test_every_attention_and_the_bank_go_through_the_ops(model, images, impl):
+    with ops.use_impl(impl), ops.record_impls() as ran:
+        model.loss(images)
+    names = [op for op, _ in ran]
+    blocks = sum(1 for name, _ in model.unet.named_modules() if name.endswith("attn2"))
+    assert names.count("cross_attention") == names.count("self_attention") == blocks > 0
+    assert names.count("mlp_bank") == names.count("q_sample") == 1
+    assert {i for op, i in ran if "attention" in op} == {"sdpa" if impl == "auto" else "reference"}
+
+
+def test_save_and_load_are_exact(model, images, tmp_path):
+    model.save_pretrained(tmp_path / "model")
+    loaded = EncDiff.from_pretrained(tmp_path / "model")
+    assert loaded.config == TINY and not loaded.training
+    assert torch.equal(loaded.reconstruct(images, steps=2), model.reconstruct(images, steps=2))
+
+
+@pytest.mark.parametrize(
+    "images, message",
+    [
+        (torch.zeros(2, 3, 8, 8), r"images are \(2, 3, 8, 8\), must be \(B, 3, 16, 16\)"),
+        (torch.zeros(2, 1, 16, 16), r"must be \(B, 3, 16, 16\)"),
+        (torch.zeros(3, 16, 16), r"must be \(B, 3, 16, 16\)"),
+        (torch.zeros(2, 3, 16, 16, dtype=torch.uint8), r"images are torch.uint8, must be floating point"),
+        (torch.full((2, 3, 16, 16), 255.0), r"images span 255 to 255, must lie in \[-1, 1\]"),
+        (torch.full((2, 3, 16, 16), torch.nan), r"without NaN"),
+    ],
+)
+@pytest.mark.parametrize("method", ["encode", "loss", "reconstruct"])
+def test_bad_images(model, method, images, message):
+    with pytest.raises(InputError, match=message):
+        getattr(model, method)(images)
+
+
+def test_bad_arguments(model, images):
+    with pytest.raises(InputError, match=r"concept is 3, must be an integer in 0\.\.2"):
+        model.swap(images, images, [0, 3])
+    with pytest.raises(InputError, match=r"concept is -1"):
+        model.traverse(images[0], -1, [0.0])
+    with pytest.raises(InputError, match="must be one image"):
+        model.traverse(images, 0, [0.0])
+    with pytest.raises(InputError, match="must have one shape"):
+        model.swap(images, images[:2], 0)
+    with pytest.raises(InputError, match="preset 'shapes4d' is unknown, must be one of shapes3d"):
+        EncDiff.from_preset("shapes4d")
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(concepts=0), "concepts is 0, must be a positive integer"),
+        (dict(first_stage="vae"), "first_stage is 'vae'"),
+        (dict(image_size=20), "image_size is 20, must be a multiple of 8"),
+        (dict(attention_levels=(2,)), "attention_levels"),
+        (dict(heads=3), "must be a multiple of heads 3"),
+        (dict(groups=5), "must be a multiple of groups 5"),
+        (dict(resample="linear"), "resample is 'linear'"),
+        (dict(schedule="quadratic"), "quadratic"),
+        (dict(scaling_factor=0.0), "scaling_factor"),
+    ],
+)
+def test_bad_configurations(change, message):
+    with pytest.raises(InputError, match=message):
+        EncDiff(replace(TINY, **change))
