@@ -25,7 +25,10 @@ class RunFolder:
     the run in it.
     """
 
-    OWN = ("config.json", "log.csv", "checkpoint.safetensors", "samples", "model", "tensorboard")
+    OWN = (
+        "config.json", "log.csv", "checkpoint.safetensors", "samples", "model", "tensorboard",
+        "metrics.json", "importance.png", "pictures",
+    )  # fmt: skip
 
     def __init__(self, path: str | Path, resume: bool = False, overwrite: bool = False):
         self.path = Path(path)
@@ -57,6 +60,9 @@ class RunFolder:
         with atomic_path(self.path / "config.json") as temporary:
             temporary.write_text(json.dumps(values, indent=2) + "\n")
 
+    def read_config(self) -> dict[str, Any]:
+        return read_config(self.path)
+
     def log(self, columns: tuple[str, ...], step: int = 0) -> "CsvLog":
         """The run's log, without the rows after `step` that an interrupted run left behind."""
         return CsvLog(self.path / "log.csv", columns, step)
@@ -66,6 +72,20 @@ class RunFolder:
         if foreign:
             raise InputError(f"{self.path}: will not overwrite a folder that also holds {foreign[0]}")
         shutil.rmtree(self.path)
+
+
+def read_config(run_dir: str | Path) -> dict[str, Any]:
+    """The `config.json` of a run folder: model, training, data, version."""
+    path = Path(run_dir) / "config.json"
+    try:
+        config = json.loads(path.read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        raise InputError(f"{path}: no such file; {run_dir} must be the folder of a training run") from None
+    except ValueError as error:
+        raise InputError(f"{path}: not JSON ({error})") from None
+    if not isinstance(config, dict) or not {"model", "training", "data"} <= set(config):
+        raise InputError(f"{path}: not the configuration of a training run")
+    return config
 
 
 class CsvLog:
@@ -88,7 +108,7 @@ class CsvLog:
 
 
 class Interrupt:
-    """Inside the block, the first Ctrl-C or SIGTERM sets `requested` instead of ending the program; the second ends it."""
+    """Inside the block the first Ctrl-C or SIGTERM only sets `requested`; the second ends the program."""
 
     requested = False
 
@@ -137,6 +157,6 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor],
 
 
 def step_generator(seed: int, step: int) -> torch.Generator:
-    """The random numbers of one training step: a function of seed and step alone, so that a resumed run repeats them."""
+    """The random numbers of one training step, from seed and step alone: a resumed run repeats them."""
     mixed = (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9) % 2**63
     return torch.Generator().manual_seed(mixed)

@@ -12,8 +12,12 @@ PREFIX = "model.diffusion_model."
 
 
 def golden_unet(config: dict) -> UNet:
-    levels = [config["attention_resolutions"].index(2**i) for i in range(len(config["channel_mult"])) if 2**i in config["attention_resolutions"]]
-    return UNet(config["in_channels"], config["context_dim"], config["model_channels"], config["channel_mult"], config["num_res_blocks"], levels, config["num_heads"])
+    factors = [2**level for level in range(len(config["channel_mult"]))]
+    levels = [i for i, factor in enumerate(factors) if factor in config["attention_resolutions"]]
+    return UNet(
+        config["in_channels"], config["context_dim"], config["model_channels"], config["channel_mult"],
+        config["num_res_blocks"], levels, config["num_heads"],
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("impl", ["auto", "reference"])
@@ -35,3 +39,81 @@ def test_published_outputs_and_gradients(name, impl):
         assert relative_error(parameters[key.removeprefix("grad:")].grad, golden[key]) < 1e-3, key
 
 
+SMALL = dict(
+    channels=2, context_width=4, width=8, multipliers=(1, 2), depth=1, attention_levels=(1,), heads=2, groups=4
+)
+VARIANTS = {
+    "plain convolutions": dict(resample="conv"),
+    "timestep added": dict(scale_shift=False),
+    "attention in the middle only": dict(attention_levels=()),
+    "one level": dict(multipliers=(1,), attention_levels=(0,)),
+    "deep": dict(depth=2, transformer_depth=2, multipliers=(1, 2, 2)),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants_have_shape_gradients_and_depend_on_every_input(variant):
+    unet = UNet(**(SMALL | VARIANTS[variant]))
+    for parameter in unet.parameters():
+        if parameter.ndim > 1:  # some begin at zero
+            torch.nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
+    inputs = torch.randn(2, 2, 8, 12), torch.tensor([3, 700]), torch.randn(2, 5, 4)
+    y = unet(*inputs)
+    assert y.shape == (2, 2, 8, 12)
+    for changed in ((inputs[0] + 1, *inputs[1:]), (inputs[0], inputs[1] + 50, inputs[2]), (*inputs[:2], inputs[2] + 1)):
+        assert (unet(*changed) - y).abs().max() > 1e-4
+    y.sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in unet.parameters())
+
+
+def test_starts_at_zero_and_ignores_the_order_of_tokens():
+    unet = UNet(**SMALL)
+    x, t, tokens = torch.randn(2, 2, 8, 8), torch.tensor([3, 700]), torch.randn(2, 5, 4)
+    assert (unet(x, t, tokens) == 0).all()
+    for parameter in unet.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
+    torch.testing.assert_close(unet(x, t, tokens), unet(x, t, tokens.flip(1)))
+
+
+def test_maps_are_collected_in_order_with_their_shapes():
+    unet, maps = UNet(**(SMALL | VARIANTS["deep"])), []
+    unet(torch.randn(2, 2, 8, 12), torch.tensor([3, 700]), torch.randn(2, 5, 4), maps=maps)
+    assert [tuple(m.shape) for m in maps] == [(2, 4, 6, 5)] * 4 + [(2, 2, 3, 5)] * 2 + [(2, 4, 6, 5)] * 6
+    for m in maps:
+        torch.testing.assert_close(m.sum(-1), torch.ones(m.shape[:-1]))
+
+
+def test_a_masked_token_has_no_influence():
+    unet = UNet(**SMALL)
+    for parameter in unet.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    x, t, tokens = torch.randn(2, 2, 8, 8), torch.tensor([3, 700]), torch.randn(2, 5, 4)
+    bias = torch.zeros(2, 5)
+    bias[:, 1] = -torch.inf
+    other = tokens.clone()
+    other[:, 1] = 9.0
+    assert torch.equal(unet(x, t, tokens, bias), unet(x, t, other, bias))
+    assert not torch.equal(unet(x, t, tokens), unet(x, t, other))
+
+
+def test_timestep_embedding():
+    e = timestep_embedding(torch.tensor([0, 10]), 8)
+    frequencies = torch.tensor([1, 0.1, 0.01, 0.001])
+    torch.testing.assert_close(e[0], torch.tensor([1.0] * 4 + [0.0] * 4))
+    torch.testing.assert_close(e[1], torch.cat([(10 * frequencies).cos(), (10 * frequencies).sin()]))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(resample="pool"), "resample is 'pool', must be"),
+        (dict(heads=3), "level 1 has 16 channels, must be a multiple of heads 3"),
+        (dict(groups=5), "level 0 has 8 channels, must be a multiple of groups 5"),
+        (dict(attention_levels=(0, 2)), r"attention_levels \(0, 2\) must lie in 0..1"),
+        (dict(width=9), "width is 9, must be even"),
+    ],
+)
+def test_bad_arguments(change, message):
+    with pytest.raises(InputError, match=message):
+        UNet(**(SMALL | change))

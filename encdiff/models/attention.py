@@ -85,7 +85,7 @@ class TransformerBlock(nn.Module):
 
 
 class SpatialTransformer(nn.Module):
-    """GroupNorm, 1x1 convolution in, transformer blocks over the h*w positions, 1x1 convolution out (zero at first), add.
+    """GroupNorm, 1x1 convolution in, transformer blocks over h*w positions, 1x1 convolution out (zero at first), add.
 
     Maps (B, C, h, w) to the same shape.
     """

@@ -26,7 +26,10 @@ class ImageEncoder(nn.Sequential):
             raise InputError(f"image_size is {image_size}, must be 4 * 2**k with k >= 1: 8, 16, 32, 64, 128, ...")
         layers: list[nn.Module] = []
         for i in range(halvings):
-            layers += [nn.Conv2d(in_channels if i == 0 else width, width, 4, stride=2, padding=1), nn.BatchNorm2d(width)]
+            layers += [
+                nn.Conv2d(in_channels if i == 0 else width, width, 4, stride=2, padding=1),
+                nn.BatchNorm2d(width),
+            ]
             if i != halvings - 2:  # the last convolution but one has no ReLU, as published
                 layers.append(nn.ReLU())
         layers += [ResidualBlock(width), nn.BatchNorm2d(width), nn.ReLU(), ResidualBlock(width)]
@@ -39,7 +42,11 @@ class ResidualBlock(nn.Module):
     def __init__(self, width: int):
         super().__init__()
         self.convs = nn.Sequential(
-            nn.ReLU(), nn.Conv2d(width, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(), nn.Conv2d(width, width, 1)
+            nn.ReLU(),
+            nn.Conv2d(width, width, 3, padding=1),
+            nn.BatchNorm2d(width),
+            nn.ReLU(),
+            nn.Conv2d(width, width, 1),
         )
 
     def forward(self, x: Tensor) -> Tensor:

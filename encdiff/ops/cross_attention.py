@@ -20,7 +20,9 @@ def cross_attention_reference(
     """The formula in float32, whatever the storage type; see `cross_attention`."""
     with exact(x) as dtype:
         h = layer_norm(x.to(dtype), norm_weight, norm_bias, norm_eps)
-        q, k, v = (split_heads(s.to(dtype) @ w.to(dtype).T, heads) for s, w in ((h, w_q), (context, w_k), (context, w_v)))
+        q, k, v = (
+            split_heads(s.to(dtype) @ w.to(dtype).T, heads) for s, w in ((h, w_q), (context, w_k), (context, w_v))
+        )
         logits = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
         if token_bias is None:
             p = logits.softmax(-1)
@@ -126,7 +128,9 @@ def _check(x, context, w_q, w_k, w_v, w_o, heads, token_bias, maps) -> None:
     expected = {"w_q": (inner, channels), "w_k": (inner, width), "w_v": (inner, width), "w_o": (channels, inner)}
     for (name, shape), w in zip(expected.items(), (w_q, w_k, w_v, w_o), strict=True):
         if tuple(w.shape) != shape:
-            raise InputError(f"{name} is {tuple(w.shape)}, must be {shape} for x {tuple(x.shape)}, context width {width}")
+            raise InputError(
+                f"{name} is {tuple(w.shape)}, must be {shape} for x {tuple(x.shape)}, context width {width}"
+            )
     if token_bias is not None and tuple(token_bias.shape) not in ((x.shape[0], tokens), (x.shape[0], heads, tokens)):
         raise InputError(f"token_bias is {tuple(token_bias.shape)}, must be (B, N) or (B, heads, N) with N = {tokens}")
     if maps not in (None, "head", "mean"):

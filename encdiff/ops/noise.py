@@ -20,7 +20,7 @@ def q_sample_reference(x0, noise, t, alphas_cumprod, prediction="epsilon"):
     signal, sigma = (_per_sample(c.to(dtype), x0) for c in (alpha_bar.sqrt(), (1 - alpha_bar).sqrt()))
     x, e = x0.to(dtype), noise.to(dtype)
     x_t = signal * x + sigma * e  # DDPM eq. 4
-    target = {"epsilon": lambda: e, "x0": lambda: x, "v": lambda: signal * e - sigma * x}[prediction]()
+    target = signal * e - sigma * x if prediction == "v" else e if prediction == "epsilon" else x
     return x_t.to(x0.dtype), target.to(x0.dtype)
 
 
@@ -54,9 +54,9 @@ def q_sample(
     """Draw x_t = sqrt(alpha_bar_t) x0 + sqrt(1 - alpha_bar_t) noise and the target of the regression.
 
     x0 (B, ...) floating; noise: x0's shape, floating; t (B,) int32 or int64, 0 <= t < T; alphas_cumprod (T,) float64 or
-    float32, its roots are taken in float64; all on one device. `prediction` names the target: `epsilon`
-    (the noise), `v` = sqrt(alpha_bar_t) noise - sqrt(1 - alpha_bar_t) x0 (arXiv 2202.00512), or `x0`.
-    Returns (x_t, target), both of x0's shape and dtype. Differentiable in x0 and noise.
+    float32, its roots are taken in float64; all on one device. `prediction` names the target: `epsilon` (the noise),
+    `v` = sqrt(alpha_bar_t) noise - sqrt(1 - alpha_bar_t) x0 (arXiv 2202.00512), or `x0`.
+    Returns (x_t, target), both of x0's shape and dtype; target may be `noise` or `x0` itself. Differentiable.
     Raises InputError for a wrong shape, dtype, device or name, and for t out of range where t is on the CPU; on a GPU
     reading t would stall the device, and PyTorch's device-side index check stops the program instead.
     """

@@ -77,7 +77,12 @@ def self_attention(
     inner = w_q.shape[0]
     if heads < 1 or inner % heads:
         raise InputError(f"heads {heads} must divide the {inner} rows of w_q")
-    for name, w, shape in zip(("w_q", "w_k", "w_v", "w_o"), (w_q, w_k, w_v, w_o), [(inner, x.shape[2])] * 3 + [(x.shape[2], inner)], strict=True):
+    for name, w, shape in zip(
+        ("w_q", "w_k", "w_v", "w_o"),
+        (w_q, w_k, w_v, w_o),
+        [(inner, x.shape[2])] * 3 + [(x.shape[2], inner)],
+        strict=True,
+    ):
         if tuple(w.shape) != shape:
             raise InputError(f"{name} is {tuple(w.shape)}, must be {shape} for x {tuple(x.shape)}")
     return _op(

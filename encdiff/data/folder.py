@@ -1,0 +1,65 @@
+"""A folder of images without labels."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from encdiff.data import Dataset
+from encdiff.errors import InputError
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
+
+
+class ImageFolder(Dataset):
+    """Every png, jpg, jpeg and webp file under a folder, at any depth, in natural order (2 before 10), without labels.
+
+    Each is turned upright by its EXIF tag, made RGB (transparency is dropped), resized so that its shorter side is
+    `image_size`, and cropped at the centre. Hidden files and folders are left out. InputError for a missing or empty
+    folder, and from `images` for a file that is no readable 8-bit image.
+    """
+
+    def __init__(self, path: str | os.PathLike, image_size: int | None):
+        self.path, self.name, self.image_size = Path(path), Path(path).resolve().name, image_size
+        if image_size is None or image_size < 1:
+            raise InputError(f"image_size: {image_size}; a folder of images needs one, at least 1")
+        if not self.path.is_dir():
+            raise InputError(f"{path}: no such folder")
+        self.files = sorted(filter(self._wanted, self.path.rglob("*")), key=self._natural)
+        if not self.files:
+            raise InputError(f"{path}: no images; must hold {', '.join(sorted(SUFFIXES))} files")
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def images(self, indices) -> np.ndarray:
+        out = np.empty((len(indices), self.image_size, self.image_size, 3), np.uint8)
+        for row, index in enumerate(self.check_indices(indices)):
+            out[row] = load_square(self.files[index], self.image_size)
+        return out
+
+    def _wanted(self, file: Path) -> bool:
+        hidden = any(part.startswith(".") for part in file.relative_to(self.path).parts)
+        return file.suffix.lower() in SUFFIXES and not hidden and file.is_file()
+
+    def _natural(self, file: Path) -> tuple:
+        parts = file.relative_to(self.path).parts
+        return tuple([int(s) if s.isdecimal() else s for s in re.split(r"(\d+)", part)] for part in parts), parts
+
+
+def load_square(file: Path, size: int) -> np.ndarray:
+    """The centre of one image file as uint8 (size, size, 3); InputError naming a file that cannot be read."""
+    try:
+        with Image.open(file) as image:
+            if image.mode[0] in "IF":
+                raise InputError(f"{file}: pixels of mode {image.mode}; must have 8 bits per channel")
+            upright = ImageOps.exif_transpose(image).convert("RGB")
+    except InputError:
+        raise
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise InputError(f"{file}: not a readable image ({error}); repair or remove it") from error
+    return np.asarray(ImageOps.fit(upright, (size, size), Image.Resampling.BICUBIC))

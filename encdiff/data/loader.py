@@ -1,0 +1,92 @@
+"""Random batches whose order depends on seed and step alone, so that training resumes anywhere, to the bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+import torch
+
+from encdiff.data import Dataset
+from encdiff.errors import InputError
+
+READ = 512  # images read at once when the whole set is loaded
+
+
+class Batches:
+    """Shuffled batches of a data set, without an end.
+
+    Every epoch visits each image once, in the order of `np.random.default_rng((seed, epoch)).permutation(n)`; the
+    epochs are one stream cut into batches, so nothing is dropped and a batch may span epochs. Images stay in memory as
+    uint8 if they fit in `resident_gib` GiB (read at construction; `progress(done, total)` is called meanwhile);
+    otherwise a thread reads the batch after the one just asked for.
+    InputError for an empty set, a batch below 1, or a negative seed.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        batch_size: int,
+        seed: int = 0,
+        resident_gib: float = 4.0,
+        progress: Callable[[int, int], None] | None = None,
+    ):
+        if batch_size < 1:
+            raise InputError(f"batch_size: {batch_size}; must be at least 1")
+        if seed < 0:
+            raise InputError(f"seed: {seed}; must be at least 0")
+        if not len(dataset):
+            raise InputError(f"{dataset.name}: holds no images")
+        self.dataset, self.batch_size, self.seed = dataset, batch_size, seed
+        self._permutations: dict[int, np.ndarray] = {}
+        self._next: tuple[int, Future] | None = None
+        self._pool = self._data = None
+        if len(dataset) * dataset.image_size**2 * 3 <= resident_gib * 2**30:
+            self._data = read_all(dataset, progress)
+        else:
+            self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="encdiff-batches")
+
+    @property
+    def resident(self) -> bool:
+        """Whether the whole data set is held in memory."""
+        return self._data is not None
+
+    def batch_indices(self, step: int) -> np.ndarray:
+        """int64 (batch_size,): a function of the data set's length, batch size, seed and step only."""
+        if step < 0:
+            raise InputError(f"step: {step}; must be at least 0")
+        position = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
+        epochs, offsets = np.divmod(position, len(self.dataset))
+        return np.concatenate([self._permutation(e)[offsets[epochs == e]] for e in np.unique(epochs).tolist()])
+
+    def images(self, step: int) -> torch.Tensor:
+        """uint8 (batch_size, H, W, 3), the images of `batch_indices(step)`."""
+        if self._data is not None:
+            return self._data[torch.from_numpy(self.batch_indices(step))]
+        ready, self._next = self._next, None
+        images = ready[1].result() if ready and ready[0] == step else self._submit(step).result()
+        self._next = step + 1, self._submit(step + 1)
+        return torch.from_numpy(images)
+
+    def _submit(self, step: int) -> Future:
+        return self._pool.submit(self.dataset.images, self.batch_indices(step))
+
+    def _permutation(self, epoch: int) -> np.ndarray:
+        if epoch not in self._permutations:
+            if len(self._permutations) > 1:  # two suffice: a batch touches an epoch and perhaps the next
+                del self._permutations[min(self._permutations)]
+            self._permutations[epoch] = np.random.default_rng((self.seed, epoch)).permutation(len(self.dataset))
+        return self._permutations[epoch]
+
+
+def read_all(dataset: Dataset, progress: Callable[[int, int], None] | None = None) -> torch.Tensor:
+    """Every image of a data set, uint8 (n, H, W, 3), in order; `progress(done, total)` after each read."""
+    total, size = len(dataset), dataset.image_size
+    out = torch.empty(total, size, size, 3, dtype=torch.uint8)
+    for start in range(0, total, READ):
+        stop = min(start + READ, total)
+        out[start:stop] = torch.from_numpy(dataset.images(np.arange(start, stop)))
+        if progress:
+            progress(stop, total)
+    return out

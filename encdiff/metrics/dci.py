@@ -1,0 +1,93 @@
+"""DCI: disentanglement, completeness and informativeness (Eastwood & Williams 2018), with boosted trees."""
+
+from collections.abc import Callable
+
+import numpy as np
+from joblib import Parallel, cpu_count, delayed
+from sklearn.ensemble import GradientBoostingClassifier
+
+from encdiff.errors import InputError
+from encdiff.metrics.factor_vae import check_at_least, check_codes
+
+EPSILON = 1e-11  # added to every importance before its entropy, as in the field's standard library
+
+
+def dci(
+    codes_train: np.ndarray,
+    factors_train: np.ndarray,
+    codes_test: np.ndarray,
+    factors_test: np.ndarray,
+    *,
+    seed: int = 0,
+    n_jobs: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict:
+    """Predict every factor from the codes with scikit-learn's default gradient boosting and read its importances.
+
+    codes: (n, N) floats, N >= 2; factors: (n, F) integers, F >= 2. One process per factor, `n_jobs` at a time
+    (default: every core), the factor with most values first; `progress(done, F)` is called after each.
+
+    Returns `disentanglement`, `completeness`, `informativeness_train`, `informativeness_test` (mean accuracies), all in
+    [0, 1], and `importance` float64 (N, F), whose columns sum to 1 unless no code tells anything. The trees break ties
+    by `seed`. Raises InputError for arrays that do not fit together, codes that are not finite, and a constant factor.
+    """
+    x, y = _check("train", codes_train, factors_train)
+    x_test, y_test = _check("test", codes_test, factors_test)
+    if x.shape[1] != x_test.shape[1] or y.shape[1] != y_test.shape[1]:
+        raise InputError(f"test holds {x_test.shape[1]} codes and {y_test.shape[1]} factors; it must match train's")
+    values = [len(np.unique(column)) for column in y.T]
+    if min(values) < 2:
+        raise InputError(f"factors_train: factor {values.index(1)} is constant; each must take at least two values")
+    if n_jobs is not None:
+        check_at_least(1, n_jobs=n_jobs)
+    longest_first = sorted(range(len(values)), key=lambda k: -values[k])
+    jobs = (delayed(_fit_factor)(k, x, y[:, k], x_test, y_test[:, k], seed) for k in longest_first)
+    importance, accuracy = np.zeros((x.shape[1], len(values))), np.zeros((len(values), 2))
+    results = Parallel(n_jobs=min(n_jobs or cpu_count(), len(values)), return_as="generator_unordered")(jobs)
+    for done, (k, weights, scores) in enumerate(results, start=1):
+        importance[:, k], accuracy[k] = weights, scores
+        if progress:
+            progress(done, len(values))
+    return {
+        "disentanglement": disentanglement(importance),
+        "completeness": completeness(importance),
+        "informativeness_train": float(accuracy[:, 0].mean()),
+        "informativeness_test": float(accuracy[:, 1].mean()),
+        "importance": importance,
+    }
+
+
+def disentanglement(importance: np.ndarray) -> float:
+    """Mean over codes of 1 - entropy over factors (base F), weighted by each code's share of `importance` (N, F)."""
+    return _concentration(importance.T)
+
+
+def completeness(importance: np.ndarray) -> float:
+    """Mean over factors of 1 - entropy over codes (base N), weighted by each factor's share of `importance` (N, F)."""
+    return _concentration(importance)
+
+
+def _concentration(importance: np.ndarray) -> float:
+    """Weighted mean over columns of 1 - normalised entropy; 0 when nothing matters."""
+    p = importance + EPSILON
+    p = p / p.sum(axis=0)
+    concentrated = 1 + (p * np.log(p)).sum(axis=0) / np.log(len(p))
+    share = importance.sum(axis=0) if importance.any() else np.ones(importance.shape[1])
+    return float(np.clip((concentrated * share).sum() / share.sum(), 0, 1))
+
+
+def _fit_factor(k, x, y, x_test, y_test, seed) -> tuple[int, np.ndarray, tuple[float, float]]:
+    model = GradientBoostingClassifier(random_state=seed).fit(x, y)  # repeated rows stay: weights would move ties
+    return k, model.feature_importances_, (model.score(x, y), model.score(x_test, y_test))
+
+
+def _check(name: str, codes: np.ndarray, factors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    factors = np.asarray(factors)
+    if factors.ndim != 2 or factors.shape[1] < 2 or len(factors) == 0 or factors.dtype.kind not in "iu":
+        raise InputError(
+            f"factors_{name} is {factors.dtype} {factors.shape}; it must be integers (n, F) with n >= 1, F >= 2"
+        )
+    codes = check_codes(f"codes_{name}", codes, len(factors))
+    if codes.shape[1] < 2:
+        raise InputError(f"codes_{name} has 1 dimension; DCI needs at least 2")
+    return codes, factors
