@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from encdiff import __version__
 from encdiff.errors import InputError
 
 # Modules that load torch are imported inside the commands, so that --help answers at once.
@@ -41,6 +42,19 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the run in
 class Precision(StrEnum):
     float32 = "float32"
     bf16 = "bf16"
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+) -> None:
+    pass
 
 
 @app.command()

@@ -183,6 +183,8 @@ def train(
     """
     if dataset.image_size != model.config.image_size:
         raise InputError(f"{dataset.name}: images of {dataset.image_size}, the model takes {model.config.image_size}")
+    if config.batch_size < 2 and model.config.normalize_scalars:
+        raise InputError(f"batch_size is {config.batch_size}, must be at least 2 for a model with normalize_scalars")
     folder = RunFolder(run_dir, resume, overwrite)
     batches = Batches(dataset, config.batch_size, config.seed)
     if resume:

@@ -71,7 +71,9 @@ def test_the_ema_copy_is_selectable(model, tmp_path):
     assert torch.equal(averaged.unet.input_blocks[0][0].weight, own + 1)
     del content["state_dict"][name]
     torch.save(content, tmp_path / "m.ckpt")
-    with pytest.raises(InputError, match="no EMA copy of model.diffusion_model.input_blocks.0.0.weight; load it with ema=False"):
+    with pytest.raises(
+        InputError, match="no EMA copy of model.diffusion_model.input_blocks.0.0.weight; load it with ema=False"
+    ):
         EncDiff.load_published(tmp_path / "m.ckpt", TINY)
 
 

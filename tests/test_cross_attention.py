@@ -18,7 +18,12 @@ def inputs(B, L, C, N, D, heads, width, dtype=torch.float64, seed=0):
         return torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype)
 
     inner = heads * width
-    weights = [normal(inner, C) / C**0.5, normal(inner, D) / D**0.5, normal(inner, D) / D**0.5, normal(C, inner) / inner**0.5]
+    weights = [
+        normal(inner, C) / C**0.5,
+        normal(inner, D) / D**0.5,
+        normal(inner, D) / D**0.5,
+        normal(C, inner) / inner**0.5,
+    ]
     return normal(B, L, C), normal(B, N, D), weights, normal(C)
 
 
@@ -86,7 +91,16 @@ def test_norm_residual_and_strides(impl):
     gamma, beta = torch.randn(10, dtype=torch.float64), torch.randn(10, dtype=torch.float64)
     feature_map = x.transpose(1, 2).contiguous().transpose(1, 2)  # as an NCHW feature map enters
     y = ops.cross_attention(
-        feature_map, tokens, *weights, b_o, heads=2, norm_weight=gamma, norm_bias=beta, norm_eps=1e-3, residual=True, impl=impl
+        feature_map,
+        tokens,
+        *weights,
+        b_o,
+        heads=2,
+        norm_weight=gamma,
+        norm_bias=beta,
+        norm_eps=1e-3,
+        residual=True,
+        impl=impl,
     )
     normed = F.layer_norm(x, (10,), gamma, beta, 1e-3)
     torch.testing.assert_close(y, x + by_loops(normed, tokens, weights, b_o, 2)[0])
@@ -148,7 +162,9 @@ def test_half_precision_keeps_the_type_and_computes_in_float32():
 def test_gradcheck():
     x, tokens, weights, b_o = inputs(1, 3, 4, 3, 2, 2, 2)
     gamma, beta = torch.randn(4, dtype=torch.float64), torch.randn(4, dtype=torch.float64)
-    leaves = [t.requires_grad_() for t in (x, tokens, *weights, b_o, gamma, beta, torch.randn(1, 3, dtype=torch.float64))]
+    leaves = [
+        t.requires_grad_() for t in (x, tokens, *weights, b_o, gamma, beta, torch.randn(1, 3, dtype=torch.float64))
+    ]
 
     def f(x, tokens, w_q, w_k, w_v, w_o, b_o, gamma, beta, bias):
         return ops.cross_attention(

@@ -76,5 +76,7 @@ def test_each_reason_is_logged_once(op, caplog):
 def test_dispatch_compiles_to_one_graph():
     x, tokens = torch.randn(2, 9, 8), torch.randn(2, 3, 4)
     weights = [torch.randn(8, 8), torch.randn(8, 4), torch.randn(8, 4), torch.randn(8, 8)]
-    compiled = torch.compile(lambda x: ops.cross_attention(x, tokens, *weights, heads=2), fullgraph=True, backend="eager")
+    compiled = torch.compile(
+        lambda x: ops.cross_attention(x, tokens, *weights, heads=2), fullgraph=True, backend="eager"
+    )
     torch.testing.assert_close(compiled(x), ops.cross_attention(x, tokens, *weights, heads=2))

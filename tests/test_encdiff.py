@@ -42,7 +42,10 @@ def test_names_and_shapes_are_those_of_published_checkpoints():
 def test_published_ddim_trajectory():
     golden, small = load("ddim_unet_small"), load("unet_small")
     config = json.loads(str(small["config"]))
-    unet = fill(UNet(3, 16, config["model_channels"], config["channel_mult"], 1, (0, 1), config["num_heads"]), "model.diffusion_model.")
+    unet = fill(
+        UNet(3, 16, config["model_channels"], config["channel_mult"], 1, (0, 1), config["num_heads"]),
+        "model.diffusion_model.",
+    )
     tokens = draw("unet_small:context", (3, 10, 16))[:2]
     visited = []
     last = ddim(

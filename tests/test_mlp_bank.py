@@ -55,7 +55,9 @@ def test_state_dict_round_trip_and_missing_names():
 def test_gradcheck():
     torch.manual_seed(0)
     scalars = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
-    parameters = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((3, 4, 1), (3, 2, 4), (3, 4), (3, 2))]
+    parameters = [
+        torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((3, 4, 1), (3, 2, 4), (3, 4), (3, 2))
+    ]
     assert torch.autograd.gradcheck(lambda s, *p: ops.mlp_bank(s, p[:2], p[2:]), (scalars, *parameters))
 
 

@@ -3,7 +3,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from encdiff.diffusion.schedules import PUBLISHED, alphas_cumprod, ddim_timesteps, ddpm_timesteps, make_betas
@@ -52,11 +52,12 @@ def test_ddim_timesteps_equal_golden(steps):
     assert ddim_timesteps(steps, 1000).tolist() == GOLDEN[f"ddim_timesteps:{steps}"].tolist()
 
 
+@settings(deadline=None)
 @given(st.integers(1, 1500).flatmap(lambda T: st.tuples(st.integers(1, T), st.just(T))))
 def test_timesteps_are_as_many_as_asked_ascending_evenly_spread_and_in_range(steps_and_T):
     steps, T = steps_and_T
     for t in (ddim_timesteps(steps, T), ddpm_timesteps(steps, T)):
-        assert len(t) == steps and 0 <= t[0] and t[-1] < T
+        assert len(t) == steps and t[0] >= 0 and t[-1] < T
         gaps = torch.diff(torch.cat([t, t[:1] + T]))  # the last gap closes the circle
         assert gaps.min() >= 1 and gaps.max() - gaps.min() <= 1
     if T % steps == 0 and steps < T:

@@ -7,7 +7,9 @@ from encdiff.errors import InputError
 
 
 def weights(C, inner):
-    return [torch.randn(inner, C, dtype=torch.float64) / C**0.5 for _ in range(3)] + [torch.randn(C, inner, dtype=torch.float64)]
+    return [torch.randn(inner, C, dtype=torch.float64) / C**0.5 for _ in range(3)] + [
+        torch.randn(C, inner, dtype=torch.float64)
+    ]
 
 
 @pytest.mark.parametrize("impl", ["sdpa", "reference"])

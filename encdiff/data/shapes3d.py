@@ -10,7 +10,8 @@ import io
 import math
 import os
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 
@@ -76,7 +77,7 @@ def write_shapes3d(
     """Write a labelled six-factor data set to `path` in the `3dshapes.h5` schema, `batch` images at a time.
 
     The file appears, or replaces an older one, only when complete; an error or Ctrl-C leaves nothing behind.
-    `progress(done, total)` is called after each batch. InputError for another kind of data set or a missing folder.
+    `progress(done, total)` is called, in another thread, after each batch. InputError for another kind of data set or a missing folder.
     """
     path = Path(path)
     if dataset.factor_names != FACTOR_NAMES:
@@ -87,13 +88,14 @@ def write_shapes3d(
         raise InputError(f"{path}: must be a file name in an existing folder")
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        with _Sink(partial, "w+b") as sink:
-            with h5py.File(sink, "w") as file:
-                for done in _write(file, dataset, batch):
-                    sink.check()
-                    if progress:
-                        progress(done, len(dataset))
-            sink.check()
+        # A thread writes, for signals interrupt the main one only: Ctrl-C must not surface inside HDF5.
+        with _Sink(partial, "w+b") as sink, ThreadPoolExecutor(max_workers=1) as pool:
+            try:
+                pool.submit(_write, sink, dataset, batch, progress).result()
+                sink.check()
+            except BaseException as error:
+                sink.error = error  # the thread stops after its batch
+                raise
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
@@ -124,15 +126,27 @@ class _Sink(io.FileIO):
         if self.error is None:
             try:
                 action(*args)
-            except BaseException as error:  # Ctrl-C too
+            except OSError as error:
+                error.filename = self.name  # so that the message names the file
                 self.error = error
-                if isinstance(error, OSError):
-                    error.filename = self.name  # so that the message names the file
+            except ValueError as error:  # closed: the writer was interrupted twice
+                self.error = error
 
 
-def _write(file: h5py.File, dataset: Dataset, batch: int) -> Iterator[int]:
-    """Write the schema in batches; yields how many images are done after each."""
-    total, size = len(dataset), dataset.image_size
+def _write(sink: _Sink, dataset: Dataset, batch: int, progress: Callable[[int, int], None] | None) -> None:
+    total = len(dataset)
+    with h5py.File(sink, "w") as file:
+        images, labels = _allocate(file, total, dataset.image_size)
+        for start in range(0, total, batch):
+            stop = min(start + batch, total)
+            indices = np.arange(start, stop)
+            images[start:stop], labels[start:stop] = dataset.images(indices), dataset.labels(indices)
+            sink.check()
+            if progress:
+                progress(stop, total)
+
+
+def _allocate(file: h5py.File, total: int, size: int) -> tuple[h5py.Dataset, h5py.Dataset]:
     chunk = min(total, max(1, CHUNK_BYTES // (3 * size * size)))
     images = file.create_dataset(
         "images",
@@ -142,12 +156,7 @@ def _write(file: h5py.File, dataset: Dataset, batch: int) -> Iterator[int]:
         compression="gzip",
         compression_opts=1,  # the fastest
     )
-    labels = file.create_dataset("labels", (total, len(FACTOR_NAMES)), np.float64)
-    for start in range(0, total, batch):
-        stop = min(start + batch, total)
-        indices = np.arange(start, stop)
-        images[start:stop], labels[start:stop] = dataset.images(indices), dataset.labels(indices)
-        yield stop
+    return images, file.create_dataset("labels", (total, len(FACTOR_NAMES)), np.float64)
 
 
 def _open_h5(path: Path) -> tuple[h5py.Dataset, np.ndarray]:
@@ -169,7 +178,7 @@ def _open_npz(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
                 raise InputError(f"{path}: an archive without images; must be an .npz with the key `images`")
             images = _map_member(path, archive, "images.npy")
         with np.load(path, allow_pickle=False) as arrays:
-            return images, arrays["labels"] if "labels" in arrays else None
+            return images, arrays.get("labels")
     except InputError:
         raise
     except (zipfile.BadZipFile, ValueError, OSError, EOFError) as error:

@@ -47,31 +47,34 @@ class GEGLU(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Linear(GEGLU(x)), four times as wide inside."""
+    """Linear(GEGLU(x)), `factor` times as wide inside."""
 
-    def __init__(self, width: int):
+    def __init__(self, width: int, factor: int):
         super().__init__()
         # Identity keeps the place of the published code's dropout, and so the names
-        self.net = nn.Sequential(GEGLU(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width))
+        self.net = nn.Sequential(GEGLU(width, factor * width), nn.Identity(), nn.Linear(factor * width, width))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x)
 
 
 class TransformerBlock(nn.Module):
-    """x += SelfAttn(LN(x)); x += CrossAttn(LN(x), S); x += FF(LN(x))."""
+    """[x += SelfAttn(LN(x));] x += CrossAttn(LN(x), S); x += FF(LN(x))."""
 
-    def __init__(self, width: int, context_width: int, heads: int):
+    def __init__(self, width: int, context_width: int, heads: int, self_attention: bool, feedforward: int):
         super().__init__()
-        self.attn1 = Attention(width, width, heads)
-        self.ff = FeedForward(width)
+        if self_attention:
+            self.attn1 = Attention(width, width, heads)
+            self.norm1 = nn.LayerNorm(width)
+        self.self_attention = self_attention
+        self.ff = FeedForward(width, feedforward)
         self.attn2 = Attention(width, context_width, heads)
-        self.norm1 = nn.LayerNorm(width)
         self.norm2 = nn.LayerNorm(width)
         self.norm3 = nn.LayerNorm(width)
 
     def forward(self, x: Tensor, cond: Conditioning) -> Tensor:
-        x = ops.self_attention(x, *self.attn1.weights(), heads=self.attn1.heads, residual=True, **_norm(self.norm1))
+        if self.self_attention:
+            x = ops.self_attention(x, *self.attn1.weights(), heads=self.attn1.heads, residual=True, **_norm(self.norm1))
         x = self._cross_attend(x, cond)
         return x + self.ff(self.norm3(x))
 
@@ -90,11 +93,22 @@ class SpatialTransformer(nn.Module):
     Maps (B, C, h, w) to the same shape.
     """
 
-    def __init__(self, channels: int, context_width: int, heads: int, depth: int = 1, groups: int = 32):
+    def __init__(
+        self,
+        channels: int,
+        context_width: int,
+        heads: int,
+        depth: int = 1,
+        groups: int = 32,
+        self_attention: bool = True,
+        feedforward: int = 4,
+    ):
         super().__init__()
         self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
         self.proj_in = nn.Conv2d(channels, channels, 1)
-        self.transformer_blocks = nn.ModuleList(TransformerBlock(channels, context_width, heads) for _ in range(depth))
+        self.transformer_blocks = nn.ModuleList(
+            TransformerBlock(channels, context_width, heads, self_attention, feedforward) for _ in range(depth)
+        )
         self.proj_out = zero_init(nn.Conv2d(channels, channels, 1))
 
     def forward(self, x: Tensor, cond: Conditioning) -> Tensor:

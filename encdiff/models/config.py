@@ -14,6 +14,7 @@ class EncDiffConfig:
     # image encoder and MLP bank
     concepts: int = 20  # N
     encoder_width: int = 128
+    normalize_scalars: bool = False  # zero mean and unit variance over the batch, as the encoder's last layer
     token_width: int = 16  # d
     bank_widths: tuple[int, ...] = (64, 128)
     bank_activation: str = "elu"
@@ -32,6 +33,8 @@ class EncDiffConfig:
     attention_levels: tuple[int, ...] = (0, 1, 2)
     heads: int = 8
     transformer_depth: int = 1
+    self_attention: bool = True
+    feedforward: int = 4  # hidden width of a transformer's feed-forward layer, as a multiple
     scale_shift: bool = True
     resample: str = "residual"
     groups: int = 32
@@ -47,7 +50,17 @@ class EncDiffConfig:
         for field in fields(self):  # JSON has no tuples
             if isinstance(getattr(self, field.name), list):
                 object.__setattr__(self, field.name, tuple(getattr(self, field.name)))
-        for name in ("concepts", "encoder_width", "token_width", "patch", "width", "depth", "heads", "num_timesteps"):
+        for name in (
+            "concepts",
+            "encoder_width",
+            "token_width",
+            "patch",
+            "width",
+            "depth",
+            "heads",
+            "feedforward",
+            "num_timesteps",
+        ):
             if not isinstance(value := getattr(self, name), int) or value < 1:
                 raise InputError(f"{name} is {value!r}, must be a positive integer")
         if self.first_stage not in ("vq", "space_to_depth"):

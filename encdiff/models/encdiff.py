@@ -60,11 +60,11 @@ class EncDiff(
         self.model = nn.ModuleDict({
             "diffusion_model": UNet(
                 first_stage.latent_channels, c.token_width, c.width, c.multipliers, c.depth, c.attention_levels,
-                c.heads, c.transformer_depth, c.scale_shift, c.resample, c.groups,
+                c.heads, c.transformer_depth, c.self_attention, c.feedforward, c.scale_shift, c.resample, c.groups,
             ),
         })  # fmt: skip
         self.cond_stage_model = nn.ModuleDict({
-            "encoder": ImageEncoder(c.image_size, c.concepts, c.encoder_width),
+            "encoder": ImageEncoder(c.image_size, c.concepts, c.encoder_width, c.normalize_scalars),
             "net": MLPBank(c.concepts, c.token_width, c.bank_widths, c.bank_activation),
         })  # fmt: skip
         self.first_stage_model = first_stage.requires_grad_(False)

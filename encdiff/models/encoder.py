@@ -13,6 +13,7 @@ class ImageEncoder(nn.Sequential):
         image_size: side of the square image, 4 * 2**k with k >= 1; the paper's is 64.
         concepts: N, the number of scalars.
         width: channels throughout; the paper's is 128.
+        normalize: end with a BatchNorm without parameters: scalars of unit variance; the paper's has none.
         in_channels: 3 for RGB.
 
     Maps (B, in_channels, image_size, image_size) in [-1, 1] to scalars (B, N).
@@ -20,20 +21,23 @@ class ImageEncoder(nn.Sequential):
     Source: arXiv 2402.09712, appendix; the layer positions are those of the published checkpoints.
     """
 
-    def __init__(self, image_size: int = 64, concepts: int = 20, width: int = 128, in_channels: int = 3):
+    def __init__(
+        self, image_size: int = 64, concepts: int = 20, width: int = 128, normalize: bool = False, in_channels: int = 3
+    ):
         halvings = (image_size // 4).bit_length() - 1
         if halvings < 1 or 4 * 2**halvings != image_size:
             raise InputError(f"image_size is {image_size}, must be 4 * 2**k with k >= 1: 8, 16, 32, 64, 128, ...")
         layers: list[nn.Module] = []
         for i in range(halvings):
-            layers += [
-                nn.Conv2d(in_channels if i == 0 else width, width, 4, stride=2, padding=1),
-                nn.BatchNorm2d(width),
-            ]
+            layers.append(nn.Conv2d(in_channels if i == 0 else width, width, 4, stride=2, padding=1))
+            layers.append(nn.BatchNorm2d(width))
             if i != halvings - 2:  # the last convolution but one has no ReLU, as published
                 layers.append(nn.ReLU())
         layers += [ResidualBlock(width), nn.BatchNorm2d(width), nn.ReLU(), ResidualBlock(width)]
-        super().__init__(*layers, nn.Flatten(), nn.Linear(width * 16, concepts))
+        layers += [nn.Flatten(), nn.Linear(width * 16, concepts)]
+        if normalize:
+            layers.append(nn.BatchNorm1d(concepts, affine=False))
+        super().__init__(*layers)
 
 
 class ResidualBlock(nn.Module):

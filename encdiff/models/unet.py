@@ -24,6 +24,8 @@ class UNet(nn.Module):
         attention_levels: levels with a spatial transformer after every residual block.
         heads: of every attention; divides every attending level's channels.
         transformer_depth: blocks per spatial transformer.
+        self_attention: whether a block attends to its own features before the tokens.
+        feedforward: how many times wider than its block a feed-forward layer is.
         scale_shift: the timestep scales and shifts the normalised features; otherwise it is added before the norm.
         resample: "residual" (a residual block with pooling or nearest upsampling inside) or "conv".
         groups: of every GroupNorm; divides every channel count.
@@ -43,6 +45,8 @@ class UNet(nn.Module):
         attention_levels: Sequence[int] = (0, 1, 2),
         heads: int = 8,
         transformer_depth: int = 1,
+        self_attention: bool = True,
+        feedforward: int = 4,
         scale_shift: bool = True,
         resample: str = "residual",
         groups: int = 32,
@@ -57,7 +61,7 @@ class UNet(nn.Module):
             return ResBlock(c_in, c_out, emb, scale_shift, groups, sample)
 
         def attend(c: int) -> SpatialTransformer:
-            return SpatialTransformer(c, context_width, heads, transformer_depth, groups)
+            return SpatialTransformer(c, context_width, heads, transformer_depth, groups, self_attention, feedforward)
 
         def resampled(c: int, kind: str) -> nn.Module:
             return res(c, c, kind) if resample == "residual" else Resample(c, kind)

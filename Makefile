@@ -1,0 +1,39 @@
+# Needs Python >= 3.11, a C++ compiler and make; the rest is installed into .venv.
+# Every path is relative: make cannot quote a target, and the folder's own path may hold spaces.
+PYTHON ?= python3
+CHECK_PYTHON := import sys; sys.exit(sys.version_info < (3, 11) and "needs Python 3.11 or newer: make PYTHON=python3.12")
+PIP := .venv/bin/python -m pip install --disable-pip-version-check -c constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint bench clean
+
+help:  ## list these targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' Makefile
+
+demo: .venv/.installed  ## render data, train a small model, evaluate it, draw pictures: all in runs/demo
+	.venv/bin/encdiff demo
+
+test: .venv/.installed-dev  ## run the tests, and every benchmark once as a smoke test
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --benchmark-disable tests bench
+
+lint: .venv/.installed-dev  ## check style and formatting
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+
+bench: .venv/.installed-dev  ## time the ops on this machine; ARGS="--benchmark-json=FILE" keeps the figures
+	.venv/bin/python -m pytest bench $(ARGS)
+
+clean:  ## remove .venv, builds and caches, but never a run
+	rm -rf .venv build dist encdiff.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks .coverage
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# torch comes first and by its exact version, so that nothing else chooses one; it also brings setuptools for the build.
+.venv/.installed: pyproject.toml setup.py constraints.txt encdiff/__init__.py
+	.venv/bin/python -m pip --version 2>/dev/null || { "$(PYTHON)" -c '$(CHECK_PYTHON)' && "$(PYTHON)" -m venv .venv; }
+	$(PIP) torch==2.13.0
+	$(PIP) --no-build-isolation -e .
+	touch $@
+
+.venv/.installed-dev: .venv/.installed
+	$(PIP) --no-build-isolation -e ".[dev]"
+	touch $@

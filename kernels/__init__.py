@@ -1,0 +1,7 @@
+"""Triton kernels, installed as `encdiff.kernels`: flat, and importing torch and triton only."""
+
+if __name__ != "encdiff.kernels":
+    raise ImportError(
+        f"imported as {__name__!r}, but this folder is the package encdiff.kernels: `pip install -e .`, then "
+        "`import encdiff.kernels`. For PyPI's `kernels`, start Python outside encdiff's repository."
+    )

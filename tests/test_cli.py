@@ -1,0 +1,170 @@
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from PIL import Image
+from test_encdiff import TINY
+
+from encdiff import EncDiff, __version__, cli
+from encdiff.data import open_dataset
+from encdiff.train import TrainConfig, train
+
+DATA = "procedural:2,2,2,2,2,2"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A finished run of a few steps."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    train(EncDiff(TINY), open_dataset(DATA, TINY.image_size), folder, TrainConfig(steps=2, batch_size=8, warmup=1))
+    return folder
+
+
+@pytest.fixture
+def encdiff(monkeypatch, capsys):
+    """Run a command line in this process; gives exit code and what it printed."""
+
+    def call(*args):
+        monkeypatch.setattr(sys, "argv", ["encdiff", *map(str, args)])
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as end:
+            code = end.code or 0
+        printed = capsys.readouterr()
+        return code, " ".join((printed.out + printed.err).split())
+
+    return call
+
+
+def test_help_names_every_command(encdiff):
+    code, text = encdiff("--help")
+    assert code == 0
+    for command in ("train", "train-autoencoder", "evaluate", "swap", "traverse", "attend", "demo", "data"):
+        assert command in text
+        assert encdiff(command, "--help")[0] == 0
+
+
+def test_help_does_not_load_torch():
+    code = "import sys; sys.argv = ['encdiff', '--help']\nfrom encdiff import cli\ntry: cli.main()\nexcept SystemExit: pass\nprint('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.endswith("False\n")
+
+
+def test_version(encdiff):
+    assert encdiff("--version") == (0, __version__)
+
+
+def test_evaluate_swap_traverse_attend(encdiff, run):
+    assert encdiff("evaluate", run, "--protocol", "quick")[0] == 0
+    results = json.loads((run / "metrics.json").read_text())
+    assert results.keys() == {"trained", "untrained"}
+    assert results["trained"]["protocol"]["name"] == "quick" and results["trained"]["data"]["images"] == 64
+    for command, options in (
+        ("swap", ["--pairs", 2]),
+        ("traverse", ["--index", 3, "--values", 3]),
+        ("attend", ["--images", 2]),
+    ):
+        code, text = encdiff(command, run, "--steps", 2, *options)
+        assert code == 0 and f"{command}.png" in text
+        with Image.open(run / "pictures" / f"{command}.png") as picture:
+            assert min(picture.size) > 50
+
+
+def test_a_model_folder_serves_too(encdiff, run, tmp_path):
+    assert (
+        encdiff("swap", run / "model", "--data", DATA, "--steps", 1, "--pairs", 1, "--out", tmp_path / "x" / "s.png")[0]
+        == 0
+    )
+    assert (tmp_path / "x" / "s.png").is_file()
+    code, text = encdiff("swap", run / "model")
+    assert code == 2 and "--data is missing" in text
+
+
+def test_render_writes_the_schema_and_refuses_to_replace(encdiff, tmp_path):
+    path = tmp_path / "room.h5"
+    code, text = encdiff("data", "render", path, "--image-size", 16, "--grid", "2,1,1,2,2,1")
+    assert code == 0 and "8 images" in text
+    assert open_dataset(path).factor_sizes == (2, 1, 1, 2, 2, 1)
+    assert encdiff("data", "render", path)[0] == 2
+    assert encdiff("data", "render", path, "--grid", "1,1,1,1,1,1", "--overwrite")[0] == 0
+    assert len(open_dataset(path)) == 1
+
+
+def test_train_and_resume(encdiff, tmp_path):
+    options = ["--run", tmp_path / "run", "--data", "procedural:2,2,1,1,1,1", "--batch-size", 4]
+    assert encdiff("train", *options, "--steps", 1)[0] == 0
+    code, text = encdiff("train", *options)
+    assert code == 2 and "holds something already" in text
+    code, text = encdiff("train", "--run", tmp_path / "run", "--resume", "--steps", 2)
+    assert code == 0 and "encdiff evaluate" in text
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["training"]["steps"] == 2
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["train", "--run", "r"], "--data is missing"),
+        (["train", "--run", "r", "--data", DATA, "--preset", "best"], "preset 'best' is unknown, must be one of"),
+        (["train", "--run", "r", "--data", DATA, "--preset", "shapes3d"], "--first-stage is missing"),
+        (["train", "--run", "r", "--data", "nowhere.h5"], "nowhere.h5"),
+        (["train", "--run", "r", "--data", DATA, "--batch-size", "0"], "--batch-size"),
+        (["train", "--run", "r", "--data", DATA, "--learning-rate", "-1"], "learning_rate is -1.0, must be positive"),
+        (["train", "--run", "r", "--resume"], "must be the folder of a training run"),
+        (["evaluate", "r"], "neither a folder here nor"),
+        (["swap", "{run}", "--pairs", "99"], "64 images, 198 are needed"),
+        (["traverse", "{run}", "--index", "64"], "64"),
+        (["swap", "{run}", "--device", "cuda:7"], "--device cuda:7: no GPU"),
+        (["swap", "{run}", "--device", "gpu"], "--device 'gpu' must be auto, cpu, cuda"),
+        (["evaluate", "{run}", "--protocol", "best"], "best"),
+        (["data", "render", "x.h5", "--grid", "a,b"], "grid"),
+        (["data", "render", "no/such/folder/x.h5"], "x.h5"),
+        (["demonstrate"], "demonstrate"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(encdiff, run, tmp_path, monkeypatch, args, message):
+    monkeypatch.chdir(tmp_path)
+    code, text = encdiff(*(a.replace("{run}", str(run)) for a in args))
+    assert code == 2 and message in text and "Traceback" not in text
+    assert not any(tmp_path.iterdir())
+
+
+def test_errors_of_the_disk_are_one_line(encdiff, run, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device", "pictures/swap.png")
+
+    monkeypatch.setattr("encdiff.visualize.save_png", full)
+    code, text = encdiff("swap", run, "--steps", 1, "--pairs", 1)
+    assert code == 2 and "No space left on device" in text and "Traceback" not in text
+
+
+def test_a_bug_shows_its_traceback(encdiff, run, monkeypatch):
+    monkeypatch.setattr("encdiff.visualize.save_png", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        encdiff("swap", run, "--steps", 1, "--pairs", 1)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_signals_save_and_exit_0(tmp_path, signum):
+    folder = tmp_path / "run"
+    command = [sys.executable, "-m", "encdiff.cli", "train", "--run", str(folder), "--data", DATA, "--batch-size", "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    deadline = time.monotonic() + 60
+    log = folder / "log.csv"
+    while not (log.is_file() and len(log.read_text().splitlines()) > 1):  # the first 50 steps are done
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.1)
+    process.send_signal(signum)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert "stopped after step" in " ".join(out.split()) and "--resume" in out
+    assert (folder / "checkpoint.safetensors").is_file()
+    with log.open(newline="") as file:
+        assert all(row["loss"] for row in csv.DictReader(file))

@@ -1,0 +1,205 @@
+"""Opening data, float and back, and batches that are a function of the step."""
+
+import threading
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from encdiff.data import Dataset, open_dataset, to_float, to_uint8
+from encdiff.data.folder import ImageFolder
+from encdiff.data.loader import Batches, read_all
+from encdiff.data.procedural import ProceduralShapes3D
+from encdiff.data.shapes3d import Shapes3D, write_shapes3d
+from encdiff.errors import InputError
+
+
+class Numbered(Dataset):
+    """Image i is filled with i."""
+
+    name, image_size = "numbered", 2
+
+    def __init__(self, count):
+        self.count, self.threads = count, set()
+
+    def __len__(self):
+        return self.count
+
+    def images(self, indices):
+        self.threads.add(threading.current_thread())
+        return np.tile(self.check_indices(indices)[:, None, None, None].astype(np.uint8), (1, 2, 2, 3))
+
+
+@settings(max_examples=40)
+@given(st.integers(1, 50), st.integers(1, 120), st.integers(0, 2**40), st.integers(0, 10**9))
+def test_indices_follow_the_shuffled_epochs(count, batch, seed, step):
+    indices = Batches(Numbered(count), batch, seed).batch_indices(step)
+    assert indices.dtype == np.int64 and indices.shape == (batch,)
+    for i in (0, batch // 2, batch - 1):
+        epoch, offset = divmod(step * batch + i, count)
+        assert indices[i] == np.random.default_rng((seed, epoch)).permutation(count)[offset]
+
+
+@pytest.mark.parametrize("count, batch", [(10, 4), (7, 7), (5, 13), (1, 3)])
+def test_every_epoch_visits_everything_once(count, batch):
+    batches = Batches(Numbered(count), batch, seed=3)
+    stream = np.concatenate([batches.batch_indices(s) for s in range(4 * count)])
+    for epoch in stream[: len(stream) // count * count].reshape(-1, count):
+        assert sorted(epoch) == list(range(count))
+
+
+def test_order_depends_on_seed_and_step_only():
+    one, two = Batches(Numbered(100), 16, seed=1), Batches(Numbered(100), 16, seed=1)
+    forward = [one.batch_indices(s) for s in range(40)]
+    for step in np.random.default_rng().permutation(40):
+        np.testing.assert_array_equal(two.batch_indices(int(step)), forward[step])
+    assert (Batches(Numbered(100), 16, seed=2).batch_indices(0) != forward[0]).any()
+    assert (np.concatenate(forward[:6]) != np.concatenate(forward[7:13])).any()
+
+
+def test_images_are_those_of_the_indices():
+    data = ProceduralShapes3D(6, (2, 2, 2, 2, 2, 3))
+    resident, streamed = Batches(data, 5, 9), Batches(data, 5, 9, resident_gib=0)
+    assert resident.resident and not streamed.resident
+    for step in [0, 1, 2, 30, 31, 7, 7, 0]:  # in order, and jumping as a resumed run does
+        expected = data.images(resident.batch_indices(step))
+        for batches in (resident, streamed):
+            images = batches.images(step)
+            assert images.dtype == torch.uint8 and images.shape == (5, 6, 6, 3)
+            np.testing.assert_array_equal(images.numpy(), expected)
+
+
+def test_budget_is_in_bytes_of_the_set():
+    data = Numbered(100)  # 1200 bytes
+    assert Batches(data, 3, resident_gib=1200 / 2**30).resident
+    assert not Batches(data, 3, resident_gib=1199 / 2**30).resident
+
+
+def test_next_batch_is_read_by_a_thread():
+    data = Numbered(50)
+    batches = Batches(data, 4, resident_gib=0)
+    batches.images(0)
+    batches._next[1].result()
+    assert data.threads and threading.current_thread() not in data.threads
+
+
+def test_a_failing_read_is_raised():
+    data = Numbered(50)
+    batches = Batches(data, 4, resident_gib=0)
+    batches.images(0)
+    batches._next[1].result()
+
+    def fail(indices):
+        raise InputError("7.png: not a readable image")
+
+    data.images = fail
+    batches.images(1)  # was read before
+    with pytest.raises(InputError, match=r"7\.png"):
+        batches.images(2)
+    with pytest.raises(InputError, match=r"7\.png"):
+        batches.images(2)
+
+
+def test_changing_a_batch_changes_nothing_else():
+    batches = Batches(Numbered(9), 9)
+    batches.images(0).zero_()
+    assert batches.images(1).sum() == 12 * sum(range(9))
+
+
+def test_read_all_reports_progress():
+    seen = []
+    images = read_all(Numbered(1100), lambda done, total: seen.append((done, total)))
+    assert images.shape == (1100, 2, 2, 3) and seen == [(512, 1100), (1024, 1100), (1100, 1100)]
+
+
+@pytest.mark.parametrize(
+    "make, words",
+    [
+        (lambda: Batches(Numbered(3), 0), "batch_size: 0"),
+        (lambda: Batches(Numbered(3), -4), "batch_size: -4"),
+        (lambda: Batches(Numbered(3), 1, seed=-1), "seed: -1"),
+        (lambda: Batches(Numbered(0), 1), "holds no images"),
+        (lambda: Batches(Numbered(3), 1).batch_indices(-1), "step: -1"),
+    ],
+)
+def test_bad_batches(make, words):
+    with pytest.raises(InputError, match=words):
+        make()
+
+
+@pytest.mark.parametrize("kind", [np.asarray, torch.from_numpy])
+def test_float_and_back(kind):
+    levels = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1).repeat(3, -1) ^ np.array([0, 85, 170], np.uint8)
+    floats = to_float(kind(levels))
+    assert floats.shape == (1, 3, 16, 16) and floats.dtype == torch.float32 and floats.is_contiguous()
+    assert floats.min() == -1 and floats.max() == 1
+    np.testing.assert_allclose(floats[0, 1, 3, 5], levels[0, 3, 5, 1] / 127.5 - 1, atol=1e-6)
+    back = to_uint8(floats)
+    assert back.dtype == torch.uint8
+    np.testing.assert_array_equal(back.numpy(), levels)
+
+
+def test_to_uint8_clips_and_rounds():
+    values = torch.tensor([-7.0, 9.0, 0.0039 * 0.49]).reshape(1, 3, 1, 1).requires_grad_()
+    assert to_uint8(values).flatten().tolist() == [0, 255, 128]
+
+
+@pytest.mark.parametrize(
+    "call, bad",
+    [
+        (to_float, np.zeros((2, 4, 4, 3), np.float32)),
+        (to_float, np.zeros((4, 4, 3), np.uint8)),
+        (to_float, np.zeros((2, 3, 4, 4), np.uint8)),
+        (to_uint8, torch.zeros(2, 4, 4, 3)),
+        (to_uint8, torch.zeros(2, 3, 4, 4, dtype=torch.uint8)),
+        (to_uint8, torch.zeros(3, 4, 4)),
+    ],
+)
+def test_wrong_images(call, bad):
+    with pytest.raises(InputError, match=r"images: .* must be (uint8|float) of shape \(n"):
+        call(bad)
+
+
+def test_open_procedural():
+    full, part = open_dataset("procedural"), open_dataset("procedural:5,5,5,4,4,5", 16)
+    assert isinstance(full, ProceduralShapes3D) and len(full) == 480_000 and full.image_size == 64
+    assert part.factor_sizes == (5, 5, 5, 4, 4, 5) and part.image_size == 16
+
+
+def test_open_tells_files_by_content(tmp_path, monkeypatch):
+    room = ProceduralShapes3D(8, (1, 1, 1, 2, 2, 2))
+    write_shapes3d(tmp_path / "misnamed.npz", room)
+    np.savez(tmp_path / "other.npz", images=room.images(range(8)), labels=room.labels(range(8)))
+    (tmp_path / "other.npz").rename(tmp_path / "misnamed.h5")
+    for name in ("misnamed.npz", "misnamed.h5"):
+        data = open_dataset(tmp_path / name, 4)
+        assert isinstance(data, Shapes3D) and len(data) == 8 and data.image_size == 4
+    Image.new("RGB", (9, 9)).save(tmp_path / "x.png")
+    assert isinstance(open_dataset(str(tmp_path), 5), ImageFolder)
+    monkeypatch.setenv("ENCDIFF_DATA", str(tmp_path))
+    assert len(open_dataset("misnamed.npz")) == 8
+    monkeypatch.chdir(tmp_path.parent)
+    with pytest.raises(InputError, match=f"not found here nor in ENCDIFF_DATA={tmp_path}"):
+        open_dataset("absent.h5")
+
+
+@pytest.mark.parametrize("spec", ["procedural:", "procedural:a,b", "procedural:1;2", "absent.h5", ""])
+def test_open_lists_what_is_accepted(spec, tmp_path, monkeypatch):
+    monkeypatch.delenv("ENCDIFF_DATA", raising=False)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text").write_text("hello")
+    with pytest.raises(InputError, match=r"procedural\[:5,5,5,4,4,5\].*\.h5.*npz.*folder"):
+        open_dataset(spec or tmp_path / "text")
+
+
+def test_open_refuses(tmp_path):
+    Image.new("RGB", (9, 9)).save(tmp_path / "x.png")
+    with pytest.raises(InputError, match="image_size: None; a folder of images needs one"):
+        open_dataset(tmp_path)
+    with pytest.raises(InputError, match="grid: 2 entries"):
+        open_dataset("procedural:3,4")
+    with pytest.raises(InputError, match="image_size: 0"):
+        open_dataset("procedural", 0)

@@ -1,0 +1,108 @@
+"""The house: what importing costs, which layer may import which, how long a file may be."""
+
+import ast
+import importlib.metadata
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import encdiff
+
+ROOT = Path(__file__).parent.parent
+# Bottom up. A module imports its own room and the layers below it, nothing beside or above.
+LAYERS = [
+    {"errors", "kernels", "_C"},
+    {"ops", "checkpoint"},
+    {"diffusion", "data", "metrics"},
+    {"models"},
+    {"runs", "visualize"},
+    {"train", "evaluate"},
+    {"train_autoencoder", "demo"},
+    {"cli"},
+    {"__init__", "__main__"},
+]
+LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
+
+
+def python(code: str, folder: Path) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120, check=False)
+
+
+def imports(path: Path) -> set[str]:
+    """Dotted names of every import in the file, `from a import b` as `a.b`; a relative one begins with a dot."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {f"{'.' * node.level}{node.module or ''}.{alias.name}" for alias in node.names}
+    return names
+
+
+def rooms_of(names: set[str]) -> set[str]:
+    """The rooms of encdiff among the names; `from encdiff import __version__` is none."""
+    parts = (name.split(".") for name in names)
+    return {part[1] for part in parts if part[0] == "encdiff" and len(part) > 1 and not part[1].startswith("__")}
+
+
+def breaches(path: Path, room: str) -> set[str]:
+    return {other for other in rooms_of(imports(path)) - {room} if LEVEL.get(other, 99) >= LEVEL[room]}
+
+
+def test_import_is_light(tmp_path):
+    code = "import encdiff, sys; print(sorted({'torch', 'triton', 'numpy', 'encdiff._C'} & sys.modules.keys()))"
+    done = python(code, tmp_path)
+    assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stderr
+
+
+def test_version_is_the_installed_one():
+    assert encdiff.__version__ == importlib.metadata.version("encdiff"), "install again: make test does"
+
+
+def test_public_names_resolve():
+    for name in encdiff.__all__:
+        assert getattr(encdiff, name).__name__ if name != "PRESETS" else encdiff.PRESETS, name
+        assert name in dir(encdiff)
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        _ = encdiff.nonsense
+
+
+def test_kernels_belong_to_encdiff(tmp_path):
+    assert python("import encdiff.kernels", tmp_path).returncode == 0
+    assert python("import encdiff.kernels", ROOT).returncode == 0
+
+
+def test_kernels_refuse_to_be_top_level():
+    done = python("import kernels", ROOT)
+    assert done.returncode == 1
+    assert "ImportError: imported as 'kernels'" in done.stderr and "encdiff.kernels" in done.stderr
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "encdiff").rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))
+def test_layers(path):
+    room = path.relative_to(ROOT / "encdiff").parts[0].removesuffix(".py")
+    assert room in LEVEL, f"{room} has no layer: give it one in LAYERS"
+    assert not any(name.startswith(".") for name in imports(path)), "import by the full name"
+    assert not breaches(path, room), f"{room} must not import {breaches(path, room)}"
+
+
+def test_kernels_import_nothing_of_encdiff():
+    for path in (ROOT / "kernels").glob("*.py"):
+        outside = {name.split(".")[0] for name in imports(path)} - {""} - sys.stdlib_module_names
+        assert outside <= {"torch", "triton"}, f"{path.name} imports {outside}"
+
+
+def test_breaches_are_found(tmp_path):
+    bad = tmp_path / "noise.py"
+    bad.write_text("def f():\n    from encdiff.models.unet import UNet\n    from encdiff import train, errors\n")
+    assert breaches(bad, "ops") == {"models", "train"}
+
+
+def test_files_are_short():
+    folders = ("encdiff", "kernels", "tests", "bench")
+    files = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
+    long = {str(p.relative_to(ROOT)): n for p in files if (n := len(p.read_text().splitlines())) > 400}
+    assert not long, f"each of these holds two ideas: {long}"

@@ -1,0 +1,228 @@
+import csv
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from test_encdiff import TINY
+
+from encdiff import EncDiff, InputError
+from encdiff.checkpoint import load_tensors
+from encdiff.data import open_dataset
+from encdiff.train import RECIPES, Stopped, TrainConfig, Training, train
+
+CONFIG = TrainConfig(
+    steps=6, batch_size=8, learning_rate=2e-3, warmup=2, log_every=2, checkpoint_every=4, picture_every=100
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def dataset():
+    return open_dataset("procedural:2,2,2,2,2,2", TINY.image_size)
+
+
+def fresh() -> EncDiff:
+    torch.manual_seed(0)
+    return EncDiff(TINY)
+
+
+def rows(run):
+    with (run / "log.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def stop_after(step):
+    """What Ctrl-C does, from inside: interrupt the loop after that step."""
+
+    def on_step(training):
+        if training.step == step:
+            raise_signal()
+
+    return on_step
+
+
+def raise_signal():
+    import signal
+
+    signal.raise_signal(signal.SIGINT)
+
+
+def test_the_loss_falls_and_the_folder_is_complete(dataset, tmp_path):
+    run = tmp_path / "run"
+    train(fresh(), dataset, run, replace(CONFIG, steps=60, log_every=10, picture_every=30))
+    losses = [float(row["loss"]) for row in rows(run)]
+    assert len(losses) == 6 and losses[-1] < 0.9 * losses[0]
+    assert sorted(p.name for p in run.iterdir()) == [
+        "checkpoint.safetensors",
+        "config.json",
+        "log.csv",
+        "model",
+        "samples",
+    ]
+    assert sorted(p.name for p in (run / "samples").iterdir()) == ["swap-0000030.png", "swap-0000060.png"]
+    assert EncDiff.from_pretrained(run / "model").config == TINY
+
+
+@pytest.mark.parametrize("stop", [3, 4])
+@pytest.mark.parametrize("change", [{}, {"precision": "bf16"}])
+def test_a_resumed_run_equals_an_unbroken_one_to_the_bit(dataset, tmp_path, stop, change):
+    config = replace(CONFIG, **change)
+    train(fresh(), dataset, tmp_path / "whole", config)
+    with pytest.raises(Stopped, match=f"stopped after step {stop}; saved .*checkpoint.safetensors"):
+        train(fresh(), dataset, tmp_path / "broken", config, on_step=stop_after(stop))
+    torch.manual_seed(99)  # nothing may hang on the global generator
+    train(EncDiff(TINY), dataset, tmp_path / "broken", config, resume=True)
+    (whole, _), (broken, meta) = (
+        load_tensors(tmp_path / name / "checkpoint.safetensors") for name in ("whole", "broken")
+    )
+    assert meta == {"step": "6"} and whole.keys() == broken.keys()
+    assert any(k.startswith("optimizer.") for k in whole) and any(k.startswith("ema.") for k in whole)
+    for name, tensor in whole.items():
+        assert torch.equal(tensor, broken[name]), name
+    strip = [
+        [(r["step"], r["loss"], r["gradient_norm"]) for r in rows(tmp_path / name)] for name in ("whole", "broken")
+    ]
+    assert strip[0] == strip[1]
+
+
+def test_another_seed_gives_other_weights(dataset, tmp_path):
+    one = train(fresh(), dataset, tmp_path / "a", replace(CONFIG, steps=2))
+    other = train(fresh(), dataset, tmp_path / "b", replace(CONFIG, steps=2, seed=1))
+    assert not torch.equal(one.encoder[0].weight, other.encoder[0].weight)
+
+
+def test_ema_follows_its_formula(dataset):
+    training = Training(fresh(), CONFIG)
+    average = training.ema.out[2].bias.clone()
+    images = torch.rand(8, 3, 16, 16) * 2 - 1
+    for n in (1, 2, 3):
+        training.advance(images)
+        decay = min(0.9999, (1 + n) / (10 + n))
+        average = decay * average + (1 - decay) * training.model.unet.out[2].bias.detach()
+    torch.testing.assert_close(training.ema.out[2].bias, average)
+    averaged = training.averaged_model()
+    assert torch.equal(averaged.unet.out[2].bias, training.ema.out[2].bias)
+    assert torch.equal(averaged.encoder[0].weight, training.model.encoder[0].weight)
+
+
+def test_learning_rate_warms_up_and_decays():
+    training = Training(fresh(), replace(CONFIG, steps=12, warmup=4, decay=True, encoder_learning_rate=1e-2))
+    rates = []
+    for training.step in range(12):
+        rates.append(training.learning_rate())
+    expected = [0.25, 0.5, 0.75, 1.0] + [0.5 * (1 + math.cos(math.pi * i / 8)) for i in range(8)]
+    assert rates == pytest.approx(expected)
+    training.step = 1
+    training.advance(torch.rand(8, 3, 16, 16) * 2 - 1)
+    assert [g["lr"] for g in training.optimizer.param_groups] == pytest.approx([1e-3, 5e-3])
+
+
+def test_gradients_are_clipped():
+    def change(clip):
+        training = Training(fresh(), replace(CONFIG, gradient_clip=clip, warmup=1))
+        before = [p.detach().clone() for p in training.parameters]
+        _, norm = training.advance(torch.rand(8, 3, 16, 16) * 2 - 1)
+        grads = math.sqrt(sum(p.grad.square().sum().item() for p in training.parameters if p.grad is not None))
+        return norm.item(), grads, before
+
+    norm, after, _ = change(1e-3)
+    assert norm > 1e-3 and after == pytest.approx(1e-3, rel=1e-3)
+    norm, after, _ = change(0)
+    assert after == pytest.approx(norm, rel=1e-3)
+
+
+def test_batch_of_one(dataset, tmp_path):
+    train(fresh(), dataset, tmp_path / "run", replace(CONFIG, steps=1, batch_size=1))
+    assert math.isfinite(
+        load_tensors(tmp_path / "run" / "checkpoint.safetensors")[0]["model." + next(iter(fresh().state_dict()))].sum()
+    )
+
+
+def test_a_latent_scale_is_fitted_for_a_learnt_first_stage_and_kept(tmp_path):
+    config = replace(TINY, first_stage="vq", vq_width=32, vq_multipliers=(1, 1), vq_codes=8, image_size=8, groups=8)
+    data = open_dataset("procedural:2,1,1,1,1,1", 8)
+    torch.manual_seed(0)
+    model = EncDiff(config)
+    with pytest.raises(Stopped):
+        train(model, data, tmp_path / "run", replace(CONFIG, batch_size=2), on_step=stop_after(1))
+    scale = model.config.scaling_factor
+    with torch.no_grad():
+        from encdiff.data import to_float
+
+        assert model.to_latents(to_float(data.images([0, 1]))).std().item() == pytest.approx(1, rel=1e-4)
+    resumed = train(EncDiff(config), data, tmp_path / "run", replace(CONFIG, batch_size=2), resume=True)
+    assert resumed.config.scaling_factor == scale != 1
+    assert EncDiff.from_pretrained(tmp_path / "run" / "model").config.scaling_factor == scale
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(dataset, tmp_path):
+    def poison(training):
+        if training.step == 5:
+            training.model.bank.biases[0].data.fill_(torch.nan)
+
+    with pytest.raises(InputError, match="loss is nan at step 6: lower the learning rate"):
+        train(fresh(), dataset, tmp_path / "run", CONFIG, on_step=poison)
+    tensors, metadata = load_tensors(tmp_path / "run" / "checkpoint.safetensors")
+    assert metadata["step"] == "4" and all(t.isfinite().all() for t in tensors.values())
+
+
+def test_existing_folders(dataset, tmp_path):
+    run = tmp_path / "run"
+    train(fresh(), dataset, run, replace(CONFIG, steps=1))
+    with pytest.raises(InputError, match=r"run: holds something already; continue it with --resume or use --overwrite"):
+        train(fresh(), dataset, run, CONFIG)
+    assert load_tensors(run / "checkpoint.safetensors")[1]["step"] == "1"
+    with pytest.raises(InputError, match="was begun with learning_rate 0.002, cannot be resumed with 0.1"):
+        train(fresh(), dataset, run, replace(CONFIG, learning_rate=0.1), resume=True)
+    train(fresh(), dataset, run, replace(CONFIG, steps=2), resume=True)  # made longer
+    assert load_tensors(run / "checkpoint.safetensors")[1]["step"] == "2"
+    train(fresh(), dataset, run, replace(CONFIG, steps=1), overwrite=True)
+    assert load_tensors(run / "checkpoint.safetensors")[1]["step"] == "1"
+    (run / "thesis.tex").write_text("precious")
+    with pytest.raises(InputError, match="will not overwrite a folder that also holds thesis.tex"):
+        train(fresh(), dataset, run, CONFIG, overwrite=True)
+    with pytest.raises(InputError, match="no checkpoint to resume"):
+        train(fresh(), dataset, tmp_path / "none", CONFIG, resume=True)
+    assert not (tmp_path / "none").exists()
+    with pytest.raises(InputError, match="images of 16, the model takes 32"):
+        train(EncDiff.from_preset("quickstart"), dataset, tmp_path / "other", CONFIG)
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_full_disk_keeps_the_older_checkpoint(dataset, tmp_path, monkeypatch):
+    train(fresh(), dataset, tmp_path / "run", replace(CONFIG, steps=2))
+    before = (tmp_path / "run" / "checkpoint.safetensors").read_bytes()
+
+    def full(tensors, path, metadata=None):
+        path.write_bytes(b"half of it")
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr("encdiff.checkpoint.save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        train(fresh(), dataset, tmp_path / "run", CONFIG, resume=True)
+    assert (tmp_path / "run" / "checkpoint.safetensors").read_bytes() == before
+    assert not [p for p in (tmp_path / "run").iterdir() if p.name.startswith(".")]
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(steps=0), "steps is 0, must be a positive integer"),
+        (dict(batch_size=0), "batch_size is 0, must be a positive integer"),
+        (dict(learning_rate=0.0), "learning_rate is 0.0, must be positive"),
+        (dict(precision="fp8"), "precision is 'fp8', must be"),
+        (dict(seed=-1), "seed is -1, must be"),
+        (dict(timesteps="often"), "often"),
+    ],
+)
+def test_bad_configurations(change, message):
+    with pytest.raises(InputError, match=message):
+        Training(fresh(), replace(CONFIG, **change)).advance(torch.zeros(2, 3, 16, 16))
+
+
+def test_recipes_are_named_like_the_models():
+    from encdiff import PRESETS
+
+    assert RECIPES.keys() == PRESETS.keys()
+    with pytest.raises(InputError, match="preset 'best' is unknown"):
+        TrainConfig.from_preset("best")
