@@ -1,15 +1,12 @@
 """The command line: `encdiff --help`."""
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from encdiff import __version__
 from encdiff.errors import InputError
@@ -148,10 +145,10 @@ def evaluate(
     device: Device = "auto",
 ) -> None:
     """FactorVAE score and DCI by the paper's protocol, beside those of an untrained encoder."""
-    from encdiff.evaluate import format_table, plot_importance, write_metrics
+    from encdiff.evaluate import evaluate_model, format_table, plot_importance, write_metrics
 
     model, dataset = _open(run, data, device)
-    results = score(model, dataset, protocol, seed, baseline)
+    results = evaluate_model(model, dataset, protocol=protocol, seed=seed, baseline=baseline)
     out = out or run / "metrics.json"
     write_metrics(out, results)
     plot_importance(results["trained"], out.with_name("importance.png"))
@@ -171,10 +168,11 @@ def swap(
 ) -> None:
     """A picture: each concept of one image put into another."""
     from encdiff import visualize
+    from encdiff.runs import progress_bar
 
     model, dataset = _open(run, data, device)
     images = _draw(dataset, 2 * pairs, seed).to(_device(device))
-    with progress("sampling") as report:
+    with progress_bar("sampling") as report:
         picture = visualize.swap_grid(
             model, images[:pairs], images[pairs:], labels=_labels(run), steps=steps, seed=seed, progress=report
         )
@@ -195,11 +193,12 @@ def traverse(
     """A picture: one image with each concept's scalar moved from low to high."""
     from encdiff import visualize
     from encdiff.data import to_float
+    from encdiff.runs import progress_bar
 
     model, dataset = _open(run, data, device)
     image = _draw(dataset, 1, seed) if index is None else to_float(dataset.images([index]))
     codes = visualize.encode_images(model, _draw(dataset, min(len(dataset), 1000), seed).to(_device(device)))
-    with progress("sampling") as report:
+    with progress_bar("sampling") as report:
         picture = visualize.traversal(
             model, image[0].to(_device(device)), codes=codes, columns=values, labels=_labels(run), steps=steps,
             seed=seed, progress=report,
@@ -248,11 +247,12 @@ def render(
 ) -> None:
     """Render a room with floor, wall and object: the factors and the file format of 3dshapes.h5."""
     from encdiff.data.shapes3d import write_shapes3d
+    from encdiff.runs import progress_bar
 
     if out.exists() and not overwrite:
         raise InputError(f"{out}: exists already; use --overwrite to replace it")
     dataset = _dataset(f"procedural:{grid}", image_size)
-    with progress("rendering") as report:
+    with progress_bar("rendering") as report:
         write_shapes3d(out, dataset, progress=report)
     console.print(f"{len(dataset):,} images: {out}")
 
@@ -268,45 +268,6 @@ def main() -> None:
         if type(error).__name__ != "Stopped":  # its module loads torch
             raise
         console.print(str(error))
-
-
-@contextmanager
-def progress(what: str) -> Iterator:
-    """A bar; yields `report(done, total)`."""
-    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as bar:
-        task = bar.add_task(what, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
-
-
-def score(model, dataset, protocol: str, seed: int, baseline: bool) -> dict[str, dict]:
-    """Evaluate a model and, as the baseline, an untrained one of the same configuration; a bar for each stage."""
-    import torch
-
-    from encdiff.evaluate import evaluate
-    from encdiff.models import EncDiff
-
-    models = {"trained": model}
-    if baseline:
-        torch.manual_seed(seed)
-        models["untrained"] = EncDiff(model.config).eval()
-    results = {}
-    for name, scored in models.items():
-        with Progress(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console
-        ) as bar:
-            tasks = {}
-
-            def report(stage: str, done: int, total: int, bar=bar, tasks=tasks, name=name) -> None:
-                if stage not in tasks:
-                    tasks[stage] = bar.add_task(f"{name}: {stage.replace('_', ' ')}")
-                bar.update(tasks[stage], completed=done, total=total)
-
-            device = next(scored.parameters()).device
-            with torch.no_grad():
-                encode = lambda images, scored=scored, device=device: scored.encode(images.to(device))  # noqa: E731
-                results[name] = evaluate(encode, dataset, protocol=protocol, seed=seed, progress=report)
-    return results
 
 
 def _device(name: str) -> str:

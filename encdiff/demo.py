@@ -7,11 +7,11 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from encdiff.cli import progress, score
 from encdiff.data import open_dataset, to_float
 from encdiff.data.shapes3d import write_shapes3d
-from encdiff.evaluate import format_table, plot_importance, write_metrics
+from encdiff.evaluate import evaluate_model, format_table, plot_importance, write_metrics
 from encdiff.models import EncDiff
+from encdiff.runs import progress_bar
 from encdiff.train import TrainConfig, train
 from encdiff.visualize import attention_picture, concept_labels, encode_images, save_png, swap_grid, traversal
 
@@ -30,7 +30,7 @@ def demo(out: Path, seed: int, console: Console) -> None:
     model = EncDiff.from_preset("quickstart")
 
     say("1/4 rendering the data")
-    with progress("rendering") as report:
+    with progress_bar("rendering") as report:
         write_shapes3d(out / "room.h5", open_dataset(DATA, model.config.image_size), progress=report)
     dataset = open_dataset(out / "room.h5")
 
@@ -38,7 +38,7 @@ def demo(out: Path, seed: int, console: Console) -> None:
     model = train(model, dataset, out / "run", TrainConfig.from_preset("quickstart", seed=seed), overwrite=True)
 
     say("3/4 evaluating by the paper's protocol")
-    results = score(model, dataset, "paper", seed, baseline=True)
+    results = evaluate_model(model, dataset, seed=seed)
     write_metrics(out / "metrics.json", results)
     plot_importance(results["trained"], out / "importance.png")
 
@@ -62,9 +62,9 @@ def _draw(model: EncDiff, dataset, result: dict, seed: int) -> dict:
     chosen = np.random.default_rng(seed).choice(len(dataset), 1000, replace=False)
     images = to_float(dataset.images(chosen))
     codes = encode_images(model, images)
-    with progress("sampling swaps") as report:
+    with progress_bar("sampling swaps") as report:
         swapped = swap_grid(model, images[:4], images[4:8], labels=labels, seed=seed, progress=report)
-    with progress("sampling traversals") as report:
+    with progress_bar("sampling traversals") as report:
         traversed = traversal(model, images[0], codes=codes, labels=labels, seed=seed, progress=report)
     attended = attention_picture(model, images[:4], labels=labels, seed=seed)
     return {"swap": swapped, "traverse": traversed, "attend": attended}

@@ -3,25 +3,26 @@
 import hashlib
 import json
 import os
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from encdiff import __version__
+from encdiff.checkpoint import atomic_path
 from encdiff.data import Dataset, to_float
 from encdiff.errors import InputError
 from encdiff.metrics import dci, factor_vae_score, sample_factors
 from encdiff.metrics.factor_vae import check_at_least, check_factor_sizes
+from encdiff.models import EncDiff
 
 Encode = Callable[[torch.Tensor], torch.Tensor]  # float32 (B,3,H,W) in [-1,1] -> (B,N)
-Progress = Callable[[str, int, int], None]  # stage, done, total
+Report = Callable[[str, int, int], None]  # stage, done, total
 
 DCI_DRAW = 16  # factors are drawn this many at a time: it fixes which samples a seed means
 SCORES = {  # row of the table -> path in the result
@@ -63,7 +64,7 @@ def evaluate(
     seed: int = 0,
     batch_size: int = 256,
     n_jobs: int | None = None,
-    progress: Progress | None = None,
+    progress: Report | None = None,
     **overrides: int | float,
 ) -> dict:
     """FactorVAE score and DCI of `encode` on the whole of a labelled `dataset`.
@@ -94,9 +95,45 @@ def evaluate(
         "protocol": {"name": protocol if settings == replace(PROTOCOLS[protocol], seed=seed) else "custom"}
         | asdict(settings),
         "data": describe_data(dataset),
-        "version": _version(),
+        "version": __version__,
         "seconds": {"encode": encoded - began, "factor_vae": scored - encoded, "dci": ended - scored},
     }
+
+
+def evaluate_model(
+    model: EncDiff, dataset: Dataset, *, protocol: str = "paper", seed: int = 0, baseline: bool = True
+) -> dict[str, dict]:
+    """`evaluate` a trained model and, as the baseline, an untrained one of its configuration, with progress bars.
+
+    Returns the results under "trained" and "untrained".
+    """
+    models = {"trained": model}
+    if baseline:
+        torch.manual_seed(seed)
+        models["untrained"] = EncDiff(model.config).to(next(model.parameters()).device).eval()
+    results = {}
+    for name, scored in models.items():
+        with Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()) as bar:
+            encode = _encoder(scored)
+            results[name] = evaluate(encode, dataset, protocol=protocol, seed=seed, progress=_Stages(bar, name))
+    return results
+
+
+def _encoder(model: EncDiff) -> Encode:
+    device = next(model.parameters()).device
+    return lambda images: model.encode(images.to(device))
+
+
+class _Stages:
+    """A bar for each stage of an evaluation."""
+
+    def __init__(self, bar: Progress, name: str):
+        self.bar, self.name, self.tasks = bar, name, {}
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        if stage not in self.tasks:
+            self.tasks[stage] = self.bar.add_task(f"{self.name}: {stage.replace('_', ' ')}")
+        self.bar.update(self.tasks[stage], completed=done, total=total)
 
 
 @torch.inference_mode()
@@ -158,7 +195,8 @@ def write_metrics(path: str | os.PathLike, results: Mapping) -> None:
         text = json.dumps(results, indent=1, allow_nan=False) + "\n"
     except ValueError:
         raise InputError(f"results for {path} hold a NaN or infinite number; JSON needs finite ones") from None
-    _write_atomically(Path(path), lambda file: file.write(text.encode()))
+    with atomic_path(path) as temporary:
+        temporary.write_text(text)
 
 
 def plot_importance(result: Mapping, path: str | os.PathLike) -> None:
@@ -173,7 +211,8 @@ def plot_importance(result: Mapping, path: str | os.PathLike) -> None:
     axes.set_xlabel("code dimension")
     axes.set_title(f"DCI importance (disentanglement {result['dci']['disentanglement']:.3f})")
     figure.colorbar(image, ax=axes)
-    _write_atomically(Path(path), lambda file: figure.savefig(file, format="png", dpi=120))
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
 
 
 def _settings(protocol: str, seed: int, overrides: Mapping) -> Protocol:
@@ -218,22 +257,3 @@ def _dci(codes: np.ndarray, dataset: Dataset, settings: Protocol, n_jobs: int | 
         factors = np.concatenate([sample_factors(rng, dataset.factor_sizes, draw) for draw in draws])
         samples += [codes[dataset.indices(factors)], factors]
     return dci(*samples, seed=settings.seed, n_jobs=n_jobs, progress=progress)
-
-
-def _version() -> str:
-    try:
-        return version("encdiff")
-    except PackageNotFoundError:
-        return "not installed"
-
-
-def _write_atomically(path: Path, write: Callable) -> None:
-    file = tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False)
-    try:
-        with file:
-            write(file)
-        os.chmod(file.name, 0o644)
-        os.replace(file.name, path)
-    except BaseException:
-        os.unlink(file.name)
-        raise

@@ -86,7 +86,8 @@ class Training:
     """Everything that changes from step to step: model, EMA, optimiser, step count."""
 
     def __init__(self, model: EncDiff, config: TrainConfig):
-        self.model, self.config, self.step = model.train(), config, 0
+        # channels last: the faster layout of convolutions, on a CPU and a GPU
+        self.model, self.config, self.step = model.train().to(memory_format=torch.channels_last), config, 0
         self.device = next(model.parameters()).device
         self.ema = copy.deepcopy(model.unet).requires_grad_(False)
         rate = config.learning_rate
@@ -94,7 +95,7 @@ class Training:
             {"params": list(model.unet.parameters()), "peak": rate},
             {"params": list(model.cond_stage_model.parameters()), "peak": config.encoder_learning_rate or rate},
         ]
-        self.optimizer = torch.optim.AdamW(groups, rate, config.betas, weight_decay=config.weight_decay)
+        self.optimizer = torch.optim.AdamW(groups, rate, config.betas, weight_decay=config.weight_decay, fused=True)
         self.parameters = [p for group in groups for p in group["params"]]
 
     def learning_rate(self) -> float:
@@ -114,9 +115,10 @@ class Training:
             len(images), model.config.num_timesteps, kind=c.timesteps, mean=c.timesteps_mean, std=c.timesteps_std,
             power=c.timesteps_power, generator=generator,
         )  # fmt: skip
-        noise = torch.randn(len(images), *model.latent_shape, generator=generator)
+        noise = torch.randn(len(images), *model.latent_shape, generator=generator).to(self.device)
+        images = images.to(self.device, memory_format=torch.channels_last)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=c.precision == "bf16"):
-            loss = model.loss(images.to(self.device), t=t.to(self.device), noise=noise.to(self.device))
+            loss = model.loss(images, t=t.to(self.device), noise=noise)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.parameters, c.gradient_clip or math.inf)

@@ -53,7 +53,15 @@ def test_help_names_every_command(encdiff):
 
 
 def test_help_does_not_load_torch():
-    code = "import sys; sys.argv = ['encdiff', '--help']\nfrom encdiff import cli\ntry: cli.main()\nexcept SystemExit: pass\nprint('torch' in sys.modules)"
+    code = """
+import sys
+from encdiff import cli
+sys.argv = ["encdiff", "--help"]
+try:
+    cli.main()
+except SystemExit:
+    print("torch" in sys.modules)
+"""
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.endswith("False\n")
 
 
