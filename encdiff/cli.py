@@ -1,5 +1,6 @@
 """The command line: `encdiff --help`."""
 
+import signal
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -161,20 +162,25 @@ def swap(
     run: Run,
     data: RunData = None,
     pairs: Annotated[int, typer.Option(help="How many pairs of images, drawn from the data.", min=1)] = 4,
+    by_factor: Annotated[bool, typer.Option(help="Swap together what carries one factor, once evaluated.")] = True,
     steps: Steps = 50,
     out: Out = None,
     seed: Seed = 0,
     device: Device = "auto",
 ) -> None:
-    """A picture: each concept of one image put into another."""
+    """A picture: each concept of one image put into another.
+
+    After `evaluate`, all concepts that carry one factor are swapped together; --no-by-factor swaps each alone.
+    """
     from encdiff import visualize
     from encdiff.runs import progress_bar
 
     model, dataset = _open(run, data, device)
     images = _draw(dataset, 2 * pairs, seed).to(_device(device))
+    groups = _groups(run) if by_factor else None
     with progress_bar("sampling") as report:
         picture = visualize.swap_grid(
-            model, images[:pairs], images[pairs:], labels=_labels(run), steps=steps, seed=seed, progress=report
+            model, images[:pairs], images[pairs:], groups=groups, steps=steps, seed=seed, progress=report
         )
     _save(picture, out or run / "pictures" / "swap.png")
 
@@ -200,8 +206,8 @@ def traverse(
     codes = visualize.encode_images(model, _draw(dataset, min(len(dataset), 1000), seed).to(_device(device)))
     with progress_bar("sampling") as report:
         picture = visualize.traversal(
-            model, image[0].to(_device(device)), codes=codes, columns=values, labels=_labels(run), steps=steps,
-            seed=seed, progress=report,
+            model, image[0].to(_device(device)), codes, columns=values, steps=steps, seed=seed, progress=report,
+            labels=visualize.concept_labels(_groups(run)),
         )  # fmt: skip
     _save(picture, out or run / "pictures" / "traverse.png")
 
@@ -221,7 +227,8 @@ def attend(
 
     model, dataset = _open(run, data, device)
     drawn = _draw(dataset, images, seed).to(_device(device))
-    picture = visualize.attention_picture(model, drawn, labels=_labels(run), steps=steps, seed=seed)
+    labels = visualize.concept_labels(_groups(run))
+    picture = visualize.attention_picture(model, drawn, labels=labels, steps=steps, seed=seed)
     _save(picture, out or run / "pictures" / "attend.png")
 
 
@@ -259,6 +266,7 @@ def render(
 
 def main() -> None:
     """Run the command line; bad input ends it with one line and exit code 2, a bug with a traceback."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that half-written files are removed
     try:
         app()
     except (InputError, OSError) as error:
@@ -311,17 +319,17 @@ def _draw(dataset, count: int, seed: int):
     return to_float(dataset.images(np.random.default_rng(seed).choice(len(dataset), count, replace=False)))
 
 
-def _labels(run: Path) -> dict[int, str] | None:
-    """Concepts named after the factors that they carry, where the run has been evaluated."""
+def _groups(run: Path) -> dict[str, list[int]]:
+    """The concepts that carry each factor, where the run has been evaluated."""
     import json
 
-    from encdiff.visualize import concept_labels
+    from encdiff.visualize import concept_groups
 
     path = run / "metrics.json"
     if not path.is_file():
-        return None
+        return {}
     trained = json.loads(path.read_text())["trained"]
-    return concept_labels(trained["dci"]["importance"], trained["data"]["factor_names"])
+    return concept_groups(trained["dci"]["importance"], trained["data"]["factor_names"])
 
 
 def _load_first_stage(model, first_stage: Path | None) -> None:

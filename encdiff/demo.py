@@ -13,7 +13,15 @@ from encdiff.evaluate import evaluate_model, format_table, plot_importance, writ
 from encdiff.models import EncDiff
 from encdiff.runs import progress_bar
 from encdiff.train import TrainConfig, train
-from encdiff.visualize import attention_picture, concept_labels, encode_images, save_png, swap_grid, traversal
+from encdiff.visualize import (
+    attention_picture,
+    concept_groups,
+    concept_labels,
+    encode_images,
+    save_png,
+    swap_grid,
+    traversal,
+)
 
 DATA = "procedural:5,5,5,4,4,5"  # docs/recipes.md says why
 
@@ -58,13 +66,13 @@ def demo(out: Path, seed: int, console: Console) -> None:
 
 
 def _draw(model: EncDiff, dataset, result: dict, seed: int) -> dict:
-    labels = concept_labels(result["dci"]["importance"], dataset.factor_names)
+    groups = concept_groups(result["dci"]["importance"], dataset.factor_names)
+    labels = concept_labels(groups)
     chosen = np.random.default_rng(seed).choice(len(dataset), 1000, replace=False)
     images = to_float(dataset.images(chosen))
-    codes = encode_images(model, images)
     with progress_bar("sampling swaps") as report:
-        swapped = swap_grid(model, images[:4], images[4:8], labels=labels, seed=seed, progress=report)
+        swapped = swap_grid(model, images[:5], images[5:10], groups=groups, seed=seed, progress=report)
     with progress_bar("sampling traversals") as report:
-        traversed = traversal(model, images[0], codes=codes, labels=labels, seed=seed, progress=report)
+        traversed = traversal(model, images[0], encode_images(model, images), labels=labels, seed=seed, progress=report)
     attended = attention_picture(model, images[:4], labels=labels, seed=seed)
     return {"swap": swapped, "traverse": traversed, "attend": attended}

@@ -197,7 +197,7 @@ def train(
     described = {
         "model": asdict(model.config),
         "training": asdict(config),
-        "data": str(getattr(dataset, "spec", dataset.name)),  # the command line opens it again by this
+        "data": dataset.spec or dataset.name,
         "version": __version__,
     }
     if resume:

@@ -1,4 +1,4 @@
-"""Training of the VQ first stage (arXiv 2112.10752, section 3.1): L1 + codebook loss, optional LPIPS and discriminator."""
+"""Training of the VQ first stage (arXiv 2112.10752, section 3.1): L1 + codebook loss, LPIPS, discriminator."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from encdiff.data import Dataset, to_float, to_uint8
 from encdiff.data.loader import Batches
 from encdiff.errors import InputError
 from encdiff.models.autoencoder import VQAutoencoder
-from encdiff.runs import CsvLog, Interrupt, RunFolder, load_optimizer, optimizer_tensors, training_bar
-from encdiff.train import Stopped
+from encdiff.runs import CsvLog, Interrupt, RunFolder, load_optimizer, optimizer_tensors, step_generator, training_bar
+from encdiff.train import Stopped, _check_same_run
 
 TERMS = ("loss", "l1", "lpips", "codebook", "adversarial", "discriminator", "codes_used")
 COLUMNS = ("step", *TERMS, "images_per_second", "seconds")
@@ -28,11 +28,12 @@ COLUMNS = ("step", *TERMS, "images_per_second", "seconds")
 
 @dataclass(frozen=True)
 class AutoencoderTrainConfig:
-    """How to train a first stage; the defaults are the published recipe, less LPIPS, which needs weights."""
+    """How to train a first stage; the defaults are the published recipe but for `fit_codebook` and the absent LPIPS."""
 
     steps: int = 50_000
     batch_size: int = 32
     learning_rate: float = 4.5e-6  # times batch_size
+    fit_codebook: bool = True  # begin with codes drawn from the first batch's latents, lest most never be used
     discriminator: bool = True
     disc_weight: float = 0.75
     disc_start: int = 0  # steps before the discriminator takes part
@@ -128,8 +129,13 @@ class AutoencoderTraining:
     def modules(self) -> dict[str, nn.Module]:
         return {"model": self.model} | ({"discriminator": self.discriminator} if self.discriminator else {})
 
+    @torch.no_grad()
+    def fit_codebook(self, images: Tensor) -> None:
+        """Draw the codes from the latents of float images (B,3,S,S)."""
+        self.model.quantize.fit(self.model.encode(images.to(self.device)), step_generator(self.config.seed, 0))
+
     def advance(self, images: Tensor) -> dict[str, Tensor]:
-        """One step on float images (B,3,S,S) in [-1,1]: first the autoencoder, then the discriminator; returns TERMS."""
+        """One step on float images (B,3,S,S) in [-1,1]: the autoencoder's, then the discriminator's; returns TERMS."""
         images = images.to(self.device)
         adversarial = self.discriminator is not None and self.step >= self.config.disc_start
         with self._autocast():
@@ -182,7 +188,7 @@ class AutoencoderTraining:
 
     def load(self, path: Path) -> None:
         """Continue from what `save` wrote. InputError if it is damaged or of another configuration."""
-        tensors, metadata = load_tensors(path, self.device)
+        tensors, metadata = load_tensors(path)  # on the CPU, where Adam wants its step count
         if not metadata.get("step", "").isdigit():
             raise InputError(f"{path}: names no step; is it a checkpoint of a training run?")
         for name, module in self.modules().items():
@@ -207,7 +213,7 @@ def train_autoencoder(
     hinge loss, both by Adam(0.5, 0.9). One reconstruction serves both updates; the published code makes a second.
 
     Args:
-        model: on the device to train on.
+        model: on the device to train on; `fit_codebook` replaces its codes, so switch that off for a trained one.
         dataset: of an image size that the model and the discriminator take.
         run_dir: see `RunFolder`; refused when it holds something, unless `resume` or `overwrite`.
         resume: continue from the folder's checkpoint; on a CPU to the same weights as an unbroken run, to the bit.
@@ -221,11 +227,18 @@ def train_autoencoder(
     training = AutoencoderTraining(model, config)
     batches = Batches(dataset, config.batch_size, config.seed)
     folder = RunFolder(run_dir, resume, overwrite)
+    described = {
+        "model": model.config,
+        "training": asdict(config),
+        "data": str(getattr(dataset, "spec", dataset.name)),
+        "version": __version__,
+    }
     if resume:
+        _check_same_run(folder, described)
         training.load(folder.checkpoint)
-    else:
-        described = {"model": model.config, "training": asdict(config), "data": dataset.name, "version": __version__}
-        folder.write_config(described)
+    elif config.fit_codebook:
+        training.fit_codebook(to_float(batches.images(0)))
+    folder.write_config(described)
     _loop(training, batches, folder, folder.log(COLUMNS, training.step))
     model.eval().save_pretrained(folder.model)
     return model
@@ -245,7 +258,7 @@ def _check_size(model: VQAutoencoder, dataset: Dataset, config: AutoencoderTrain
 
 def _loop(training: AutoencoderTraining, batches: Batches, folder: RunFolder, log: CsvLog) -> None:
     config, began, since = training.config, time.monotonic(), training.step
-    shown = to_float(torch.as_tensor(batches.dataset.images(batches.batch_indices(0)[:8])))
+    shown = to_float(batches.images(0)[:8])
     with Interrupt() as interrupt, training_bar(config.steps, training.step) as bar:
         while training.step < config.steps and not interrupt.requested:
             terms = training.advance(to_float(batches.images(training.step)))

@@ -66,6 +66,17 @@ def test_nearest_code_under_autocast_is_that_of_float32():
     assert torch.equal(found, quantizer.nearest(z))
 
 
+@pytest.mark.parametrize("codes,used", [(32, 32), (64, 40)], ids=["fewer codes than positions", "more"])
+def test_fitted_codes_are_latents_without_needless_repeats(codes, used):
+    quantizer = VectorQuantizer(codes, 3)
+    z = torch.randn(2, 3, 4, 5)
+    quantizer.fit(z)
+    rows = {tuple(row) for row in z.permute(0, 2, 3, 1).reshape(-1, 3).tolist()}
+    drawn = {tuple(row) for row in quantizer.embedding.weight.tolist()}
+    assert drawn <= rows and len(drawn) == used
+    assert len(quantizer.nearest(z).unique()) == used
+
+
 def test_quantiser_passes_the_gradient_straight_through():
     quantizer = VectorQuantizer(32, 3)
     z = torch.randn(2, 3, 4, 5, requires_grad=True)

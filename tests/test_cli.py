@@ -131,7 +131,7 @@ def test_train_and_resume(encdiff, tmp_path):
         (["swap", "{run}", "--device", "cuda:7"], "--device cuda:7: no GPU"),
         (["swap", "{run}", "--device", "gpu"], "--device 'gpu' must be auto, cpu, cuda"),
         (["evaluate", "{run}", "--protocol", "best"], "best"),
-        (["data", "render", "x.h5", "--grid", "a,b"], "grid"),
+        (["data", "render", "x.h5", "--grid", "a,b"], "procedural:a,b"),
         (["data", "render", "no/such/folder/x.h5"], "x.h5"),
         (["demonstrate"], "demonstrate"),
     ],

@@ -119,6 +119,16 @@ def test_discriminator_starts_when_told(tmp_path):
         assert [float(row["discriminator"]) > 0 for row in csv.DictReader(file)] == [False, False, True, True]
 
 
+def test_fitted_codebook_is_used(tmp_path):
+    used = {}
+    for fit in (True, False):
+        run, model = tmp_path / str(fit), tiny()
+        train_autoencoder(model, Blocks(), run, replace(PLAIN, steps=1, log_every=1, fit_codebook=fit))
+        with (run / "log.csv").open(newline="") as file:
+            used[fit] = float(next(csv.DictReader(file))["codes_used"])
+    assert used[False] < 32 <= used[True]
+
+
 def test_generator_step_leaves_the_discriminator_its_weights_and_the_reverse():
     training = AutoencoderTraining(tiny(), replace(CONFIG, learning_rate=1e-5))
     images = torch.rand(4, 3, 16, 16) * 2 - 1
@@ -155,24 +165,28 @@ def test_discriminator_gives_one_logit_per_patch(layers, size, patches):
     assert PatchDiscriminator(layers, width=8)(torch.zeros(2, 3, size, size)).shape == (2, 1, patches, patches)
 
 
-def test_divergence_is_reported_and_the_checkpoint_kept(tmp_path):
-    config = replace(PLAIN, steps=2, checkpoint_every=2, log_every=100)
-    train_autoencoder(tiny(), Blocks(), tmp_path / "run", config)
-    kept = (tmp_path / "run/checkpoint.safetensors").read_bytes()
-    wild = replace(config, steps=8, learning_rate=1e30)
-    with pytest.raises(InputError, match="^learning_rate: .*diverged"):
-        train_autoencoder(tiny(), Blocks(), tmp_path / "run", wild, resume=True)
-    assert (tmp_path / "run/checkpoint.safetensors").read_bytes() == kept
+@pytest.mark.parametrize("log_every", [1, 100], ids=["seen in the loss", "seen in the weights"])
+def test_divergence_is_reported_and_the_checkpoint_kept(tmp_path, log_every):
+    wild = replace(PLAIN, steps=8, learning_rate=1e30, checkpoint_every=1, log_every=log_every)
+    with pytest.raises(InputError, match="^learning_rate: .*diverged by step 2"):
+        train_autoencoder(tiny(), Blocks(), tmp_path / "run", wild)
+    tensors, metadata = load_tensors(tmp_path / "run/checkpoint.safetensors")
+    assert metadata == {"step": "1"} and all(v.isfinite().all() for v in tensors.values())
 
 
-def test_foreign_checkpoints_are_refused(tmp_path):
-    train_autoencoder(tiny(), Blocks(), tmp_path / "run", replace(PLAIN, steps=1))
-    with pytest.raises(InputError, match="missing"):
-        train_autoencoder(tiny((1, 1)), Blocks(), tmp_path / "run", PLAIN, resume=True)
-    with pytest.raises(InputError, match="missing"):
-        train_autoencoder(tiny(), Blocks(), tmp_path / "run", CONFIG, resume=True)
+def test_other_runs_are_not_continued(tmp_path):
+    run = tmp_path / "run"
+    train_autoencoder(tiny(), Blocks(), run, replace(PLAIN, steps=1))
+    with pytest.raises(InputError, match="multipliers"):
+        train_autoencoder(tiny((1, 1)), Blocks(), run, PLAIN, resume=True)
+    with pytest.raises(InputError, match="discriminator"):
+        train_autoencoder(tiny(), Blocks(), run, CONFIG, resume=True)
     with pytest.raises(InputError, match="holds something"):
-        train_autoencoder(tiny(), Blocks(), tmp_path / "run", PLAIN)
+        train_autoencoder(tiny(), Blocks(), run, PLAIN)
+    with pytest.raises(InputError, match="missing"):
+        AutoencoderTraining(tiny(), CONFIG).load(run / "checkpoint.safetensors")
+    with pytest.raises(InputError, match="names no step"):
+        AutoencoderTraining(tiny(), PLAIN).load(run / "model/model.safetensors")
 
 
 def test_wrong_configurations_touch_no_folder(tmp_path):

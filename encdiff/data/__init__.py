@@ -22,6 +22,7 @@ class Dataset:
     """
 
     name: str
+    spec: str | None = None  # what `open_dataset` opens it by, from any folder
     image_size: int
     factor_names: tuple[str, ...] = ()
     factor_sizes: tuple[int, ...] = ()
@@ -98,10 +99,20 @@ def open_dataset(spec: str | os.PathLike, image_size: int | None = None) -> Data
     resized to `image_size`. A relative path that does not exist is looked up in the folder that the environment's
     ENCDIFF_DATA names. InputError for anything else.
     """
-    # Imported here: each format's module imports this one, and h5py loads only when a file needs it.
     if str(spec).partition(":")[0] == "procedural":
-        return _open_procedural(str(spec), image_size)
-    path = _find(spec)
+        dataset, dataset_spec = _open_procedural(str(spec), image_size), str(spec)
+    else:
+        path = _find(spec)
+        dataset, dataset_spec = _open_path(path, image_size), str(path.resolve())
+    dataset.spec = dataset_spec
+    return dataset
+
+
+ACCEPTED = "must be procedural[:5,5,5,4,4,5], a 3dshapes .h5 file, an .npz file with `images`, or a folder of images"
+
+
+def _open_path(path: Path, image_size: int | None) -> Dataset:
+    # Imported here: each format's module imports this one, and h5py loads only when a file needs it.
     if path.is_dir():
         from encdiff.data.folder import ImageFolder
 
@@ -109,9 +120,6 @@ def open_dataset(spec: str | os.PathLike, image_size: int | None = None) -> Data
     from encdiff.data.shapes3d import Shapes3D
 
     return Shapes3D(path, image_size)
-
-
-ACCEPTED = "must be procedural[:5,5,5,4,4,5], a 3dshapes .h5 file, an .npz file with `images`, or a folder of images"
 
 
 def _open_procedural(spec: str, image_size: int | None) -> Dataset:

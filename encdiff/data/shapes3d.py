@@ -6,12 +6,10 @@ The original has 480,000 images of 64x64. Also read: an `.npz` with `images`, an
 
 from __future__ import annotations
 
-import io
 import math
 import os
 import zipfile
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 
@@ -23,6 +21,7 @@ from encdiff.data.procedural import FACTOR_NAMES, FACTOR_SIZES, factor_labels
 from encdiff.errors import InputError
 
 CHUNK_BYTES = 100_000  # written per compressed piece: a random image costs the unpacking of one piece
+RESERVE = 2**20  # bytes of disk kept free for HDF5's own structures
 
 
 class Shapes3D(Dataset):
@@ -77,7 +76,8 @@ def write_shapes3d(
     """Write a labelled six-factor data set to `path` in the `3dshapes.h5` schema, `batch` images at a time.
 
     The file appears, or replaces an older one, only when complete; an error or Ctrl-C leaves nothing behind.
-    `progress(done, total)` is called, in another thread, after each batch. InputError for another kind of data set or a missing folder.
+    `progress(done, total)` is called after each batch. InputError for another kind of data set or a missing folder;
+    OSError, naming the file, for a full disk.
     """
     path = Path(path)
     if dataset.factor_names != FACTOR_NAMES:
@@ -88,75 +88,41 @@ def write_shapes3d(
         raise InputError(f"{path}: must be a file name in an existing folder")
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        # A thread writes, for signals interrupt the main one only: Ctrl-C must not surface inside HDF5.
-        with _Sink(partial, "w+b") as sink, ThreadPoolExecutor(max_workers=1) as pool:
-            try:
-                pool.submit(_write, sink, dataset, batch, progress).result()
-                sink.check()
-            except BaseException as error:
-                sink.error = error  # the thread stops after its batch
-                raise
+        with open(partial, "wb") as probe:
+            _reserve(probe.fileno(), 0, RESERVE, path)
+        with h5py.File(partial, "w") as file:
+            _write(file, dataset, batch, progress, path)
+            size = file.id.get_filesize()
+        os.truncate(partial, min(size, partial.stat().st_size))  # give back what was reserved in vain
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
 
 
-class _Sink(io.FileIO):
-    """A file that keeps the error of a failed write, such as a full disk, for `check` to raise: HDF5 crashes on one."""
-
-    error: BaseException | None = None
-
-    def write(self, data) -> int:
-        self._keep(self._write_all, memoryview(data).cast("B"))
-        return len(data)
-
-    def truncate(self, size=None) -> int:
-        self._keep(super().truncate, size)
-        return size
-
-    def check(self) -> None:
-        if self.error is not None:
-            raise self.error
-
-    def _write_all(self, data: memoryview) -> None:
-        while data:
-            data = data[super().write(data) :]
-
-    def _keep(self, action: Callable, *args) -> None:
-        if self.error is None:
-            try:
-                action(*args)
-            except OSError as error:
-                error.filename = self.name  # so that the message names the file
-                self.error = error
-            except ValueError as error:  # closed: the writer was interrupted twice
-                self.error = error
+def _write(file: h5py.File, dataset: Dataset, batch: int, progress: Callable[[int, int], None] | None, path: Path):
+    total, size = len(dataset), dataset.image_size
+    chunk = (min(total, max(1, CHUNK_BYTES // (3 * size * size))), size, size, 3)
+    options = {"chunks": chunk, "compression": "gzip", "compression_opts": 1}  # 1: the fastest
+    images = file.create_dataset("images", (total, size, size, 3), np.uint8, **options)
+    labels = file.create_dataset("labels", (total, len(FACTOR_NAMES)), np.float64)
+    for start in range(0, total, batch):
+        indices = np.arange(start, min(start + batch, total))
+        pixels = dataset.images(indices)
+        space = pixels.nbytes + pixels.nbytes // 50 + labels.nbytes + RESERVE  # gzip may lengthen noise a little
+        _reserve(file.id.get_vfd_handle(), file.id.get_filesize(), space, path)
+        images[start : start + batch], labels[start : start + batch] = pixels, dataset.labels(indices)
+        if progress:
+            progress(start + len(indices), total)
+    file.flush()
 
 
-def _write(sink: _Sink, dataset: Dataset, batch: int, progress: Callable[[int, int], None] | None) -> None:
-    total = len(dataset)
-    with h5py.File(sink, "w") as file:
-        images, labels = _allocate(file, total, dataset.image_size)
-        for start in range(0, total, batch):
-            stop = min(start + batch, total)
-            indices = np.arange(start, stop)
-            images[start:stop], labels[start:stop] = dataset.images(indices), dataset.labels(indices)
-            sink.check()
-            if progress:
-                progress(stop, total)
-
-
-def _allocate(file: h5py.File, total: int, size: int) -> tuple[h5py.Dataset, h5py.Dataset]:
-    chunk = min(total, max(1, CHUNK_BYTES // (3 * size * size)))
-    images = file.create_dataset(
-        "images",
-        (total, size, size, 3),
-        np.uint8,
-        chunks=(chunk, size, size, 3),
-        compression="gzip",
-        compression_opts=1,  # the fastest
-    )
-    return images, file.create_dataset("labels", (total, len(FACTOR_NAMES)), np.float64)
+def _reserve(descriptor: int, start: int, size: int, path: Path) -> None:
+    """Claim disk space before HDF5 writes there, for on a full disk HDF5 ends the process with a segmentation fault."""
+    if hasattr(os, "posix_fallocate"):  # not on macOS
+        try:
+            os.posix_fallocate(descriptor, start, size)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def _open_h5(path: Path) -> tuple[h5py.Dataset, np.ndarray]:

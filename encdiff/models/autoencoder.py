@@ -160,6 +160,13 @@ class VectorQuantizer(nn.Module):
         return z + (e - z).detach(), indices, loss
 
     @torch.no_grad()
+    def fit(self, z: Tensor, generator: torch.Generator | None = None) -> None:
+        """Set the codes to latents drawn from z (B,c,h,w), each position at most once while they last."""
+        rows = rearrange(z, "b c h w -> (b h w) c")
+        order = torch.randperm(len(rows), generator=generator)
+        self.embedding.weight.copy_(rows[order[torch.arange(len(self.embedding.weight)) % len(rows)]])
+
+    @torch.no_grad()
     def nearest(self, z: Tensor) -> Tensor:
         """Indices (B,h,w) int64 of the codes nearest to z (B,c,h,w), compared in float32 (autocast or not)."""
         codes = self.embedding.weight.float()
