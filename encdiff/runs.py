@@ -18,11 +18,15 @@ from encdiff.checkpoint import atomic_path
 from encdiff.errors import InputError
 
 
+class Stopped(Exception):
+    """Training ended early on request; everything is saved."""
+
+
 class RunFolder:
     """A run's folder: `config.json`, `log.csv`, `checkpoint.safetensors`, `samples/` and, at the end, `model/`.
 
     A folder that already holds something is refused, unless `resume` continues its checkpoint or `overwrite` replaces
-    the run in it.
+    the run in it. Nothing is written before `begin`.
     """
 
     OWN = (
@@ -41,7 +45,13 @@ class RunFolder:
         if self.path.is_dir() and any(self.path.iterdir()) and not resume:
             if not overwrite:
                 raise InputError(f"{self.path}: holds something already; continue it with --resume or use --overwrite")
-            self._clear()
+            self._check_own()
+        self.resume = resume
+
+    def begin(self) -> None:
+        """Make the folder, or empty it for another run; to be called once nothing can be refused any more."""
+        if self.path.is_dir() and not self.resume:
+            shutil.rmtree(self.path)
         self.samples.mkdir(parents=True, exist_ok=True)
 
     @property
@@ -63,15 +73,24 @@ class RunFolder:
     def read_config(self) -> dict[str, Any]:
         return read_config(self.path)
 
+    def check_same_run(self, described: dict[str, Any]) -> None:
+        """A resumed run may be made longer or logged otherwise; anything else would make it another run."""
+        free = {"steps", "log_every", "checkpoint_every", "picture_every"}
+        before, now = self.read_config(), json.loads(json.dumps(described))
+        for part in ("model", "training"):
+            for name, value in now[part].items():
+                was = before[part].get(name)
+                if name not in free and was != value:
+                    raise InputError(f"{self.path}: was begun with {name} {was!r}, cannot be resumed with {value!r}")
+
     def log(self, columns: tuple[str, ...], step: int = 0) -> "CsvLog":
         """The run's log, without the rows after `step` that an interrupted run left behind."""
         return CsvLog(self.path / "log.csv", columns, step)
 
-    def _clear(self) -> None:
+    def _check_own(self) -> None:
         foreign = sorted(p.name for p in self.path.iterdir() if p.name not in self.OWN)
         if foreign:
             raise InputError(f"{self.path}: will not overwrite a folder that also holds {foreign[0]}")
-        shutil.rmtree(self.path)
 
 
 def read_config(run_dir: str | Path) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """Training EncDiff: noise, predict, compare; AdamW, warm-up, EMA of the U-Net; a run folder that can be resumed."""
 
 import copy
-import json
 import math
 import time
 from collections.abc import Callable
@@ -18,7 +17,16 @@ from encdiff.data.loader import Batches
 from encdiff.diffusion.losses import sample_timesteps
 from encdiff.errors import InputError
 from encdiff.models import EncDiff
-from encdiff.runs import Interrupt, RunFolder, load_optimizer, optimizer_tensors, step_generator, training_bar
+from encdiff.runs import (
+    Interrupt,
+    RunFolder,
+    Stopped,
+    load_optimizer,
+    optimizer_tensors,
+    progress_bar,
+    step_generator,
+    training_bar,
+)
 from encdiff.visualize import save_png, swap_grid
 
 COLUMNS = ("step", "loss", "learning_rate", "gradient_norm", "images_per_second", "seconds")
@@ -188,7 +196,8 @@ def train(
     if config.batch_size < 2 and model.config.normalize_scalars:
         raise InputError(f"batch_size is {config.batch_size}, must be at least 2 for a model with normalize_scalars")
     folder = RunFolder(run_dir, resume, overwrite)
-    batches = Batches(dataset, config.batch_size, config.seed)
+    with progress_bar("reading images") as report:
+        batches = Batches(dataset, config.batch_size, config.seed, progress=report)
     if resume:
         model.config = replace(model.config, scaling_factor=folder.read_config()["model"]["scaling_factor"])
     elif model.config.first_stage == "vq":
@@ -201,8 +210,9 @@ def train(
         "version": __version__,
     }
     if resume:
-        _check_same_run(folder, described)
+        folder.check_same_run(described)
         _resume(training, folder)
+    folder.begin()
     folder.write_config(described)
     log = folder.log(COLUMNS, training.step)
     writer = _tensorboard(folder) if tensorboard else None
@@ -210,10 +220,6 @@ def train(
     averaged = training.averaged_model()
     averaged.save_pretrained(folder.model)
     return averaged
-
-
-class Stopped(Exception):
-    """Training ended early on request; everything is saved."""
 
 
 def _loop(training: Training, batches: Batches, folder: RunFolder, log, writer, on_step) -> None:
@@ -236,6 +242,7 @@ def _loop(training: Training, batches: Batches, folder: RunFolder, log, writer, 
                     for name, value in row.items():
                         writer.add_scalar(name, value, step)
             if step % config.checkpoint_every == 0:
+                _finite(loss, step, folder)
                 _save(training, folder)
             if step % config.picture_every == 0 and fixed is not None:
                 _picture(training, fixed, folder)
@@ -258,19 +265,8 @@ def _save(training: Training, folder: RunFolder) -> None:
     save_tensors(folder.checkpoint, training.tensors(), {"step": str(training.step)})
 
 
-def _check_same_run(folder: RunFolder, described: dict) -> None:
-    """A resumed run may be made longer or logged otherwise; anything else would make it another run."""
-    free = {"steps", "log_every", "checkpoint_every", "picture_every"}
-    before, now = folder.read_config(), json.loads(json.dumps(described))
-    for part in ("model", "training"):
-        for name, value in now[part].items():
-            if name not in free and before[part].get(name) != value:
-                was = before[part].get(name)
-                raise InputError(f"{folder.path}: was begun with {name} {was!r}, cannot be resumed with {value!r}")
-
-
 def _resume(training: Training, folder: RunFolder) -> None:
-    tensors, metadata = load_tensors(folder.checkpoint, training.device)
+    tensors, metadata = load_tensors(folder.checkpoint)
     if not metadata.get("step", "").isdigit():
         raise InputError(f"{folder.checkpoint}: names no step; is it a checkpoint of a training run?")
     training.load(tensors, int(metadata["step"]), folder.checkpoint)

@@ -19,8 +19,17 @@ from encdiff.data import Dataset, to_float, to_uint8
 from encdiff.data.loader import Batches
 from encdiff.errors import InputError
 from encdiff.models.autoencoder import VQAutoencoder
-from encdiff.runs import CsvLog, Interrupt, RunFolder, load_optimizer, optimizer_tensors, step_generator, training_bar
-from encdiff.train import Stopped, _check_same_run
+from encdiff.runs import (
+    CsvLog,
+    Interrupt,
+    RunFolder,
+    Stopped,
+    load_optimizer,
+    optimizer_tensors,
+    progress_bar,
+    step_generator,
+    training_bar,
+)
 
 TERMS = ("loss", "l1", "lpips", "codebook", "adversarial", "discriminator", "codes_used")
 COLUMNS = ("step", *TERMS, "images_per_second", "seconds")
@@ -223,21 +232,23 @@ def train_autoencoder(
     Raises:
         InputError: the data set, LPIPS weights, folder or checkpoint do not fit, or the loss stops being finite.
     """
+    folder = RunFolder(run_dir, resume, overwrite)
     _check_size(model, dataset, config)
     training = AutoencoderTraining(model, config)
-    batches = Batches(dataset, config.batch_size, config.seed)
-    folder = RunFolder(run_dir, resume, overwrite)
+    with progress_bar("reading images") as report:
+        batches = Batches(dataset, config.batch_size, config.seed, progress=report)
     described = {
         "model": model.config,
         "training": asdict(config),
-        "data": str(getattr(dataset, "spec", dataset.name)),
+        "data": dataset.spec or dataset.name,
         "version": __version__,
     }
     if resume:
-        _check_same_run(folder, described)
+        folder.check_same_run(described)
         training.load(folder.checkpoint)
     elif config.fit_codebook:
         training.fit_codebook(to_float(batches.images(0)))
+    folder.begin()
     folder.write_config(described)
     _loop(training, batches, folder, folder.log(COLUMNS, training.step))
     model.eval().save_pretrained(folder.model)

@@ -130,7 +130,7 @@ def concept_groups(
 ) -> dict[str, list[int]]:
     """The concepts that carry each factor, by the DCI importance matrix (N, F), in the order of the factors.
 
-    A concept belongs to the factor that it is most important for, if that is at least half of its importance and at
+    A concept belongs to the factor that it is most important for, if that is more than half of its importance and at
     least a tenth of what the factor has in all.
     """
     importance = np.asarray(importance, dtype=float)
@@ -140,7 +140,7 @@ def concept_groups(
     groups: dict[str, list[int]] = {name.replace("_", " "): [] for name in factor_names}
     for concept, row in enumerate(importance):
         factor = int(row.argmax())
-        if row[factor] >= 0.5 * row.sum() and row[factor] >= 0.1 * total[factor]:
+        if row[factor] > 0.5 * row.sum() and row[factor] >= 0.1 * total[factor]:
             groups[factor_names[factor].replace("_", " ")].append(concept)
     return {name: concepts for name, concepts in groups.items() if concepts}
 

@@ -12,7 +12,10 @@ os.environ.pop("ENCDIFF_DATA", None)
 import numpy as np
 import pytest
 import torch
+from _tiny import TINY
 from hypothesis import settings
+
+from encdiff import EncDiff
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
@@ -28,3 +31,22 @@ def seeds(request) -> None:
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
+
+
+@pytest.fixture
+def model() -> EncDiff:
+    """Of the configuration TINY, in eval mode."""
+    torch.manual_seed(0)
+    model = EncDiff(TINY)
+    for parameter in model.parameters():  # at the published initialisation the concepts have no effect yet
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=1.5 * parameter[0].numel() ** -0.5)
+    return model.eval()
+
+
+@pytest.fixture
+def images() -> torch.Tensor:
+    """Four images (4, 3, 16, 16) of different colours."""
+    generator = torch.Generator().manual_seed(1)
+    colours, texture = torch.rand(4, 3, 1, 1, generator=generator), torch.rand(4, 3, 16, 16, generator=generator)
+    return (0.7 * colours + 0.3 * texture) * 2 - 1

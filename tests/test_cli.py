@@ -8,8 +8,8 @@ import time
 
 import pytest
 import torch
+from _tiny import TINY
 from PIL import Image
-from test_encdiff import TINY
 
 from encdiff import EncDiff, __version__, cli
 from encdiff.data import open_dataset

@@ -4,33 +4,12 @@ from dataclasses import replace
 import pytest
 import torch
 from _golden import FOLDER, draw, fill, load, relative_error
+from _tiny import TINY
 
-from encdiff import PRESETS, EncDiff, EncDiffConfig, InputError, ops
+from encdiff import PRESETS, EncDiff, InputError, ops
 from encdiff.diffusion.samplers import ddim
 from encdiff.diffusion.schedules import alphas_cumprod, make_betas
 from encdiff.models.unet import UNet
-
-TINY = EncDiffConfig(
-    image_size=16, concepts=3, encoder_width=8, token_width=4, bank_widths=(8,), first_stage="space_to_depth", patch=4,
-    width=16, multipliers=(1, 2), depth=1, attention_levels=(0, 1), heads=2, groups=8,
-)  # fmt: skip
-
-
-@pytest.fixture
-def model():
-    torch.manual_seed(0)
-    model = EncDiff(TINY)
-    for parameter in model.parameters():  # at the published initialisation the concepts have no effect yet
-        if parameter.ndim > 1:
-            torch.nn.init.normal_(parameter, std=1.5 * parameter[0].numel() ** -0.5)
-    return model.eval()
-
-
-@pytest.fixture
-def images():
-    generator = torch.Generator().manual_seed(1)
-    colours, texture = torch.rand(4, 3, 1, 1, generator=generator), torch.rand(4, 3, 16, 16, generator=generator)
-    return (0.7 * colours + 0.3 * texture) * 2 - 1
 
 
 def test_names_and_shapes_are_those_of_published_checkpoints():

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_encdiff import TINY
+from _tiny import TINY
 
 from encdiff import EncDiff, InputError
 from encdiff.checkpoint import load_tensors
