@@ -1,7 +1,8 @@
 """Tensor files: written atomically, read without unpickling, and the published checkpoints' layout."""
 
+import errno
 import os
-import tempfile
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,15 +23,16 @@ EMA = "model_ema."
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """A temporary name beside `path` that replaces it when the block succeeds and vanishes when it does not."""
     path = Path(path)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
-    os.close(handle)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{path.suffix}")
     try:
-        yield Path(name)
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as error:  # named after the file that was asked for
+        if error.errno is None:
+            raise OSError(f"{path}: {error}") from error
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def save_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
@@ -39,7 +41,7 @@ def save_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[st
         try:
             save_file({k: v.detach().contiguous().clone() for k, v in tensors.items()}, temporary, metadata)
         except SafetensorError as error:  # how the library reports a full disk
-            raise OSError(f"{path}: could not be written: {error}") from None
+            raise OSError(errno.EIO, f"could not be written ({error})") from None
 
 
 def load_tensors(path: str | Path, device: str | torch.device = "cpu") -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -71,20 +73,23 @@ def load_state(module: torch.nn.Module, state: dict[str, Tensor], source: str | 
     module.load_state_dict(state)
 
 
-def read_published(path: str | Path, ema: bool, trusted: bool) -> tuple[dict[str, Tensor], float]:
+def read_published(path: str | Path, ema: bool) -> tuple[dict[str, Tensor], float]:
     """The tensors of a published checkpoint under the names of `EncDiff.state_dict()`, and its scaling factor.
 
-    With `ema`, the averaged copy of the U-Net replaces the trained one. Schedule buffers are left out.
+    With `ema`, the averaged copy of the U-Net replaces the trained one. Schedule buffers and the first stage's losses
+    are left out.
     """
-    state = _unpickle(path, trusted)
+    state = _load_tensors_only(path)
     averaged = {k.removeprefix(EMA): v for k, v in state.items() if k.startswith(EMA)}
-    kept = {k: v for k, v in state.items() if k.startswith((UNET, "cond_stage_model.", "first_stage_model."))}
+    own = (UNET, "cond_stage_model.", "first_stage_model.")
+    kept = {k: v for k, v in state.items() if k.startswith(own) and not k.startswith("first_stage_model.loss.")}
+    if not kept:
+        raise InputError(f"{path}: holds no tensor of {', '.join(own)}; must be a checkpoint of the published code")
     if ema:
         lost = [k for k in kept if k.startswith(UNET) and _ema_name(k) not in averaged]
         if lost:
             raise InputError(f"{path}: no EMA copy of {_few(lost)}; load it with ema=False")
         kept |= {k: averaged[_ema_name(k)] for k in kept if k.startswith(UNET)}
-    kept = {k: v for k, v in kept.items() if not k.startswith("first_stage_model.loss.")}
     return kept, float(state.get("scale_factor", 1.0))
 
 
@@ -102,18 +107,37 @@ def _ema_name(name: str) -> str:
     return name.removeprefix("model.").replace(".", "")
 
 
-def _unpickle(path: str | Path, trusted: bool) -> dict[str, Tensor]:
+def _load_tensors_only(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of a `torch.save` file, read with `weights_only`.
+
+    Lightning's files also hold objects of its own classes; they are read as inert placeholders, so that no code of
+    theirs runs.
+    """
     if not Path(path).is_file():
         raise InputError(f"{path}: no such file")
     try:
-        content: Any = torch.load(path, map_location="cpu", weights_only=not trusted)
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        inert = [(type(re.sub(r"\W", "_", name), (_Inert,), {}), name) for name in names]
+        with torch.serialization.safe_globals(inert):
+            content: Any = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises UnpicklingError, RuntimeError, EOFError, ... by kind of damage
-        remedy = "" if trusted else "; if it is whole and you trust its origin, load it with trusted=True"
-        raise InputError(f"{path}: not a checkpoint of tensors ({str(error).splitlines()[0]}){remedy}") from None
+        kind = type(error).__name__
+        raise InputError(f"{path}: not a whole checkpoint of torch.save, version 1.6 or newer ({kind})") from None
     content = content.get("state_dict", content) if isinstance(content, dict) else None
-    if not isinstance(content, dict) or not all(isinstance(k, str) for k in content):
+    if not isinstance(content, dict):
         raise InputError(f"{path}: holds no state_dict")
-    return {k: v for k, v in content.items() if isinstance(v, Tensor)}
+    return {k: v for k, v in content.items() if isinstance(k, str) and isinstance(v, Tensor)}
+
+
+class _Inert:
+    """Stands for an object of a class that is not trusted: takes anything, does nothing."""
+
+    def __new__(cls, *_args, **_kwargs) -> "_Inert":
+        return object.__new__(cls)
+
+    def __init__(self, *_args, **_kwargs) -> None: ...
+
+    def __setstate__(self, _state) -> None: ...
 
 
 def _few(names: list[str], most: int = 8) -> str:

@@ -7,10 +7,24 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from encdiff import __version__
-from encdiff.errors import InputError
+from encdiff.cli_support import (
+    DATA_HELP,
+    choose_device,
+    console,
+    draw_images,
+    factor_groups,
+    given_options,
+    load_first_stage,
+    open_data,
+    open_model,
+    parse_concepts,
+    resumed,
+    save_picture,
+    writable,
+)
+from encdiff.errors import InputError, Stopped
 
 # Modules that load torch are imported inside the commands, so that --help answers at once.
 
@@ -23,16 +37,17 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Make data sets.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
-console = Console()
+DEMO = Path("runs/demo")
 
-DATA_HELP = "A 3dshapes .h5 file, an .npz, a folder of images, or procedural:5,5,5,4,4,5 (values per factor)."
-Data = Annotated[str, typer.Option(help=DATA_HELP)]
 RunData = Annotated[str | None, typer.Option(help=DATA_HELP + " Default: what the run was trained on.")]
 Run = Annotated[Path, typer.Argument(help="A run folder, or a folder that save_pretrained wrote.", show_default=False)]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto takes a GPU if there is one.")]
 Seed = Annotated[int, typer.Option(help="Of all that is random.", min=0)]
 Out = Annotated[Path | None, typer.Option(help="The PNG to write. Default: in the run's pictures/.")]
 Steps = Annotated[int, typer.Option(help="Sampling steps.", min=1)]
+CheckpointEvery = Annotated[int | None, typer.Option(help="Steps between checkpoints.", min=1)]
+PictureEvery = Annotated[int | None, typer.Option(help="Steps between pictures.", min=1)]
+Concepts = Annotated[str | None, typer.Option(help="Only these concepts, such as 0,3. Default: all.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue from the run's checkpoint.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the run in that folder.")]
 
@@ -59,12 +74,14 @@ def options(
 def train(
     run: Annotated[Path, typer.Option(help="The folder of the run: checkpoint, log, pictures, model.")],
     data: Annotated[str | None, typer.Option(help=DATA_HELP)] = None,
-    preset: Annotated[str, typer.Option(help="quickstart, shapes3d, mpi3d, cars3d or celeba.")] = "quickstart",
+    preset: Annotated[str | None, typer.Option(help="quickstart (default), shapes3d, mpi3d, cars3d or celeba.")] = None,
     first_stage: Annotated[Path | None, typer.Option(help="The run of train-autoencoder, for presets with VQ.")] = None,
     steps: Annotated[int | None, typer.Option(help="Default: the preset's.", min=1)] = None,
     batch_size: Annotated[int | None, typer.Option(help="Default: the preset's.", min=1)] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Default: the preset's.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Default: the preset's, by the batch size.")] = None,
     precision: Annotated[Precision | None, typer.Option(help="Default: the preset's.")] = None,
+    checkpoint_every: CheckpointEvery = None,
+    picture_every: PictureEvery = None,
     seed: Annotated[int | None, typer.Option(help="Default: 0.", min=0)] = None,
     device: Device = "auto",
     resume: Resume = False,
@@ -75,44 +92,52 @@ def train(
     import torch
 
     from encdiff.models import EncDiff, EncDiffConfig
-    from encdiff.runs import read_config
     from encdiff.train import TrainConfig
     from encdiff.train import train as run_training
 
-    given = dict(steps=steps, batch_size=batch_size, learning_rate=learning_rate, seed=seed)
-    given = {k: v for k, v in given.items() if v is not None} | ({"precision": precision.value} if precision else {})
+    given = given_options(
+        steps=steps, batch_size=batch_size, learning_rate=learning_rate, precision=precision and precision.value,
+        checkpoint_every=checkpoint_every, picture_every=picture_every, seed=seed,
+    )  # fmt: skip
     if resume:
-        config = read_config(run)
-        model_config = EncDiffConfig.from_dict(config["model"], f"{run}/config.json")
-        recipe, data = TrainConfig(**(config["training"] | given)), data or config["data"]
+        if preset or first_stage:
+            raise InputError("--preset and --first-stage cannot be given with --resume: the run has its own")
+        begun, recipe = resumed(run, TrainConfig, given)
+        model_config, data = EncDiffConfig.from_dict(begun["model"], f"{run}/config.json"), data or begun["data"]
     else:
-        model_config = EncDiffConfig.from_preset(preset)
-        recipe = TrainConfig.from_preset(preset, **given)
-    if data is None:
-        raise InputError("--data is missing: " + DATA_HELP)
+        model_config = EncDiffConfig.from_preset(preset or "quickstart")
+        recipe = TrainConfig.from_preset(preset or "quickstart", **given)
     torch.manual_seed(recipe.seed)
     model = EncDiff(model_config)
-    if model_config.first_stage == "vq" and not resume:
-        _load_first_stage(model, first_stage)
+    if not resume:
+        load_first_stage(model, first_stage)
+    dataset = open_data(data, model_config.image_size)
     run_training(
-        model.to(_device(device)), _dataset(data, model_config.image_size), run, recipe,
-        resume=resume, overwrite=overwrite, tensorboard=tensorboard,
-    )  # fmt: skip
+        model.to(choose_device(device)),
+        dataset,
+        run,
+        recipe,
+        resume=resume,
+        overwrite=overwrite,
+        tensorboard=tensorboard,
+    )
     console.print(f"model: {run / 'model'}\nnext:  encdiff evaluate {run}")
 
 
 @app.command()
 def train_autoencoder(
     run: Annotated[Path, typer.Option(help="The folder of the run.")],
-    data: Data,
+    data: Annotated[str | None, typer.Option(help=DATA_HELP)] = None,
     image_size: Annotated[int, typer.Option(help="Images are reduced to this size.", min=8)] = 64,
     steps: Annotated[int | None, typer.Option(min=1)] = None,
     batch_size: Annotated[int | None, typer.Option(min=1)] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Is multiplied by the batch size.")] = None,
-    discriminator: Annotated[bool, typer.Option(help="Train against a patch discriminator.")] = True,
+    learning_rate: Annotated[float | None, typer.Option(help="Default: 4.5e-6 for each image of a batch.")] = None,
+    discriminator: Annotated[bool | None, typer.Option(help="Train against a patch discriminator.")] = None,
     lpips_weights: Annotated[Path | None, typer.Option(help="torchvision's VGG16 weights, for the LPIPS loss.")] = None,
-    precision: Precision = Precision.float32,
-    seed: Seed = 0,
+    precision: Precision | None = None,
+    checkpoint_every: CheckpointEvery = None,
+    picture_every: PictureEvery = None,
+    seed: Annotated[int | None, typer.Option(help="Default: 0.", min=0)] = None,
     device: Device = "auto",
     resume: Resume = False,
     overwrite: Overwrite = False,
@@ -124,15 +149,22 @@ def train_autoencoder(
     from encdiff.train_autoencoder import AutoencoderTrainConfig
     from encdiff.train_autoencoder import train_autoencoder as run_training
 
-    given = dict(steps=steps, batch_size=batch_size, learning_rate=learning_rate)
-    config = AutoencoderTrainConfig(
-        discriminator=discriminator, lpips_weights=lpips_weights and str(lpips_weights), precision=precision.value,
-        seed=seed, **{k: v for k, v in given.items() if v is not None},
+    given = given_options(
+        steps=steps, batch_size=batch_size, learning_rate=learning_rate, discriminator=discriminator,
+        lpips_weights=lpips_weights and str(lpips_weights), precision=precision and precision.value,
+        checkpoint_every=checkpoint_every, picture_every=picture_every, seed=seed,
     )  # fmt: skip
-    torch.manual_seed(seed)
-    model = VQAutoencoder().to(_device(device))
-    run_training(model, _dataset(data, image_size), run, config, resume=resume, overwrite=overwrite)
-    console.print(f"first stage: {run / 'model'}\nnext:        encdiff train --first-stage {run} --preset shapes3d ...")
+    if resume:
+        begun, config = resumed(run, AutoencoderTrainConfig, given)
+        data, image_size = data or begun["data"], begun["fingerprint"]["image_size"]
+    else:
+        if batch_size and not learning_rate:
+            given["learning_rate"] = 4.5e-6 * batch_size
+        config = AutoencoderTrainConfig(**given)
+    torch.manual_seed(config.seed)
+    dataset = open_data(data, image_size)
+    run_training(VQAutoencoder().to(choose_device(device)), dataset, run, config, resume=resume, overwrite=overwrite)
+    console.print(f"first stage: {run / 'model'}\nnext: encdiff train --preset shapes3d --first-stage {run} ...")
 
 
 @app.command()
@@ -148,12 +180,12 @@ def evaluate(
     """FactorVAE score and DCI by the paper's protocol, beside those of an untrained encoder."""
     from encdiff.evaluate import evaluate_model, format_table, plot_importance, write_metrics
 
-    model, dataset = _open(run, data, device)
+    model, dataset = open_model(run, data, device)
+    out = writable(out or run / "metrics.json")
     results = evaluate_model(model, dataset, protocol=protocol, seed=seed, baseline=baseline)
-    out = out or run / "metrics.json"
+    console.print(format_table(results))
     write_metrics(out, results)
     plot_importance(results["trained"], out.with_name("importance.png"))
-    console.print(format_table(results))
     console.print(f"scores: {out}\nplot:   {out.with_name('importance.png')}")
 
 
@@ -161,7 +193,10 @@ def evaluate(
 def swap(
     run: Run,
     data: RunData = None,
-    pairs: Annotated[int, typer.Option(help="How many pairs of images, drawn from the data.", min=1)] = 4,
+    source: Annotated[list[int] | None, typer.Option(help="Index of a source image; may be repeated.")] = None,
+    target: Annotated[list[int] | None, typer.Option(help="Index of a target image, one per source.")] = None,
+    pairs: Annotated[int, typer.Option(help="How many pairs to draw, where no indices are given.", min=1)] = 4,
+    concepts: Concepts = None,
     by_factor: Annotated[bool, typer.Option(help="Swap together what carries one factor, once evaluated.")] = True,
     steps: Steps = 50,
     out: Out = None,
@@ -172,17 +207,23 @@ def swap(
 
     After `evaluate`, all concepts that carry one factor are swapped together; --no-by-factor swaps each alone.
     """
-    from encdiff import visualize
     from encdiff.runs import progress_bar
+    from encdiff.visualize import swap_grid
 
-    model, dataset = _open(run, data, device)
-    images = _draw(dataset, 2 * pairs, seed).to(_device(device))
-    groups = _groups(run) if by_factor else None
+    model, dataset = open_model(run, data, device)
+    if (source is None) != (target is None) or (source and len(source) != len(target)):
+        raise InputError(f"--source {source} and --target {target} must be given together, as many of each")
+    count = len(source) if source else min(pairs, max(1, len(dataset) // 2))
+    images = draw_images(dataset, source + target if source else None, 2 * count, seed, model)
+    path = writable(out or run / "pictures" / "swap.png")
+    groups = factor_groups(run, model) if by_factor and not concepts else None
+    if concepts:
+        groups = {f"concept {i}": [i] for i in parse_concepts(concepts)}
     with progress_bar("sampling") as report:
-        picture = visualize.swap_grid(
-            model, images[:pairs], images[pairs:], groups=groups, steps=steps, seed=seed, progress=report
+        picture = swap_grid(
+            model, images[:count], images[count:], groups=groups, steps=steps, seed=seed, progress=report
         )
-    _save(picture, out or run / "pictures" / "swap.png")
+    save_picture(picture, path)
 
 
 @app.command()
@@ -190,6 +231,7 @@ def traverse(
     run: Run,
     data: RunData = None,
     index: Annotated[int | None, typer.Option(help="The image's index in the data. Default: a random one.")] = None,
+    concepts: Concepts = None,
     values: Annotated[int, typer.Option(help="How many values per concept.", min=2)] = 7,
     steps: Steps = 50,
     out: Out = None,
@@ -197,52 +239,57 @@ def traverse(
     device: Device = "auto",
 ) -> None:
     """A picture: one image with each concept's scalar moved from low to high."""
-    from encdiff import visualize
-    from encdiff.data import to_float
     from encdiff.runs import progress_bar
+    from encdiff.visualize import concept_labels, encode_images, traversal
 
-    model, dataset = _open(run, data, device)
-    image = _draw(dataset, 1, seed) if index is None else to_float(dataset.images([index]))
-    codes = visualize.encode_images(model, _draw(dataset, min(len(dataset), 1000), seed).to(_device(device)))
+    model, dataset = open_model(run, data, device)
+    image = draw_images(dataset, None if index is None else [index], 1, seed, model)[0]
+    path = writable(out or run / "pictures" / "traverse.png")
+    labels = concept_labels(factor_groups(run, model))
+    codes = encode_images(model, draw_images(dataset, None, min(len(dataset), 1000), seed, model))
     with progress_bar("sampling") as report:
-        picture = visualize.traversal(
-            model, image[0].to(_device(device)), codes, columns=values, steps=steps, seed=seed, progress=report,
-            labels=visualize.concept_labels(_groups(run)),
+        picture = traversal(
+            model, image, codes, concepts=concepts and parse_concepts(concepts), labels=labels, columns=values,
+            steps=steps, seed=seed, progress=report,
         )  # fmt: skip
-    _save(picture, out or run / "pictures" / "traverse.png")
+    save_picture(picture, path)
 
 
 @app.command()
 def attend(
     run: Run,
     data: RunData = None,
-    images: Annotated[int, typer.Option(help="How many images, drawn from the data.", min=1)] = 4,
+    index: Annotated[list[int] | None, typer.Option(help="Index of an image; may be repeated.")] = None,
+    images: Annotated[int, typer.Option(help="How many images to draw, where no index is given.", min=1)] = 4,
+    concepts: Concepts = None,
     steps: Annotated[int, typer.Option(help="Noise levels to average over.", min=1)] = 10,
     out: Out = None,
     seed: Seed = 0,
     device: Device = "auto",
 ) -> None:
     """A picture: where the U-Net attends to each concept."""
-    from encdiff import visualize
+    from encdiff.visualize import attention_picture, concept_labels
 
-    model, dataset = _open(run, data, device)
-    drawn = _draw(dataset, images, seed).to(_device(device))
-    labels = visualize.concept_labels(_groups(run))
-    picture = visualize.attention_picture(model, drawn, labels=labels, steps=steps, seed=seed)
-    _save(picture, out or run / "pictures" / "attend.png")
+    model, dataset = open_model(run, data, device)
+    chosen = draw_images(dataset, index, min(images, len(dataset)), seed, model)
+    path = writable(out or run / "pictures" / "attend.png")
+    labels = concept_labels(factor_groups(run, model))
+    picture = attention_picture(
+        model, chosen, concepts=concepts and parse_concepts(concepts), labels=labels, steps=steps, seed=seed
+    )
+    save_picture(picture, path)
 
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="The folder to write to; an earlier demo in it is replaced.")] = Path(
-        "runs/demo"
-    ),
+    run: Annotated[Path, typer.Option(help="The folder of the run; an earlier run in it is replaced.")] = DEMO,
     seed: Seed = 0,
+    device: Device = "auto",
 ) -> None:
     """From nothing to disentangled concepts on this machine: render, train, evaluate, draw."""
     from encdiff.demo import demo as run_demo
 
-    run_demo(out, seed, console)
+    run_demo(run, seed, choose_device(device), console)
 
 
 @data_app.command()
@@ -258,7 +305,7 @@ def render(
 
     if out.exists() and not overwrite:
         raise InputError(f"{out}: exists already; use --overwrite to replace it")
-    dataset = _dataset(f"procedural:{grid}", image_size)
+    dataset = open_data(f"procedural:{grid}", image_size)
     with progress_bar("rendering") as report:
         write_shapes3d(out, dataset, progress=report)
     console.print(f"{len(dataset):,} images: {out}")
@@ -269,84 +316,11 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that half-written files are removed
     try:
         app()
+    except Stopped as stopped:
+        console.print(str(stopped))
     except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except Exception as error:
-        if type(error).__name__ != "Stopped":  # its module loads torch
-            raise
-        console.print(str(error))
-
-
-def _device(name: str) -> str:
-    import torch
-
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise InputError(f"--device {name!r} must be auto, cpu, cuda or cuda:N") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"--device {name}: no GPU that PyTorch {torch.__version__} can use; take --device cpu")
-    return name
-
-
-def _dataset(data: str, image_size: int):
-    from encdiff.data import open_dataset
-
-    return open_dataset(data, image_size)
-
-
-def _open(run: Path, data: str | None, device: str):
-    """The trained model of a run or model folder, and the data to show it on."""
-    from encdiff.models import EncDiff
-    from encdiff.runs import read_config
-
-    model = EncDiff.from_pretrained(run / "model" if (run / "model").is_dir() else run, device=_device(device))
-    if data is None and not (run / "checkpoint.safetensors").is_file():
-        raise InputError("--data is missing: " + DATA_HELP)
-    return model, _dataset(data or read_config(run)["data"], model.config.image_size)
-
-
-def _draw(dataset, count: int, seed: int):
-    import numpy as np
-
-    from encdiff.data import to_float
-
-    if count > len(dataset):
-        raise InputError(f"{dataset.name}: {len(dataset)} images, {count} are needed")
-    return to_float(dataset.images(np.random.default_rng(seed).choice(len(dataset), count, replace=False)))
-
-
-def _groups(run: Path) -> dict[str, list[int]]:
-    """The concepts that carry each factor, where the run has been evaluated."""
-    import json
-
-    from encdiff.visualize import concept_groups
-
-    path = run / "metrics.json"
-    if not path.is_file():
-        return {}
-    trained = json.loads(path.read_text())["trained"]
-    return concept_groups(trained["dci"]["importance"], trained["data"]["factor_names"])
-
-
-def _load_first_stage(model, first_stage: Path | None) -> None:
-    from encdiff.models.autoencoder import VQAutoencoder
-
-    if first_stage is None:
-        raise InputError("--first-stage is missing: this preset needs one; make it with encdiff train-autoencoder")
-    folder = first_stage / "model" if (first_stage / "model").is_dir() else first_stage
-    model.first_stage.load_state_dict(VQAutoencoder.from_pretrained(folder).state_dict())
-
-
-def _save(picture, path: Path) -> None:
-    from encdiff.visualize import save_png
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_png(picture, path)
-    console.print(f"picture: {path}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The one exception for bad input."""
+"""What users are told: bad input, and that a run was stopped."""
 
 
 class InputError(ValueError):
@@ -6,3 +6,7 @@ class InputError(ValueError):
 
     The command line prints the message and exits with code 2.
     """
+
+
+class Stopped(Exception):
+    """Training ended early on request; everything is saved. The command line prints the message and exits with 0."""

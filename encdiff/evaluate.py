@@ -1,6 +1,5 @@
 """Score an encoder on a labelled data set: encode every image once, then let the metrics index the codes."""
 
-import hashlib
 import json
 import os
 import time
@@ -15,7 +14,7 @@ from rich.table import Table
 
 from encdiff import __version__
 from encdiff.checkpoint import atomic_path
-from encdiff.data import Dataset, to_float
+from encdiff.data import Dataset, describe, to_float
 from encdiff.errors import InputError
 from encdiff.metrics import dci, factor_vae_score, sample_factors
 from encdiff.metrics.factor_vae import check_at_least, check_factor_sizes
@@ -94,7 +93,7 @@ def evaluate(
         "dci": importance | {"importance": importance["importance"].tolist()},
         "protocol": {"name": protocol if settings == replace(PROTOCOLS[protocol], seed=seed) else "custom"}
         | asdict(settings),
-        "data": describe_data(dataset),
+        "data": describe(dataset),
         "version": __version__,
         "seconds": {"encode": encoded - began, "factor_vae": scored - encoded, "dci": ended - scored},
     }
@@ -109,14 +108,29 @@ def evaluate_model(
     """
     models = {"trained": model}
     if baseline:
-        torch.manual_seed(seed)
-        models["untrained"] = EncDiff(model.config).to(next(model.parameters()).device).eval()
+        models["untrained"] = untrained(model, dataset, seed)
     results = {}
     for name, scored in models.items():
         with Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()) as bar:
             encode = _encoder(scored)
             results[name] = evaluate(encode, dataset, protocol=protocol, seed=seed, progress=_Stages(bar, name))
     return results
+
+
+@torch.no_grad()
+def untrained(model: EncDiff, dataset: Dataset, seed: int = 0, batches: int = 50, batch_size: int = 64) -> EncDiff:
+    """A model of the same configuration with random weights, and the statistics of its BatchNorms taken from the data.
+
+    Without these an untrained encoder's codes would hardly vary, and any other would look good beside it.
+    """
+    device = next(model.parameters()).device
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        fresh = EncDiff(model.config).to(device).train()
+    rng = np.random.default_rng(seed)
+    for _ in range(batches):
+        fresh.encode(to_float(dataset.images(rng.integers(len(dataset), size=batch_size))).to(device))
+    return fresh.eval()
 
 
 def _encoder(model: EncDiff) -> Encode:
@@ -161,19 +175,6 @@ def encode_dataset(
         if progress:
             progress(int(indices[-1]) + 1, n)
     return codes
-
-
-def describe_data(dataset: Dataset, probes: int = 8) -> dict:
-    """Name, sizes and a SHA-256 over `probes` evenly spaced images: enough to tell whether two scores compare."""
-    images = dataset.images(np.linspace(0, len(dataset) - 1, probes).astype(np.int64))
-    return {
-        "name": dataset.name,
-        "images": len(dataset),
-        "image_size": int(dataset.image_size),
-        "factor_names": list(dataset.factor_names),
-        "factor_sizes": [int(size) for size in dataset.factor_sizes],
-        "sha256": hashlib.sha256(np.ascontiguousarray(images).tobytes()).hexdigest(),
-    }
 
 
 def format_table(results: Mapping[str, dict]) -> Table:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
-import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -13,58 +12,33 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor, nn
 
-from encdiff import __version__
-from encdiff.checkpoint import atomic_path, load_state, load_tensors, save_tensors
-from encdiff.data import Dataset, to_float, to_uint8
-from encdiff.data.loader import Batches
+from encdiff.checkpoint import atomic_path, load_state
+from encdiff.data import Dataset, to_uint8
 from encdiff.errors import InputError
+from encdiff.fields import Checked, Count, Natural, NotNegative, Positive
+from encdiff.fit import fit
 from encdiff.models.autoencoder import VQAutoencoder
-from encdiff.runs import (
-    CsvLog,
-    Interrupt,
-    RunFolder,
-    Stopped,
-    load_optimizer,
-    optimizer_tensors,
-    progress_bar,
-    step_generator,
-    training_bar,
-)
-
-TERMS = ("loss", "l1", "lpips", "codebook", "adversarial", "discriminator", "codes_used")
-COLUMNS = ("step", *TERMS, "images_per_second", "seconds")
+from encdiff.runs import load_optimizer, optimizer_tensors, step_generator
 
 
 @dataclass(frozen=True)
-class AutoencoderTrainConfig:
-    """How to train a first stage; the defaults are the published recipe but for `fit_codebook` and the absent LPIPS."""
+class AutoencoderTrainConfig(Checked):
+    """How to train a first stage: the published losses and rates, with `fit_codebook` added and LPIPS optional."""
 
-    steps: int = 50_000
-    batch_size: int = 32
-    learning_rate: float = 4.5e-6  # times batch_size
+    steps: Count = 50_000
+    batch_size: Count = 32
+    learning_rate: Positive = 1.44e-4  # the published 4.5e-6 for each image of a batch
     fit_codebook: bool = True  # begin with codes drawn from the first batch's latents, lest most never be used
     discriminator: bool = True
-    disc_weight: float = 0.75
-    disc_start: int = 0  # steps before the discriminator takes part
-    disc_layers: int = 3  # each halves the resolution; images must be at least 3 * 2**disc_layers wide
+    disc_weight: NotNegative = 0.75
+    disc_start: Natural = 0  # steps before the discriminator takes part
+    disc_layers: Count = 3  # each halves the resolution; images must be at least 3 * 2**disc_layers wide
     lpips_weights: str | None = None  # path of torchvision's VGG16 weights; None: no LPIPS
-    precision: str = "float32"  # or "bf16": autocast
-    seed: int = 0
-    log_every: int = 50
-    checkpoint_every: int = 1000
-    picture_every: int = 1000
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "disc_layers", "log_every", "checkpoint_every", "picture_every"):
-            if not isinstance(value := getattr(self, name), int) or value < 1:
-                raise InputError(f"{name} is {value!r}, must be a positive integer")
-        for name in ("seed", "disc_start"):
-            if not isinstance(value := getattr(self, name), int) or value < 0:
-                raise InputError(f"{name} is {value!r}, must be an integer of at least 0")
-        if not 0 < self.learning_rate < math.inf:
-            raise InputError(f"learning_rate is {self.learning_rate!r}, must be positive")
-        if self.precision not in ("float32", "bf16"):
-            raise InputError(f"precision is {self.precision!r}, must be 'float32' or 'bf16'")
+    precision: Literal["float32", "bf16"] = "float32"  # bf16: autocast
+    seed: Natural = 0
+    log_every: Count = 50
+    checkpoint_every: Count = 1000
+    picture_every: Count = 1000
 
 
 class PatchDiscriminator(nn.Sequential):
@@ -121,6 +95,8 @@ def load_lpips(vgg_weights: str | Path) -> nn.Module:
 class AutoencoderTraining:
     """Everything that changes from step to step: autoencoder, discriminator, their optimisers, step count."""
 
+    TERMS = ("loss", "l1", "lpips", "codebook", "adversarial", "discriminator", "codes_used")
+
     def __init__(self, model: VQAutoencoder, config: AutoencoderTrainConfig):
         self.model, self.config, self.step = model.train(), config, 0
         self.device = next(model.parameters()).device
@@ -130,7 +106,7 @@ class AutoencoderTraining:
             self.discriminator = (
                 PatchDiscriminator(config.disc_layers).to(self.device) if config.discriminator else None
             )
-        rate = config.learning_rate * config.batch_size
+        rate = config.learning_rate
         self.optimizers = {
             name: torch.optim.Adam(m.parameters(), rate, (0.5, 0.9)) for name, m in self.modules().items()
         }
@@ -139,9 +115,10 @@ class AutoencoderTraining:
         return {"model": self.model} | ({"discriminator": self.discriminator} if self.discriminator else {})
 
     @torch.no_grad()
-    def fit_codebook(self, images: Tensor) -> None:
-        """Draw the codes from the latents of float images (B,3,S,S)."""
-        self.model.quantize.fit(self.model.encode(images.to(self.device)), step_generator(self.config.seed, 0))
+    def begin(self, images: Tensor) -> None:
+        """Draw the codes from the latents of float images (B,3,S,S), if `fit_codebook`."""
+        if self.config.fit_codebook:
+            self.model.quantize.fit(self.model.encode(images.to(self.device)), step_generator(self.config.seed, 0))
 
     def advance(self, images: Tensor) -> dict[str, Tensor]:
         """One step on float images (B,3,S,S) in [-1,1]: the autoencoder's, then the discriminator's; returns TERMS."""
@@ -185,26 +162,35 @@ class AutoencoderTraining:
         loss.backward()
         self.optimizers[name].step()
 
-    def save(self, path: Path) -> None:
-        """Everything that `load` needs, in one safetensors file. InputError if the weights are no longer finite."""
+    def model_config(self) -> dict:
+        return dict(self.model.config)
+
+    def tensors(self) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = {}
         for name, module in self.modules().items():
             tensors |= {f"{name}.{k}": v for k, v in module.state_dict().items()}
             tensors |= optimizer_tensors(self.optimizers[name], f"{name}_optimizer")
-        if not all(v.isfinite().all() for v in tensors.values()):
-            raise _diverged(self.step, path)
-        save_tensors(path, tensors, {"step": str(self.step)})
+        return tensors
 
-    def load(self, path: Path) -> None:
-        """Continue from what `save` wrote. InputError if it is damaged or of another configuration."""
-        tensors, metadata = load_tensors(path)  # on the CPU, where Adam wants its step count
-        if not metadata.get("step", "").isdigit():
-            raise InputError(f"{path}: names no step; is it a checkpoint of a training run?")
+    def load(self, tensors: dict[str, Tensor], metadata: dict[str, str], source: Path) -> None:
+        """Continue from `tensors`; InputError, naming `source`, if they are of another configuration."""
         for name, module in self.modules().items():
             own = {k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")}
-            load_state(module, own, path)
-            load_optimizer(self.optimizers[name], tensors, f"{name}_optimizer")
-        self.step = int(metadata["step"])
+            load_state(module, own, source)
+            prefix = f"{name}_optimizer"
+            if name == "model" or any(k.startswith(prefix + ".") for k in tensors):  # it may begin later
+                load_optimizer(self.optimizers[name], tensors, source, prefix)
+
+    def save_model(self, folder: Path) -> None:
+        self.model.save_pretrained(folder)
+
+    @torch.no_grad()
+    def picture(self, images: Tensor, samples: Path) -> None:
+        """Images (n,3,S,S) above their reconstructions."""
+        rows = torch.stack([images, self.model(images)[0]])
+        pixels = to_uint8(rearrange(rows, "r n c h w -> 1 c (r h) (n w)"))[0]
+        with atomic_path(samples / f"reconstruction-{self.step:07d}.png") as temporary:
+            Image.fromarray(pixels.cpu().numpy()).save(temporary, format="PNG")
 
 
 def train_autoencoder(
@@ -232,27 +218,9 @@ def train_autoencoder(
     Raises:
         InputError: the data set, LPIPS weights, folder or checkpoint do not fit, or the loss stops being finite.
     """
-    folder = RunFolder(run_dir, resume, overwrite)
     _check_size(model, dataset, config)
-    training = AutoencoderTraining(model, config)
-    with progress_bar("reading images") as report:
-        batches = Batches(dataset, config.batch_size, config.seed, progress=report)
-    described = {
-        "model": model.config,
-        "training": asdict(config),
-        "data": dataset.spec or dataset.name,
-        "version": __version__,
-    }
-    if resume:
-        folder.check_same_run(described)
-        training.load(folder.checkpoint)
-    elif config.fit_codebook:
-        training.fit_codebook(to_float(batches.images(0)))
-    folder.begin()
-    folder.write_config(described)
-    _loop(training, batches, folder, folder.log(COLUMNS, training.step))
-    model.eval().save_pretrained(folder.model)
-    return model
+    fit(AutoencoderTraining(model, config), dataset, run_dir, resume=resume, overwrite=overwrite)
+    return model.eval()
 
 
 def _check_size(model: VQAutoencoder, dataset: Dataset, config: AutoencoderTrainConfig) -> None:
@@ -265,47 +233,3 @@ def _check_size(model: VQAutoencoder, dataset: Dataset, config: AutoencoderTrain
         raise InputError(
             f"disc_layers is {config.disc_layers}: needs images of at least {least}, not {size}; use fewer layers"
         )
-
-
-def _loop(training: AutoencoderTraining, batches: Batches, folder: RunFolder, log: CsvLog) -> None:
-    config, began, since = training.config, time.monotonic(), training.step
-    shown = to_float(batches.images(0)[:8])
-    with Interrupt() as interrupt, training_bar(config.steps, training.step) as bar:
-        while training.step < config.steps and not interrupt.requested:
-            terms = training.advance(to_float(batches.images(training.step)))
-            step = training.step
-            bar.update(0, completed=step)
-            if step % config.log_every == 0 or step == config.steps:
-                values = _values(terms, step, folder)
-                seconds = time.monotonic() - began
-                speed = (step - since) * config.batch_size / seconds
-                log.write(step=step, **values, images_per_second=round(speed, 1), seconds=round(seconds, 2))
-                bar.update(0, loss=values["loss"], speed=speed)
-            if step % config.checkpoint_every == 0:
-                training.save(folder.checkpoint)
-            if step % config.picture_every == 0 or step == config.steps:
-                _picture(training.model, shown.to(training.device), folder.samples / f"reconstruction-{step:07d}.png")
-    training.save(folder.checkpoint)
-    if training.step < config.steps:
-        raise Stopped(f"stopped after step {training.step}; saved {folder.checkpoint}, continue with --resume")
-
-
-def _values(terms: dict[str, Tensor], step: int, folder: RunFolder) -> dict[str, float]:
-    """The terms as numbers, 0 for those not in use; InputError when the loss is not finite."""
-    values = {name: terms[name].item() if name in terms else 0.0 for name in TERMS}
-    if not math.isfinite(values["loss"]):
-        raise _diverged(step, folder.checkpoint)
-    return values
-
-
-def _diverged(step: int, checkpoint: Path) -> InputError:
-    return InputError(f"learning_rate: training diverged by step {step}; lower it; {checkpoint} was not replaced")
-
-
-@torch.no_grad()
-def _picture(model: VQAutoencoder, images: Tensor, path: Path) -> None:
-    """Images (n,3,S,S) above their reconstructions."""
-    rows = torch.stack([images, model(images)[0]])
-    picture = to_uint8(rearrange(rows, "r n c h w -> 1 c (r h) (n w)"))[0]
-    with atomic_path(path) as temporary:
-        Image.fromarray(picture.cpu().numpy()).save(temporary)

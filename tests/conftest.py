@@ -6,6 +6,7 @@ from zlib import crc32
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub and matplotlib read them
 os.environ["MPLBACKEND"] = "Agg"
+os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported: kernels run on the CPU, one program after the other
 os.environ.pop("ENCDIFF_IMPL", None)  # a user's settings must not decide what is tested
 os.environ.pop("ENCDIFF_DATA", None)
 

@@ -1,9 +1,12 @@
 import json
 import pickle
+import sys
+import types
 from dataclasses import replace
 
 import pytest
 import torch
+from _golden import FOLDER, draw, load, relative_error, weight
 from _tiny import TINY
 
 from encdiff import EncDiff, InputError
@@ -90,17 +93,76 @@ class Bomb:
         return (exec, ("raise SystemExit('unpickled')",))
 
 
-def test_untrusted_files_are_not_unpickled(tmp_path):
-    for name, content in (("torch.ckpt", None), ("plain.ckpt", pickle.dumps(Bomb()))):
-        path = tmp_path / name
-        torch.save({"state_dict": Bomb()}, path) if content is None else path.write_bytes(content)
-        with pytest.raises(InputError, match=f"{name}: not a checkpoint of tensors .*trusted=True"):
-            EncDiff.load_published(path, TINY)
+class Callback:
+    """Of a module that a reader does not have, as in Lightning's files."""
+
+    __module__ = "lightning_of_then"
+
+
+def test_objects_in_a_checkpoint_are_ignored_and_never_run(model, tmp_path, monkeypatch):
+    """Lightning's files hold classes as keys, objects with state, and whatever an attacker put there."""
+    module = types.ModuleType(Callback.__module__)
+    module.Callback = Callback
+    monkeypatch.setitem(sys.modules, Callback.__module__, module)
+    Callback.__qualname__ = "Callback"
+    path, callback = tmp_path / "m.ckpt", Callback()
+    callback.best = 3
+    model.save_published(path)
+    content = torch.load(path, weights_only=True)
+    torch.save(content | {"callbacks": {Callback: {"x": callback}}, "hyper_parameters": Bomb()}, path)
+    monkeypatch.delitem(sys.modules, Callback.__module__)
+    assert same(model, EncDiff.load_published(path, TINY))
+
+
+def test_what_is_no_published_checkpoint(model, tmp_path):
+    def fails(name, message):
+        with pytest.raises(InputError, match=f"{name}: {message}"):
+            EncDiff.load_published(tmp_path / name, TINY)
+
+    torch.save({"state_dict": Bomb()}, tmp_path / "bomb.ckpt")
+    fails("bomb.ckpt", "holds no state_dict")
+    (tmp_path / "plain.ckpt").write_bytes(pickle.dumps(Bomb()))
+    fails("plain.ckpt", "not a whole checkpoint")
     torch.save([1, 2], tmp_path / "list.ckpt")
-    with pytest.raises(InputError, match="holds no state_dict"):
-        EncDiff.load_published(tmp_path / "list.ckpt", TINY)
-    with pytest.raises(InputError, match="no such file"):
-        EncDiff.load_published(tmp_path / "none.ckpt", TINY)
+    fails("list.ckpt", "holds no state_dict")
+    torch.save({"weight": torch.zeros(1)}, tmp_path / "other.ckpt")
+    fails("other.ckpt", "holds no tensor of model.diffusion_model.")
+    save_tensors(tmp_path / "x.safetensors", {"x": torch.zeros(1)})
+    fails("x.safetensors", "not a whole checkpoint")
+    model.save_published(tmp_path / "cut.ckpt")
+    (tmp_path / "cut.ckpt").write_bytes((tmp_path / "cut.ckpt").read_bytes()[:-100])
+    fails("cut.ckpt", "not a whole checkpoint")
+    fails("none.ckpt", "no such file")
+
+
+def test_a_checkpoint_with_the_published_names_and_shapes_loads(tmp_path):
+    layout = json.loads((FOLDER / "checkpoint_layout.json").read_text())
+    state = {name: weight(name, tuple(shape)) for name, shape in layout.items() if "num_batches" not in name}
+    state |= {name: torch.tensor(0) for name in layout if "num_batches" in name}
+    torch.save(
+        {"state_dict": state | {"scale_factor": torch.tensor(0.5), "betas": torch.zeros(1000)}}, tmp_path / "p.ckpt"
+    )
+    model = EncDiff.load_published(tmp_path / "p.ckpt", ema=False)
+    assert model.config.scaling_factor == 0.5 and not model.training
+    golden = load("unet_paper")
+    with torch.no_grad():
+        x, tokens = draw("unet_paper:x", (2, 3, 16, 16)), draw("unet_paper:context", (2, 20, 16))
+        assert relative_error(model.denoise(x, torch.from_numpy(golden["t"]), tokens), golden["y"]) < 1e-4
+        images = draw("encoder:image", (4, 3, 64, 64)).tanh()
+        assert relative_error(model.tokens(model.encode(images)), load("encoder_paper")["tokens"]) < 1e-4
+
+
+def test_a_full_disk_keeps_the_older_model(model, tmp_path, monkeypatch):
+    model.save_pretrained(tmp_path / "model")
+    before = {p.name: p.read_bytes() for p in (tmp_path / "model").iterdir()}
+
+    def full(tensors, path, metadata=None):
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr("encdiff.checkpoint.save_file", full)
+    with pytest.raises(OSError, match="No space left on device: .*model/model.safetensors"):
+        model.save_pretrained(tmp_path / "model")
+    assert {p.name: p.read_bytes() for p in (tmp_path / "model").iterdir()} == before
 
 
 def test_bad_model_folders(model, tmp_path):
@@ -118,6 +180,22 @@ def test_bad_model_folders(model, tmp_path):
     fails("model.safetensors: does not fit this configuration")
     (folder / "config.json").write_text(json.dumps(values | {"wings": 2}))
     fails("config.json: unknown entries wings")
+    for change, message in (
+        ({"image_size": "16"}, "config.json: image_size is '16', must be an integer at least 1"),
+        ({"image_size": 16.0}, "image_size is 16.0, must be an integer"),
+        ({"scaling_factor": None}, "scaling_factor is None, must be a number above 0"),
+        ({"multipliers": None}, "multipliers is None, must be a list, each an integer at least 1"),
+        ({"bank_widths": 8}, "bank_widths is 8"),
+        ({"groups": 0}, "groups is 0"),
+        ({"prediction": "eps"}, "prediction is 'eps', must be one of 'epsilon', 'v', 'x0'"),
+        ({"loss": "l3"}, "loss is 'l3'"),
+        ({"bank_activation": "tanh"}, "bank_activation is 'tanh'"),
+        ({"vq_multipliers": []}, "must hold at least one level"),
+    ):
+        (folder / "config.json").write_text(json.dumps(values | change))
+        fails(message)
+    (folder / "config.json").write_text("[1]")
+    fails("config.json: holds list, must be an object")
     (folder / "config.json").write_text("{")
     fails("config.json: not JSON")
     (folder / "config.json").unlink()

@@ -1,6 +1,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from PIL import Image
 
 from encdiff import EncDiff, __version__, cli
 from encdiff.data import open_dataset
+from encdiff.models.autoencoder import VQAutoencoder
 from encdiff.train import TrainConfig, train
 
 DATA = "procedural:2,2,2,2,2,2"
@@ -107,12 +109,18 @@ def test_render_writes_the_schema_and_refuses_to_replace(encdiff, tmp_path):
 
 def test_train_and_resume(encdiff, tmp_path):
     options = ["--run", tmp_path / "run", "--data", "procedural:2,2,1,1,1,1", "--batch-size", 4]
-    assert encdiff("train", *options, "--steps", 1)[0] == 0
+    assert encdiff("train", *options, "--steps", 2)[0] == 0
     code, text = encdiff("train", *options)
     assert code == 2 and "holds something already" in text
-    code, text = encdiff("train", "--run", tmp_path / "run", "--resume", "--steps", 2)
+    code, text = encdiff("train", "--run", tmp_path / "run", "--resume")
     assert code == 0 and "encdiff evaluate" in text
-    assert json.loads((tmp_path / "run" / "config.json").read_text())["training"]["steps"] == 2
+    code, text = encdiff("train", "--run", tmp_path / "run", "--resume", "--batch-size", 8)
+    assert code == 2 and "was begun with batch_size 4, cannot be resumed with 8" in text
+    code, text = encdiff("train", "--run", tmp_path / "run", "--resume", "--preset", "quickstart")
+    assert code == 2 and "--preset and --first-stage cannot be given with --resume" in text
+    (tmp_path / "run" / "config.json").write_text('{"model": {}, "training": {"wings": 2}, "data": "x"}')
+    code, text = encdiff("train", "--run", tmp_path / "run", "--resume")
+    assert code == 2 and "config.json: unknown entries wings" in text
 
 
 @pytest.mark.parametrize(
@@ -120,13 +128,24 @@ def test_train_and_resume(encdiff, tmp_path):
     [
         (["train", "--run", "r"], "--data is missing"),
         (["train", "--run", "r", "--data", DATA, "--preset", "best"], "preset 'best' is unknown, must be one of"),
-        (["train", "--run", "r", "--data", DATA, "--preset", "shapes3d"], "--first-stage is missing"),
+        (
+            ["train", "--run", "r", "--data", DATA, "--preset", "shapes3d"],
+            "--first-stage is None: this preset needs one",
+        ),
         (["train", "--run", "r", "--data", "nowhere.h5"], "nowhere.h5"),
         (["train", "--run", "r", "--data", DATA, "--batch-size", "0"], "--batch-size"),
-        (["train", "--run", "r", "--data", DATA, "--learning-rate", "-1"], "learning_rate is -1.0, must be positive"),
+        (
+            ["train", "--run", "r", "--data", DATA, "--learning-rate", "-1"],
+            "learning_rate is -1.0, must be a number above 0",
+        ),
         (["train", "--run", "r", "--resume"], "must be the folder of a training run"),
-        (["evaluate", "r"], "neither a folder here nor"),
-        (["swap", "{run}", "--pairs", "99"], "64 images, 198 are needed"),
+        (["evaluate", "r"], "r: no such folder"),
+        (["swap", "{run}", "--source", "1"], "must be given together"),
+        (["swap", "{run}", "--source", "1", "--target", "64"], "64"),
+        (["swap", "{run}", "--concepts", "7"], "concept is 7, must be an integer in 0..2"),
+        (["swap", "{run}", "--concepts", "x"], "--concepts 'x' must be numbers such as 0,3"),
+        (["train", "--run", "r", "--data", DATA, "--first-stage", "x"], "--first-stage is x: this preset takes none"),
+        (["evaluate", "{run}", "--out", "/proc/none/m.json"], "/proc/none"),
         (["traverse", "{run}", "--index", "64"], "64"),
         (["swap", "{run}", "--device", "cuda:7"], "--device cuda:7: no GPU"),
         (["swap", "{run}", "--device", "gpu"], "--device 'gpu' must be auto, cpu, cuda"),
@@ -176,3 +195,25 @@ def test_signals_save_and_exit_0(tmp_path, signum):
     assert (folder / "checkpoint.safetensors").is_file()
     with log.open(newline="") as file:
         assert all(row["loss"] for row in csv.DictReader(file))
+
+
+def test_scores_of_something_else_are_named(encdiff, run, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    for content in (
+        "{",
+        "[]",
+        "{}",
+        json.dumps({"trained": {"dci": {"importance": [[1]]}, "data": {"factor_names": ["a"]}}}),
+    ):
+        (copy / "metrics.json").write_text(content)
+        code, text = encdiff("swap", copy, "--steps", 1)
+        assert code == 2 and "metrics.json: " in text and "evaluate again" in text
+
+
+def test_a_first_stage_of_another_configuration_is_named(encdiff, tmp_path):
+    VQAutoencoder(32, (1, 2), 1, codebook_size=8).save_pretrained(tmp_path / "vq")
+    options = ["--run", tmp_path / "run", "--data", DATA, "--preset", "shapes3d", "--first-stage", tmp_path / "vq"]
+    code, text = encdiff("train", *options)
+    assert code == 2 and "vq: does not fit this configuration" in text
+    assert not (tmp_path / "run").exists()

@@ -1,14 +1,17 @@
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from _golden import FOLDER, draw, fill, load, relative_error
 from _tiny import TINY
 
 from encdiff import PRESETS, EncDiff, InputError, ops
 from encdiff.diffusion.samplers import ddim
 from encdiff.diffusion.schedules import alphas_cumprod, make_betas
+from encdiff.models.attention import TransformerBlock
 from encdiff.models.unet import UNet
 
 
@@ -105,12 +108,52 @@ def test_erasing_every_concept_leaves_nothing_of_the_image(model, images):
     torch.testing.assert_close(out[0], out[1])
 
 
-def test_attention_maps_are_distributions_over_concepts(model, images):
-    maps = model.attention_maps(images, steps=3)
+def test_attention_maps_are_the_mean_over_heads_layers_and_noise_levels(model, images):
+    maps = model.attention_maps(images, steps=3, seed=4)
     assert maps.shape == (4, 3, 16, 16)
-    assert (maps >= 0).all()
     torch.testing.assert_close(maps.sum(1), torch.ones(4, 16, 16))
-    assert torch.equal(maps, model.attention_maps(images, steps=3))
+    tokens, x0 = model.tokens(model.encode(images)), model.to_latents(images)
+    generator, seen = torch.Generator().manual_seed(4), []
+
+    def attend(block, inputs):  # what the block's cross-attention sees, from its input and the formula
+        x, cond = inputs
+        a = block.attn1
+        normed = F.layer_norm(x, x.shape[-1:], block.norm1.weight, block.norm1.bias)
+        x = x + ops.cross_attention(normed, normed, *a.weights(), heads=a.heads)
+        x = F.layer_norm(x, x.shape[-1:], block.norm2.weight, block.norm2.bias)
+        q, k = block.attn2.to_q(x).unflatten(-1, (2, -1)), block.attn2.to_k(cond.tokens).unflatten(-1, (2, -1))
+        p = (torch.einsum("blhd,bnhd->bhln", q, k) * q.shape[-1] ** -0.5).softmax(-1).mean(1)  # (B, L, N)
+        side = int(p.shape[1] ** 0.5)
+        p = p.transpose(1, 2).unflatten(2, (side, side))
+        seen.append(F.interpolate(p, 16, mode="bilinear", align_corners=False))
+
+    blocks = [m for m in model.unet.modules() if isinstance(m, TransformerBlock)]
+    hooks = [block.register_forward_pre_hook(attend) for block in blocks]
+    with torch.no_grad():
+        for t in (1, 334, 667):
+            a = model.alphas_cumprod[t].float()
+            x_t = a.sqrt() * x0 + (1 - a).sqrt() * torch.randn(x0.shape, generator=generator)
+            model.denoise(x_t, torch.full((4,), t), tokens)
+    for hook in hooks:
+        hook.remove()
+    assert len(seen) == 3 * len(blocks)
+    torch.testing.assert_close(maps, torch.stack(seen).mean(0))
+
+
+def test_half_precision_keeps_the_schedule(model, images):
+    model.bfloat16()
+    assert model.alphas_cumprod.dtype == torch.float64
+    assert model.loss(images).isfinite() and model.reconstruct(images, steps=2).isfinite().all()
+
+
+def test_autocast_leaves_the_target_exact(model, images):
+    seen = []
+    original = ops.q_sample
+    with pytest.MonkeyPatch.context() as patch, torch.autocast("cpu", torch.bfloat16):
+        patch.setattr("encdiff.models.encdiff.ops.q_sample", lambda *a, **k: seen.append(original(*a, **k)) or seen[0])
+        noise = torch.randn(4, *model.latent_shape)
+        model.loss(images, noise=noise)
+    assert torch.equal(seen[0][1], noise)
 
 
 def test_pictures_leave_the_mode_as_it_was(model, images):
@@ -148,6 +191,7 @@ def test_save_and_load_are_exact(model, images, tmp_path):
         (torch.zeros(2, 3, 16, 16, dtype=torch.uint8), r"images are torch.uint8, must be floating point"),
         (torch.full((2, 3, 16, 16), 255.0), r"images span 255 to 255, must lie in \[-1, 1\]"),
         (torch.full((2, 3, 16, 16), torch.nan), r"without NaN"),
+        (torch.zeros(2, 3, 16, 16).numpy(), r"images are ndarray, must be a torch.Tensor"),
     ],
 )
 @pytest.mark.parametrize("method", ["encode", "loss", "reconstruct"])
@@ -163,6 +207,17 @@ def test_bad_arguments(model, images):
         model.traverse(images[0], -1, [0.0])
     with pytest.raises(InputError, match="must be one image"):
         model.traverse(images, 0, [0.0])
+    with pytest.raises(InputError, match="concept is True"):
+        model.swap(images, images, [True])
+    with pytest.raises(InputError, match=r"values are \[nan\], must be a list of finite numbers"):
+        model.traverse(images[0], 0, [float("nan")])
+    with pytest.raises(InputError, match=r"x_T is \(1, 48, 4, 4\), must be \(4, 48, 4, 4\)"):
+        model.reconstruct(images, x_T=torch.zeros(1, 48, 4, 4))
+    with pytest.raises(InputError, match=r"scalars are \(4, 2\), must be \(B, 3\)"):
+        model.sample(torch.zeros(4, 2))
+    with pytest.raises(InputError, match="normalize_scalars needs at least 2"):
+        EncDiff(replace(TINY, normalize_scalars=True)).encode(images[:1])
+    assert torch.equal(model.swap(images, images, np.int64(1), steps=1), model.swap(images, images, [1], steps=1))
     with pytest.raises(InputError, match="must have one shape"):
         model.swap(images, images[:2], 0)
     with pytest.raises(InputError, match="preset 'shapes4d' is unknown, must be one of shapes3d"):
@@ -172,7 +227,7 @@ def test_bad_arguments(model, images):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (dict(concepts=0), "concepts is 0, must be a positive integer"),
+        (dict(concepts=0), "concepts is 0, must be an integer at least 1"),
         (dict(first_stage="vae"), "first_stage is 'vae'"),
         (dict(image_size=20), "image_size is 20, must be a multiple of 8"),
         (dict(attention_levels=(2,)), "attention_levels"),

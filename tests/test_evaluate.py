@@ -9,7 +9,7 @@ from PIL import Image
 from rich.console import Console
 
 from encdiff import evaluate as module
-from encdiff.data import Dataset
+from encdiff.data import Dataset, describe
 from encdiff.errors import InputError
 from encdiff.evaluate import encode_dataset, evaluate, format_table, plot_importance, write_metrics
 
@@ -85,8 +85,8 @@ def test_result_says_what_it_was_measured_on(results):
         def images(self, indices):
             return super().images(indices) + np.uint8(1)
 
-    assert module.describe_data(Brighter())["sha256"] != result["data"]["sha256"]
-    assert module.describe_data(Pixels()) == result["data"]
+    assert describe(Brighter())["sha256"] != result["data"]["sha256"]
+    assert describe(Pixels()) == result["data"]
 
 
 def test_paper_protocol_is_named_so(monkeypatch):

@@ -1,18 +1,15 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from _tiny import TINY
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from encdiff import EncDiff, InputError
 from encdiff.data import to_uint8
 from encdiff.visualize import (
-    CELL,
-    GAP,
-    LABEL,
-    _extent,
     attention_picture,
-    compose,
     concept_groups,
     concept_labels,
     encode_images,
@@ -21,70 +18,122 @@ from encdiff.visualize import (
     traversal,
 )
 
-
-def cells(picture: Image.Image, rows: list[str], columns: int, size: int = 16) -> np.ndarray:
-    """Cut a picture with these row labels back into its images: (rows, columns, size, size, 3)."""
-    pixels, step = np.asarray(picture), CELL + GAP
-    left = max(_extent(label, LABEL)[0] for label in rows) + 2 * GAP
-    top, rows = pixels.shape[0] - step * len(rows), len(rows)
-    out = np.empty((rows, columns, size, size, 3), np.uint8)
-    for j in range(rows):
-        for i in range(columns):
-            cell = pixels[top + j * step : top + j * step + CELL, left + i * step : left + i * step + CELL]
-            out[j, i] = cell[CELL // size // 2 :: CELL // size, CELL // size // 2 :: CELL // size]
-    return out
+OPTIONS = dict(steps=2, seed=5)
 
 
-def pixels(batch: torch.Tensor) -> np.ndarray:
-    return to_uint8(batch).numpy()
+def places(picture: Image.Image, image: torch.Tensor, cell: int = 96) -> list[tuple[int, int]]:
+    """Every (row, column) in pixels where the image (3, S, S), enlarged, lies in the picture, up to one grey level."""
+    wanted = to_uint8(image[None])[0].numpy().astype(int).repeat(cell // image.shape[-1], 0)
+    wanted = wanted.repeat(cell // image.shape[-1], 1)
+    pixels = np.asarray(picture).astype(int)
+    corners = np.abs(pixels[: 1 - cell, : 1 - cell] - wanted[0, 0]).max(-1) <= 1
+    corners &= np.abs(pixels[cell - 1 :, cell - 1 :] - wanted[-1, -1]).max(-1) <= 1
+    found = [tuple(at) for at in np.argwhere(corners).tolist()]
+    return [(y, x) for y, x in found if np.abs(pixels[y : y + cell, x : x + cell] - wanted).max() <= 1]
 
 
-def test_swap_cells_are_what_the_model_swaps(model, images):
-    source, target = images[:2], images[2:]
-    shown = cells(
-        swap_grid(model, source, target, groups={"a": [1], "b": [0, 2]}, steps=2, seed=5), ["pair 1", "pair 2"], 5
+@pytest.fixture
+def texts(monkeypatch) -> list[str]:
+    """What is written on pictures while the test runs."""
+    written, draw = [], ImageDraw.ImageDraw.text
+    monkeypatch.setattr(
+        ImageDraw.ImageDraw, "text", lambda self, xy, text, **how: (written.append(text), draw(self, xy, text, **how))
     )
-    options = dict(steps=2, seed=5)
-    expected = [
-        source, target, model.reconstruct(target, **options),
-        model.swap(source, target, [1], **options), model.swap(source, target, [0, 2], **options),
+    return written
+
+
+def test_swap_cells_are_what_the_model_swaps(model, images, texts):
+    source, target = images[:2], images[2:]
+    picture = swap_grid(model, source, target, groups={"wall hue": [1], "rest": [0, 2]}, **OPTIONS)
+    columns = [
+        source, target, model.reconstruct(target, **OPTIONS),
+        model.swap(source, target, [1], **OPTIONS), model.swap(source, target, [0, 2], **OPTIONS),
     ]  # fmt: skip
-    for column, picture in enumerate(expected):
-        assert np.abs(shown[:, column].astype(int) - pixels(picture)).max() <= 1, column
+    at = [[places(picture, image) for image in column] for column in columns]
+    assert all(len(found) == 1 for column in at for found in column)
+    corners = np.array(at)[:, :, 0]  # (columns, pairs, 2)
+    assert (np.diff(corners[..., 1], axis=0) >= 96).all() and (np.diff(corners[..., 0], axis=1) >= 96).all()
+    assert np.ptp(corners[..., 0], axis=0).max() == np.ptp(corners[..., 1], axis=1).max() == 0
+    assert {"source", "target", "reconstructed", "wall hue", "concept 1", "rest", "0, 2", "pair 1", "pair 2"} <= {
+        *texts
+    }
 
 
-def test_without_groups_every_concept_has_a_column(model, images):
-    picture = swap_grid(model, images[:1], images[1:2], steps=1)
-    assert picture.width >= (3 + TINY.concepts) * (CELL + GAP)
+def test_without_groups_every_concept_has_a_column(model, images, texts):
+    picture = swap_grid(model, images[:1], images[1:2], **OPTIONS)
+    for concept in range(TINY.concepts):
+        assert f"concept {concept}" in texts
+        assert places(picture, model.swap(images[:1], images[1:2], concept, **OPTIONS)[0])
 
 
-def test_traversal_cells_are_what_the_model_traverses(model, images):
+def test_many_concepts_wrap_into_panels(images, texts):
+    picture = swap_grid(EncDiff(replace(TINY, concepts=20)), images[:1], images[1:2], steps=1)
+    assert picture.width < 1500 and all(texts.count(f"concept {c}") == 1 for c in range(20))
+    assert len(places(picture, images[0])) == len(places(picture, images[1])) == 2  # each panel shows the pair again
+
+
+def test_traversal_cells_are_what_the_model_traverses(model, images, texts):
     codes = torch.randn(50, TINY.concepts)
-    picture = traversal(model, images[0], codes, columns=3, labels={2: "hue"}, steps=2, seed=5)
-    shown = cells(picture, ["concept 2\nhue", "concept 0", "concept 1"], 4)
-    assert np.array_equal(shown[0, 0], pixels(images[:1])[0])
-    for row, concept in enumerate((2, 0, 1)):  # the labelled one first
+    picture = traversal(model, images[0], codes, columns=3, labels={2: "hue"}, **OPTIONS)
+    assert places(picture, images[0], 192) and places(picture, model.reconstruct(images[:1], **OPTIONS)[0], 192)
+    tops = []
+    for concept in (2, 0, 1):  # the labelled one first
         low, high = np.quantile(codes[:, concept].numpy(), [0.02, 0.98])
-        expected = pixels(model.traverse(images[0], concept, [low, (low + high) / 2, high], steps=2, seed=5))
-        assert np.abs(shown[row, 1:].astype(int) - expected).max() <= 1, concept
+        strip = model.traverse(images[0], concept, [low, (low + high) / 2, high], **OPTIONS)
+        (y0, x0), (y1, x1), (y2, x2) = (places(picture, image)[0] for image in strip)
+        assert y0 == y1 == y2 and x0 + 96 <= x1 and x1 + 96 <= x2
+        tops.append(y0)
+    assert tops == sorted(tops)
+    assert {"original", "reconstructed", "low", "high", "hue", "concept 2", "concept 0", "concept 1"} <= {*texts}
 
 
-def test_attention_picture_shows_each_map_over_its_image(model, images):
-    shown = cells(attention_picture(model, images[:2], steps=2), ["", ""], 1 + TINY.concepts)
-    assert np.array_equal(shown[:, 0], pixels(images[:2]))
-    maps = model.attention_maps(images[:2], steps=2)
-    for j in range(2):
-        for i in range(TINY.concepts):
-            brightness = shown[j, 1 + i].sum(-1)
-            y, x = np.unravel_index(int(maps[j, i].argmax()), (16, 16))
-            assert brightness[y, x] > np.median(brightness)
+def test_dot_marks_the_own_value(model, images):
+    own = encode_images(model, images[:1])
+    spread = torch.linspace(-1, 1, 101)[:, None]
+    for offset, order in ((0.9, -1), (-0.9, 1)):  # codes above the own value put it low, codes below put it high
+        plain = np.asarray(traversal(model, images[0], own + spread, concepts=[0], **OPTIONS)).astype(int)
+        moved = np.asarray(traversal(model, images[0], own + spread + offset, concepts=[0], **OPTIONS)).astype(int)
+        at = [np.argwhere((picture == (217, 72, 15)).all(-1))[:, 1].mean() for picture in (plain, moved)]
+        assert order * (at[1] - at[0]) > 150
+
+
+def test_inverted_traversal_starts_from_the_image(model, images):
+    codes = encode_images(model, images)
+    picture = traversal(model, images[0], codes, invert=True, **OPTIONS)
+    expected = model.reconstruct(images[:1], x_T=model.invert(images[:1], 2), **OPTIONS)
+    assert places(picture, expected[0], 192)
+    assert not places(picture, model.reconstruct(images[:1], **OPTIONS)[0], 192)
+
+
+def test_attention_is_brightest_where_the_map_is_greatest(model, images, texts):
+    picture = attention_picture(model, images[:2], labels={1: "shape"}, steps=2)
+    y, x = places(picture, images[0])[0]
+    pixels = np.asarray(picture).astype(int)
+    maps = model.attention_maps(images[:2], steps=2)[0]
+    cells = [pixels[y : y + 96, x + 118 + 100 * i : x + 214 + 100 * i].sum(-1) for i in range(TINY.concepts)]
+    brightness = np.stack([cell.reshape(16, 6, 16, 6).mean((1, 3)) for cell in cells])
+    shown = np.corrcoef(brightness.ravel(), maps[[1, 0, 2]].numpy().ravel())[0, 1]  # the labelled one first
+    assert shown > 0.8, shown
+    assert {"image", "image 1", "image 2", "shape", "concept 1", "0 %", f"{100 * _greatest(model, images):.0f} %"} <= {
+        *texts
+    }
+
+
+def _greatest(model: EncDiff, images: torch.Tensor) -> float:
+    return model.attention_maps(images[:2], steps=2).max().item()
+
+
+def test_chosen_concepts_alone_are_shown(model, images, texts):
+    attention_picture(model, images[:1], concepts=[2], steps=1)
+    traversal(model, images[0], torch.randn(9, 3), concepts=[2], **OPTIONS)
+    assert texts.count("concept 2") == 2 and not {"concept 0", "concept 1"} & {*texts}
 
 
 def test_concepts_are_grouped_by_the_factor_they_carry():
     importance = [[0.9, 0.0], [0.05, 0.5], [0.0, 0.45], [0.3, 0.3], [0.01, 0.0]]
     groups = concept_groups(importance, ["wall_hue", "shape"])
-    assert groups == {"wall hue": [0], "shape": [1, 2]} | {}
-    assert concept_labels(groups) == {0: "wall hue", 1: "shape", 2: "shape"}
+    assert groups == {"wall hue": [0, 3], "shape": [1, 2]}
+    assert concept_labels(groups) == {0: "wall hue", 3: "wall hue", 1: "shape", 2: "shape"}
     assert concept_groups(np.zeros((3, 2)), ["a", "b"]) == {}
     with pytest.raises(InputError, match=r"importance is \(5, 2\), must be \(N, 3\)"):
         concept_groups(importance, ["a", "b", "c"])
@@ -97,23 +146,26 @@ def test_encoding_keeps_the_mode(model, images):
     assert model.training
 
 
-@pytest.mark.parametrize("size, cell", [(16, 96), (32, 96), (64, 128), (128, 128)])
-def test_small_images_are_enlarged_by_a_whole_factor(size, cell):
-    picture = compose([[torch.zeros(3, size, size), None]], ["a", "b"], ["row"], "t")
-    assert picture.height > cell and picture.width >= 2 * (cell + GAP)
-    assert (np.asarray(picture) == 128).all(-1).sum() == cell * cell
+@pytest.mark.parametrize("size, cell", [(16, 96), (32, 96), (64, 128), (128, 128), (256, 192)])
+def test_cells_of_any_image_size(size, cell):
+    config = replace(TINY, image_size=size, patch=size // 4)
+    image = torch.zeros(1, 3, size, size)
+    picture = np.asarray(swap_grid(EncDiff(config), image, image, groups={"a": [0]}, steps=1))
+    rows, columns = np.nonzero((picture == 128).all(-1))
+    assert np.ptp(rows) + 1 >= cell and (picture[rows.min() :][:cell, columns.min() :][:, :cell] == 128).all()
+    assert (picture[rows.min() : rows.min() + cell, columns.min() + cell] == 255).all()
 
 
-def test_a_long_label_is_wrapped_not_cut():
-    one, long = (compose([[torch.zeros(3, 16, 16)]], [label], [""], "t") for label in ("a", "a b " * 20))
-    assert long.height > one.height and long.width == one.width
+def test_a_long_label_is_wrapped_not_cut(model, images, texts):
+    swap_grid(model, images[:1], images[1:2], groups={"colour of the ceiling lamp": [0]}, **OPTIONS)
+    assert {"colour of the", "ceiling lamp"} <= {*texts}
 
 
-def test_saving_replaces_whole(tmp_path, monkeypatch):
-    path = tmp_path / "p.png"
-    save_png(Image.new("RGB", (2, 2)), path)
-    with Image.open(path) as picture:
-        assert picture.size == (2, 2)
+def test_saving_replaces_whole(tmp_path, monkeypatch, model, images):
+    path, picture = tmp_path / "p.png", swap_grid(model, images[:1], images[1:2], **OPTIONS)
+    save_png(picture, path)
+    with Image.open(path) as saved:
+        assert np.array_equal(np.asarray(saved), np.asarray(picture)) and saved.text["Title"] == "Swapping concepts"
     before = path.read_bytes()
 
     def fail(self, file, **_):
@@ -131,7 +183,14 @@ def test_bad_input(model, images):
         swap_grid(model, images[:1], images[:2])
     with pytest.raises(InputError, match=r"concept is 3, must be an integer in 0\.\.2"):
         swap_grid(model, images[:1], images[1:2], groups={"x": [3]})
+    with pytest.raises(InputError, match=r"concept is -1, must be an integer in 0\.\.2"):
+        attention_picture(model, images[:1], concepts=[-1])
+    with pytest.raises(InputError, match="concepts are none"):
+        traversal(model, images[0], torch.zeros(2, 3), concepts=[])
     with pytest.raises(InputError, match="columns is 1"):
         traversal(model, images[0], torch.zeros(2, 3), columns=1)
+    for codes in (torch.zeros(2, 4), torch.zeros(0, 3), torch.full((2, 3), torch.nan)):
+        with pytest.raises(InputError, match=r"codes are .*, must be finite numbers \(n, 3\)"):
+            traversal(model, images[0], codes)
     with pytest.raises(InputError, match=r"images are \(1, 3, 8, 8\)"):
         attention_picture(EncDiff(TINY), torch.zeros(1, 3, 8, 8))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 
 from encdiff.errors import InputError
 
-__all__ = ["Dataset", "open_dataset", "to_float", "to_uint8"]
+__all__ = ["Dataset", "describe", "open_dataset", "to_float", "to_uint8"]
 
 
 class Dataset:
@@ -73,6 +74,19 @@ def check_factors(factors, sizes: tuple[int, ...]) -> np.ndarray:
     if array.size and (array.min() < 0 or (array >= np.array(sizes)).any()):
         raise InputError(f"factors: a value lies outside 0..size-1 of the sizes {tuple(sizes)}")
     return array.astype(np.int64)
+
+
+def describe(dataset: Dataset, probes: int = 8) -> dict:
+    """Name, sizes and a SHA-256 over `probes` evenly spaced images: enough to tell whether two data sets are one."""
+    images = dataset.images(np.linspace(0, len(dataset) - 1, probes).astype(np.int64))
+    return {
+        "name": dataset.name,
+        "images": len(dataset),
+        "image_size": int(dataset.image_size),
+        "factor_names": list(dataset.factor_names),
+        "factor_sizes": [int(size) for size in dataset.factor_sizes],
+        "sha256": hashlib.sha256(np.ascontiguousarray(images).tobytes()).hexdigest(),
+    }
 
 
 def to_float(images) -> torch.Tensor:

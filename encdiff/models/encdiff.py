@@ -1,9 +1,12 @@
 """EncDiff: an image encoder, an MLP bank and a diffusion U-Net that cross-attends to the concept tokens."""
 
 import json
-from collections.abc import Callable, Sequence
+import operator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import SupportsIndex
 
 import torch
 import torch.nn as nn
@@ -70,7 +73,15 @@ class EncDiff(
         self.first_stage_model = first_stage.requires_grad_(False)
         with torch.device("cpu"):  # checked by value, also where the parameters are made on "meta"
             betas = schedules.make_betas(c.schedule, c.num_timesteps, c.beta_start, c.beta_end)
-            self.register_buffer("alphas_cumprod", schedules.alphas_cumprod(betas), persistent=False)
+            self.alphas_cumprod = schedules.alphas_cumprod(betas)
+
+    def _apply(self, fn, recurse: bool = True) -> "EncDiff":
+        """Moves `alphas_cumprod` with the parameters, but leaves it float64 where they become half."""
+        super()._apply(fn, recurse)
+        device = next(self.parameters()).device
+        if device.type != "meta":
+            self.alphas_cumprod = self.alphas_cumprod.to(device)
+        return self
 
     @property
     def unet(self) -> UNet:
@@ -98,11 +109,15 @@ class EncDiff(
 
     def encode(self, images: Tensor) -> Tensor:
         """Images (B, 3, S, S) -> scalars (B, N)."""
-        self._check_images(images)
+        images = self._check_images(images)
+        if self.training and self.config.normalize_scalars and len(images) == 1:
+            raise InputError("images: 1 in training mode, where normalize_scalars needs at least 2; call model.eval()")
         return self.encoder(images)
 
     def tokens(self, scalars: Tensor) -> Tensor:
         """Scalars (B, N) -> concept tokens (B, N, d)."""
+        if scalars.ndim != 2 or scalars.shape[1] != self.config.concepts:
+            raise InputError(f"scalars are {tuple(scalars.shape)}, must be (B, {self.config.concepts})")
         return self.bank(scalars)
 
     def denoise(
@@ -117,16 +132,16 @@ class EncDiff(
 
         See `UNet.forward` for token_bias and maps.
         """
-        return self.unet(x_t, t, tokens, token_bias, maps)
+        return self.unet(x_t.to(tokens.dtype), t, tokens, token_bias, maps)
 
     def to_latents(self, images: Tensor) -> Tensor:
         """Images (B, 3, S, S) -> latents (B, c, h, w) as the diffusion sees them; the first stage learns nothing."""
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(images.device.type, enabled=False):  # also the target's precision
             return self.first_stage.encode(images) * self.config.scaling_factor
 
     def to_images(self, latents: Tensor) -> Tensor:
         """Latents (B, c, h, w) -> images (B, 3, S, S), clipped to [-1, 1]."""
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(latents.device.type, enabled=False):
             return self.first_stage.decode(latents / self.config.scaling_factor).clamp(-1, 1)
 
     def loss(
@@ -143,6 +158,7 @@ class EncDiff(
         t (B,) int64, noise (B, c, h, w) and the per-sample weight (B,) can be given; else t is uniform, the noise
         normal, both from `generator`, and the weights are 1.
         """
+        images = self._check_images(images)
         tokens = self.tokens(self.encode(images))
         x0 = self.to_latents(images)
         if t is None:
@@ -168,14 +184,17 @@ class EncDiff(
     ) -> Tensor:
         """Images (B, 3, S, S) from scalars (B, N) by DDIM.
 
-        Every image starts from one and the same noise, drawn from `seed`, so that images differ by their concepts
-        alone; pass x_T (B, c, h, w) for other starts. token_bias (B, N) emphasises or (-inf) erases concepts.
+        Every image starts from one and the same noise, drawn from `seed`, so that (with eta 0) images differ by their
+        concepts alone; pass x_T (B, c, h, w) for other starts. token_bias (B, N) emphasises or (-inf) erases concepts.
         """
         with self._evaluating():
             generator = torch.Generator("cpu").manual_seed(seed)
-            if x_T is None:
-                x_T = torch.randn(1, *self.latent_shape, generator=generator).expand(len(scalars), -1, -1, -1)
             tokens = self.tokens(scalars)
+            shape = (len(scalars), *self.latent_shape)
+            if x_T is None:
+                x_T = torch.randn(1, *self.latent_shape, generator=generator).expand(shape)
+            if tuple(x_T.shape) != shape:
+                raise InputError(f"x_T is {tuple(x_T.shape)}, must be {shape}")
             latents = samplers.ddim(
                 lambda x_t, t: self.denoise(x_t, t, tokens, token_bias),
                 x_T.to(scalars.device, torch.float32).contiguous(),
@@ -194,8 +213,8 @@ class EncDiff(
 
     def invert(self, images: Tensor, steps: int = 50) -> Tensor:
         """The x_T from which DDIM comes back to these images under their own concepts: for faithful edits."""
-        tokens = self.tokens(self._codes(images))
         with self._evaluating():
+            tokens = self.tokens(self._codes(images))
             return samplers.ddim_invert(
                 lambda x_t, t: self.denoise(x_t, t, tokens), self.to_latents(images), self.alphas_cumprod,
                 steps=steps, prediction=self.config.prediction,
@@ -205,7 +224,7 @@ class EncDiff(
         """The target images with the given concepts taken from the source images; both (B, 3, S, S)."""
         if source.shape != target.shape:
             raise InputError(f"source {tuple(source.shape)} and target {tuple(target.shape)} must have one shape")
-        chosen = [self._check_concept(c) for c in ([concepts] if isinstance(concepts, int) else concepts)]
+        chosen = [self._check_concept(c) for c in (concepts if isinstance(concepts, Iterable) else [concepts])]
         scalars = self._codes(target).clone()
         scalars[:, chosen] = self._codes(source)[:, chosen]
         return self.sample(scalars, **options)
@@ -216,6 +235,8 @@ class EncDiff(
         if len(image) != 1:
             raise InputError(f"image is {tuple(image.shape)}, must be one image (3, S, S)")
         values = torch.as_tensor(values, dtype=torch.float32, device=image.device)
+        if values.ndim != 1 or not values.isfinite().all():
+            raise InputError(f"values are {values.tolist()}, must be a list of finite numbers")
         scalars = self._codes(image).repeat(len(values), 1)
         scalars[:, self._check_concept(concept)] = values
         return self.sample(scalars, **options)
@@ -227,8 +248,8 @@ class EncDiff(
         """
         if steps < 1:
             raise InputError(f"steps is {steps}, must be at least 1")
-        tokens = self.tokens(self._codes(images))
         with self._evaluating():
+            tokens = self.tokens(self._codes(images))
             x0 = self.to_latents(images)
             generator = torch.Generator("cpu").manual_seed(seed)
             total, count = torch.zeros((), device=x0.device), 0
@@ -253,12 +274,12 @@ class EncDiff(
 
     @classmethod
     def load_published(
-        cls, path: str | Path, preset: str | EncDiffConfig = "shapes3d", *, ema: bool = True, trusted: bool = False
+        cls, path: str | Path, preset: str | EncDiffConfig = "shapes3d", *, ema: bool = True
     ) -> "EncDiff":
-        """Read a checkpoint of the published code.
+        """Read a checkpoint of the published code, without running any code that it names.
 
         Args:
-            path: a `.ckpt` of tensors; unpickled only if `trusted`.
+            path: a `.ckpt` of Lightning or of `torch.save`.
             preset: the configuration it was trained with, by name or in full.
             ema: take the averaged U-Net rather than the trained one.
 
@@ -266,19 +287,35 @@ class EncDiff(
             InputError: not such a file, or tensors missing, unexpected or of another shape (listed).
         """
         config = EncDiffConfig.from_preset(preset) if isinstance(preset, str) else preset
-        state, scaling_factor = read_published(path, ema, trusted)
+        state, scaling_factor = read_published(path, ema)
         model = cls(replace(config, scaling_factor=scaling_factor))
         load_state(model, state, path)
         return model.eval()
 
     def save_published(self, path: str | Path) -> None:
-        """Write a checkpoint that the published code reads."""
+        """Write a checkpoint in the published code's layout, which it reads if it knows the configuration.
+
+        A model holds one U-Net: it becomes both the trained and the averaged copy.
+        """
         write_published(path, self.state_dict(), self.config.scaling_factor)
 
-    def _save_pretrained(self, save_directory: Path) -> None:
-        save_tensors(save_directory / "model.safetensors", self.state_dict(), {"format": "pt"})
-        with atomic_path(save_directory / "config.json") as temporary:
+    def save_pretrained(
+        self, save_directory: str | Path, *, push_to_hub: bool = False, repo_id: str | None = None, **hub
+    ) -> str | None:
+        """Write `model.safetensors`, `config.json` and a model card to a folder, each whole or not at all.
+
+        With `push_to_hub`, also upload it as `repo_id` (default: the folder's name); `hub` is for `push_to_hub`.
+        """
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_tensors(folder / "model.safetensors", self.state_dict(), {"format": "pt"})
+        with atomic_path(folder / "config.json") as temporary:
             temporary.write_text(json.dumps(asdict(self.config), indent=2) + "\n")
+        hub.pop("config", None)  # the base class passes it; ours is part of the model
+        card = self.generate_model_card(**(hub.pop("model_card_kwargs", None) or {}))
+        with atomic_path(folder / "README.md") as temporary:
+            temporary.write_text(str(card) + "\n")
+        return self.push_to_hub(repo_id or folder.name, **hub) if push_to_hub else None
 
     @classmethod
     def from_pretrained(cls, name: str | Path, *, device: str | torch.device = "cpu", **hub) -> "EncDiff":
@@ -295,7 +332,7 @@ class EncDiff(
         config_path, weights_path = (_locate(name, file, hub) for file in ("config.json", "model.safetensors"))
         try:
             values = json.loads(config_path.read_text())
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        except ValueError as error:
             raise InputError(f"{config_path}: not JSON ({error})") from None
         model = cls(EncDiffConfig.from_dict(values, str(config_path)))
         load_state(model, load_tensors(weights_path)[0], weights_path)
@@ -305,43 +342,43 @@ class EncDiff(
 
     def _codes(self, images: Tensor) -> Tensor:
         with self._evaluating():
+            self._check_images(images, values=True)
             return self.encode(images)
 
-    def _evaluating(self) -> "_Evaluating":
-        return _Evaluating(self)
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        """Eval mode without gradients inside the block; the mode before it afterwards."""
+        training = self.training
+        self.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.train(training)
 
-    def _check_concept(self, concept: int) -> int:
-        if not isinstance(concept, int) or not 0 <= concept < self.config.concepts:
+    def _check_concept(self, concept: SupportsIndex) -> int:
+        try:
+            index = -1 if isinstance(concept, bool) else operator.index(concept)
+        except TypeError:
+            index = -1
+        if not 0 <= index < self.config.concepts:
             raise InputError(f"concept is {concept!r}, must be an integer in 0..{self.config.concepts - 1}")
-        return concept
+        return index
 
-    def _check_images(self, images: Tensor) -> None:
+    def _check_images(self, images: Tensor, values: bool = False) -> Tensor:
+        """The images in the model's dtype; `values` also reads them on a GPU, which stalls it."""
         size = self.config.image_size
+        if not isinstance(images, Tensor):
+            raise InputError(f"images are {type(images).__name__}, must be a torch.Tensor; see encdiff.data.to_float")
         if images.ndim != 4 or images.shape[1:] != (3, size, size):
             raise InputError(f"images are {tuple(images.shape)}, must be (B, 3, {size}, {size})")
         if not images.is_floating_point():
             raise InputError(f"images are {images.dtype}, must be floating point in [-1, 1]; see encdiff.data.to_float")
-        if images.device.type == "cpu" and images.numel():  # on a GPU this would stall the device
+        if (values or images.device.type == "cpu") and images.numel() and not torch.compiler.is_compiling():
             low, high = images.aminmax()
             if not (low >= -1.001 and high <= 1.001):  # false for NaN
                 raise InputError(f"images span {low:.4g} to {high:.4g}, must lie in [-1, 1] without NaN")
-
-
-class _Evaluating:
-    """Eval mode without gradients inside the block; the mode before it afterwards."""
-
-    def __init__(self, model: nn.Module):
-        self.model = model
-        self.no_grad = torch.no_grad()
-
-    def __enter__(self) -> None:
-        self.training = self.model.training
-        self.model.eval()
-        self.no_grad.__enter__()
-
-    def __exit__(self, *error) -> None:
-        self.no_grad.__exit__(*error)
-        self.model.train(self.training)
+        return images.to(self.encoder[0].weight.dtype)
 
 
 def _locate(name: str | Path, file: str, hub: dict) -> Path:

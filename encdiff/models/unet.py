@@ -110,7 +110,7 @@ class UNet(nn.Module):
         of every layer, averaged over heads, as (B, h, w, N).
         """
         cond = Conditioning(tokens, token_bias, maps)
-        emb = self.time_embed(timestep_embedding(t, self.width))
+        emb = self.time_embed(timestep_embedding(t, self.width).to(self.time_embed[0].weight.dtype))
         h, skips = x, []
         for stage in self.input_blocks:
             h = stage(h, emb, cond)

@@ -1,0 +1,128 @@
+"""What the commands share: options, devices, data, models, files."""
+
+import os
+from pathlib import Path
+
+from rich.console import Console
+
+from encdiff.errors import InputError
+
+# Modules that load torch are imported inside the functions, so that --help answers at once.
+
+console = Console()
+DATA_HELP = "A 3dshapes .h5 file, an .npz, a folder of images, or procedural:5,5,5,4,4,5 (values per factor)."
+
+
+def given_options(**options) -> dict:
+    """The options that were given."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def resumed(run: Path, config_class, given: dict):
+    """What a run was begun with, and its training configuration with the options given now."""
+    from encdiff.runs import read_config
+
+    begun = read_config(run)
+    return begun, config_class.from_dict(begun["training"] | given, f"{run}/config.json")
+
+
+def parse_concepts(concepts: str) -> list[int]:
+    try:
+        return [int(concept) for concept in concepts.split(",")]
+    except ValueError:
+        raise InputError(f"--concepts {concepts!r} must be numbers such as 0,3") from None
+
+
+def writable(path: Path) -> Path:
+    """The path, its folder made, before long work is begun for it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise InputError(f"{path}: cannot be written; must be a file name in a folder that may be written to")
+    return path
+
+
+def choose_device(name: str) -> str:
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(f"--device {name!r} must be auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"--device {name}: no GPU that PyTorch {torch.__version__} can use; take --device cpu")
+    return name
+
+
+def open_data(data: str | None, image_size: int):
+    from encdiff.data import open_dataset
+
+    if data is None:
+        raise InputError("--data is missing: " + DATA_HELP)
+    return open_dataset(data, image_size)
+
+
+def open_model(run: Path, data: str | None, device: str):
+    """The trained model of a run or model folder, and the data to show it on."""
+    from encdiff.models import EncDiff
+    from encdiff.runs import read_config
+
+    if not run.is_dir():
+        raise InputError(f"{run}: no such folder; must be a run, or a folder that save_pretrained wrote")
+    of_run = (run / "checkpoint.safetensors").is_file()
+    model = EncDiff.from_pretrained(run / "model" if of_run else run, device=choose_device(device))
+    return model, open_data(data or (read_config(run)["data"] if of_run else None), model.config.image_size)
+
+
+def draw_images(dataset, indices: list[int] | None, count: int, seed: int, model):
+    """The images of these indices, or as many drawn from the data, on the model's device."""
+    import numpy as np
+
+    from encdiff.data import to_float
+
+    if indices is None:
+        if count > len(dataset):
+            raise InputError(f"{dataset.name}: {len(dataset)} images, {count} are needed")
+        indices = np.random.default_rng(seed).choice(len(dataset), count, replace=False)
+    return to_float(dataset.images(indices)).to(next(model.parameters()).device)
+
+
+def factor_groups(run: Path, model) -> dict[str, list[int]]:
+    """The concepts that carry each factor, where the run has been evaluated."""
+    import json
+
+    from encdiff.visualize import concept_groups
+
+    path = run / "metrics.json"
+    if not path.is_file():
+        return {}
+    try:
+        trained = json.loads(path.read_text())["trained"]
+        importance, names = trained["dci"]["importance"], trained["data"]["factor_names"]
+    except (ValueError, KeyError, TypeError):
+        raise InputError(f"{path}: not the scores that encdiff evaluate writes; evaluate again") from None
+    if len(importance) != model.config.concepts:
+        raise InputError(
+            f"{path}: of {len(importance)} concepts, the model has {model.config.concepts}; evaluate again"
+        )
+    return concept_groups(importance, names)
+
+
+def load_first_stage(model, first_stage: Path | None) -> None:
+    from encdiff.checkpoint import load_state
+    from encdiff.models.autoencoder import VQAutoencoder
+
+    if (model.config.first_stage == "vq") != (first_stage is not None):
+        needs = "needs one; make it with encdiff train-autoencoder" if first_stage is None else "takes none"
+        raise InputError(f"--first-stage is {first_stage}: this preset {needs}")
+    if first_stage is not None:
+        folder = first_stage / "model" if (first_stage / "model").is_dir() else first_stage
+        load_state(model.first_stage, VQAutoencoder.from_pretrained(folder).state_dict(), folder)
+
+
+def save_picture(picture, path: Path) -> None:
+    from encdiff.visualize import save_png
+
+    save_png(picture, path)
+    console.print(f"picture: {path}")

@@ -1,0 +1,179 @@
+"""The loop that every training shares: batches in order, log, bar, checkpoints, pictures, resume, and a safe stop."""
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
+
+from encdiff import __version__
+from encdiff.checkpoint import load_tensors, save_tensors
+from encdiff.data import Dataset, describe, to_float
+from encdiff.data.loader import Batches
+from encdiff.errors import InputError, Stopped
+from encdiff.runs import CsvLog, RunFolder, progress_bar
+
+
+class Training(Protocol):
+    """What `fit` drives: everything of a training that changes from step to step."""
+
+    TERMS: tuple[str, ...]  # names of what `advance` returns, "loss" first
+    config: Any  # a dataclass with steps, batch_size, seed, log_every, checkpoint_every, picture_every
+    device: torch.device
+    step: int
+
+    def begin(self, images: Tensor) -> None: ...  # whatever needs the first batch, before step 0
+    def advance(self, images: Tensor) -> dict[str, Tensor]: ...  # one step on float images (B, 3, S, S)
+    def model_config(self) -> dict: ...
+    def tensors(self) -> dict[str, Tensor]: ...  # all that `load` needs
+    def load(self, tensors: dict[str, Tensor], metadata: dict[str, str], source: Path) -> None: ...
+    def save_model(self, folder: Path) -> None: ...
+    def picture(self, images: Tensor, samples: Path) -> None: ...
+
+
+def fit(
+    training: Training,
+    dataset: Dataset,
+    run_dir: str | Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    tensorboard: bool = False,
+    on_step: Callable[[Training], None] | None = None,
+) -> None:
+    """Run a training to its last step in a run folder; see `train` for the arguments."""
+    config, folder = training.config, RunFolder(run_dir, resume, overwrite)
+    writer = _tensorboard(folder.path / "tensorboard") if tensorboard else None
+    with progress_bar("reading images") as report:
+        batches = Batches(dataset, config.batch_size, config.seed, progress=report)
+    if resume:
+        _resume(training, dataset, folder)
+    else:
+        training.begin(to_float(batches.images(0)).to(training.device))
+    folder.begin()
+    folder.write_config(_described(training, dataset))
+    log = CsvLog(folder.path / "log.csv", ("step", *training.TERMS, "images_per_second", "seconds"), training.step)
+    with Interrupt() as interrupt, _bar(config.steps, training.step) as bar:
+        _loop(training, batches, folder, _Recorder(training, log, bar, writer), interrupt, on_step)
+    _save(training, folder)
+    if training.step < config.steps:
+        raise Stopped(f"stopped after step {training.step}; saved {folder.checkpoint}, continue with --resume")
+
+
+def _loop(training, batches, folder, recorder, interrupt, on_step) -> None:
+    config, dataset = training.config, batches.dataset
+    shown = np.linspace(0, len(dataset) - 1, min(8, len(dataset))).astype(np.int64)
+    while training.step < config.steps and not interrupt.requested:
+        images = batches.images(training.step).to(training.device, non_blocking=True)
+        terms = training.advance(to_float(images))
+        step = training.step
+        if on_step:
+            on_step(training)
+        if step % config.log_every == 0 or step == config.steps:
+            recorder(terms)
+        if step % config.checkpoint_every == 0:
+            _save(training, folder)
+        if step % config.picture_every == 0 or step == config.steps:
+            training.picture(to_float(dataset.images(shown)).to(training.device), folder.samples)
+
+
+def _described(training: Training, dataset: Dataset) -> dict:
+    """What a run is: written at its beginning, compared when it is resumed."""
+    return {
+        "model": training.model_config(),
+        "training": asdict(training.config),
+        "data": dataset.spec or dataset.name,  # the command line opens it again by this
+        "fingerprint": describe(dataset),
+        "version": __version__,
+    }
+
+
+def _resume(training: Training, dataset: Dataset, folder: RunFolder) -> None:
+    folder.check_same_run(_described(training, dataset))
+    tensors, metadata = load_tensors(folder.checkpoint)
+    if not metadata.get("step", "").isdigit():
+        raise InputError(f"{folder.checkpoint}: names no step; is it a checkpoint of a training run?")
+    training.load(tensors, metadata, folder.checkpoint)
+    training.step = int(metadata["step"])
+
+
+def _save(training: Training, folder: RunFolder) -> None:
+    tensors = training.tensors()
+    if not all(t.isfinite().all() for t in tensors.values()):
+        raise diverged(training.step, f"{folder.checkpoint} is of an earlier step and whole")
+    metadata = {"step": str(training.step)}
+    metadata |= {k: str(v) for k, v in training.model_config().items() if k == "scaling_factor"}
+    save_tensors(folder.checkpoint, tensors, metadata)
+    training.save_model(folder.model)
+
+
+def diverged(step: int, state: str) -> InputError:
+    return InputError(f"training diverged by step {step}: lower the learning rate, or use float32; {state}")
+
+
+class _Recorder:
+    """Writes the terms of a step to the log, the bar and TensorBoard."""
+
+    def __init__(self, training: Training, log: CsvLog, bar: Progress, writer):
+        self.training, self.log, self.bar, self.writer = training, log, bar, writer
+        self.began, self.since = time.monotonic(), training.step
+
+    def __call__(self, terms: dict[str, Tensor]) -> None:
+        step, seconds = self.training.step, time.monotonic() - self.began
+        row = {name: float(terms.get(name, 0.0)) for name in self.training.TERMS}
+        if not math.isfinite(row["loss"]):
+            raise diverged(step, f"the loss is {row['loss']}; the checkpoint is of an earlier step and whole")
+        row["images_per_second"] = (step - self.since) * self.training.config.batch_size / seconds
+        self.log.write(step=step, **row, seconds=round(self.log.seconds + seconds, 2))
+        self.bar.update(self.bar.task_ids[0], completed=step, loss=row["loss"], speed=row["images_per_second"])
+        if self.writer:
+            for name, value in row.items():
+                self.writer.add_scalar(name, value, step)
+            self.writer.flush()
+
+
+class Interrupt:
+    """Inside the block the first Ctrl-C or SIGTERM only sets `requested`; the second ends the program."""
+
+    requested = False
+
+    def __enter__(self) -> "Interrupt":
+        self.before = {}
+        if threading.current_thread() is threading.main_thread():  # elsewhere signals cannot be caught
+            self.before = {s: signal.signal(s, self._request) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *error) -> None:
+        for signum, handler in self.before.items():
+            signal.signal(signum, handler)
+
+    def _request(self, signum: int, _) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+
+
+def _bar(total: int, step: int) -> Progress:
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]:.4f}"),
+        TextColumn("{task.fields[speed]:.0f} images/s"), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+    )  # fmt: skip
+    bar = Progress(*columns, refresh_per_second=2, speed_estimate_period=60)
+    bar.add_task("training", total=total, completed=step, loss=float("nan"), speed=0.0)
+    return bar
+
+
+def _tensorboard(folder: Path):
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise InputError("tensorboard is not installed; pip install tensorboard, or leave out --tensorboard") from None
+    return SummaryWriter(str(folder))
