@@ -300,14 +300,30 @@ def render(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
 ) -> None:
     """Render a room with floor, wall and object: the factors and the file format of 3dshapes.h5."""
+    _write_data(open_data(f"procedural:{grid}", image_size), out, overwrite)
+
+
+@data_app.command()
+def convert(
+    data: Annotated[str, typer.Argument(help=DATA_HELP, show_default=False)],
+    out: Annotated[Path, typer.Argument(help="The .h5 file to write.", show_default=False)],
+    image_size: Annotated[int | None, typer.Option(help="Reduce images to this size.", min=4)] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
+) -> None:
+    """Rewrite a 3dshapes file smaller, or in chunks that random batches read fast."""
+    from encdiff.data import open_dataset
+
+    _write_data(open_dataset(data, image_size), out, overwrite)
+
+
+def _write_data(dataset, out: Path, overwrite: bool) -> None:
     from encdiff.data.shapes3d import write_shapes3d
     from encdiff.runs import progress_bar
 
     if out.exists() and not overwrite:
         raise InputError(f"{out}: exists already; use --overwrite to replace it")
-    dataset = open_data(f"procedural:{grid}", image_size)
-    with progress_bar("rendering") as report:
-        write_shapes3d(out, dataset, progress=report)
+    with progress_bar("writing") as report:
+        write_shapes3d(out, dataset, max(256, dataset.images_per_chunk), progress=report)
     console.print(f"{len(dataset):,} images: {out}")
 
 

@@ -107,6 +107,14 @@ def test_render_writes_the_schema_and_refuses_to_replace(encdiff, tmp_path):
     assert len(open_dataset(path)) == 1
 
 
+def test_convert_reduces_and_rechunks(encdiff, tmp_path):
+    encdiff("data", "render", tmp_path / "a.h5", "--image-size", 16, "--grid", "2,1,1,2,2,1")
+    assert encdiff("data", "convert", tmp_path / "a.h5", tmp_path / "b.h5", "--image-size", 8)[0] == 0
+    before, after = open_dataset(tmp_path / "a.h5", 8), open_dataset(tmp_path / "b.h5")
+    assert (before.images(range(8)) == after.images(range(8))).all() and after.factor_sizes == before.factor_sizes
+    assert encdiff("data", "convert", tmp_path / "a.h5", tmp_path / "a.h5")[0] == 2
+
+
 def test_train_and_resume(encdiff, tmp_path):
     options = ["--run", tmp_path / "run", "--data", "procedural:2,2,1,1,1,1", "--batch-size", 4]
     assert encdiff("train", *options, "--steps", 2)[0] == 0

@@ -203,3 +203,20 @@ def test_open_refuses(tmp_path):
         open_dataset("procedural:3,4")
     with pytest.raises(InputError, match="image_size: 0"):
         open_dataset("procedural", 0)
+
+
+def test_large_chunks_are_warned_of(caplog):
+    class Chunked(Dataset):
+        name, image_size, images_per_chunk = "chunked", 4, 1000
+
+        def __len__(self):
+            return 10
+
+        def images(self, indices):
+            return np.zeros((len(indices), 4, 4, 3), np.uint8)
+
+    Batches(Chunked(), 8, resident_gib=0)
+    assert "chunked keeps 1000 images in a chunk" in caplog.text and "encdiff data convert" in caplog.text
+    caplog.clear()
+    Batches(Chunked(), 8)  # held in memory: read once, in order
+    assert not caplog.text

@@ -27,6 +27,7 @@ class Dataset:
     image_size: int
     factor_names: tuple[str, ...] = ()
     factor_sizes: tuple[int, ...] = ()
+    images_per_chunk: int = 1  # how many are read, at least, to read one
     label_values: tuple[np.ndarray, ...] = ()  # float64 (size,) for each factor: what its values stand for
 
     def __len__(self) -> int:

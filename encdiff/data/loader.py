@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -10,6 +11,8 @@ import torch
 
 from encdiff.data import Dataset
 from encdiff.errors import InputError
+
+log = logging.getLogger("encdiff.data")
 
 READ = 512  # images read at once when the whole set is loaded
 
@@ -45,6 +48,12 @@ class Batches:
         if len(dataset) * dataset.image_size**2 * 3 <= resident_gib * 2**30:
             self._data = read_all(dataset, progress)
         else:
+            if dataset.images_per_chunk > batch_size:
+                log.warning(
+                    "%s keeps %d images in a chunk: random batches of it are slow; rewrite it once with"
+                    " `encdiff data convert`",
+                    dataset.name, dataset.images_per_chunk,
+                )  # fmt: skip
             self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="encdiff-batches")
 
     @property

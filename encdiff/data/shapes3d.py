@@ -52,6 +52,11 @@ class Shapes3D(Dataset):
         if self.image_size < 1 or size % self.image_size:
             raise InputError(f"image_size: {image_size}; must divide {size}, the size of the images in {path}")
 
+    @property
+    def images_per_chunk(self) -> int:
+        """How many images must be unpacked to read one: many in a file that was written without thought of it."""
+        return (getattr(self._images, "chunks", None) or (1,))[0]
+
     def images(self, indices) -> np.ndarray:
         order, inverse = np.unique(self.check_indices(indices), return_inverse=True)
         try:

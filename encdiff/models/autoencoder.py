@@ -271,7 +271,10 @@ class ResnetBlock(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """One head over all positions, its width the channels."""
+    """One head over all positions, its width the channels.
+
+    Outside `ops.self_attention`, which has neither biases on queries, keys and values nor a GroupNorm before them.
+    """
 
     def __init__(self, channels: int):
         super().__init__()
