@@ -78,7 +78,8 @@ def _draw(model: EncDiff, dataset: Dataset, result: dict, seed: int) -> dict[str
     with progress_bar("sampling swaps") as report:
         swapped = swap_grid(model, images[:5], images[5:10], groups=groups, seed=seed, progress=report)
     codes = encode_images(model, images)
+    colourful = next(i for i, factors in enumerate(dataset.factors(chosen)) if len({*factors[:3]}) == 3)
     with progress_bar("sampling traversals") as report:
-        traversed = traversal(model, images[0], codes, labels=labels, seed=seed, progress=report)
+        traversed = traversal(model, images[colourful], codes, labels=labels, seed=seed, progress=report)
     attended = attention_picture(model, images[:4], labels=labels, seed=seed)
     return {"swap": swapped, "traverse": traversed, "attend": attended}
