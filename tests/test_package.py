@@ -13,8 +13,8 @@ import encdiff
 ROOT = Path(__file__).parent.parent
 # Bottom up. A module imports its own room and the layers below it, nothing beside or above.
 LAYERS = [
-    {"errors", "fields", "kernels", "_C", "_build"},
-    {"ops", "checkpoint", "sheet"},
+    {"errors", "kernels", "_C", "_build"},
+    {"ops", "checkpoint", "fields", "sheet"},
     {"diffusion", "data", "metrics"},
     {"models"},
     {"runs", "visualize"},

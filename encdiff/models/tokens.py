@@ -8,33 +8,46 @@ from encdiff import ops
 
 
 class MLPBank(nn.Module):
-    """N separate MLPs 1 -> widths -> token width, stored stacked and applied at once.
+    """N separate MLPs from a scalar (or a slice) over the widths to a token, stored stacked and applied at once.
 
     Args:
         concepts: N.
         token_width: d.
         widths: hidden widths; the paper's are 64, 128.
         activation: between the layers; the paper's is ELU.
+        slice_width: m; 1 is the paper's, more make each concept a slice of m numbers.
+        shared: one MLP for all concepts, for comparison.
 
-    Maps scalars (B, N) to tokens (B, N, d). In a state dict the layers stand apart, as in the published checkpoints:
-    `{concept}.{2 * layer}.weight` (out, in) and `.bias` (out,).
+    Maps scalars (B, N), or slices (B, N, m) also given side by side (B, N * m), to tokens (B, N, d). In a state dict
+    the layers stand apart, as in the published checkpoints: `{concept}.{2 * layer}.weight` (out, in) and `.bias`
+    (out,); a shared MLP is concept 0.
 
     Source: arXiv 2402.09712, section 3.2.
     """
 
     def __init__(
-        self, concepts: int = 20, token_width: int = 16, widths: tuple[int, ...] = (64, 128), activation: str = "elu"
+        self,
+        concepts: int = 20,
+        token_width: int = 16,
+        widths: tuple[int, ...] = (64, 128),
+        activation: str = "elu",
+        slice_width: int = 1,
+        shared: bool = False,
     ):
         super().__init__()
-        self.activation = activation
-        chain = (1, *widths, token_width)
-        layers = [[nn.Linear(i, o) for _ in range(concepts)] for i, o in zip(chain, chain[1:], strict=False)]
+        self.concepts, self.activation = concepts, activation
+        chain = (slice_width, *widths, token_width)
+        mlps = 1 if shared else concepts
+        layers = [[nn.Linear(i, o) for _ in range(mlps)] for i, o in zip(chain, chain[1:], strict=False)]
         self.weights = nn.ParameterList(torch.stack([m.weight.data for m in layer]) for layer in layers)
         self.biases = nn.ParameterList(torch.stack([m.bias.data for m in layer]) for layer in layers)
         self.register_state_dict_post_hook(_unstack)
         self.register_load_state_dict_pre_hook(_stack)
 
     def forward(self, scalars: Tensor) -> Tensor:
+        width = self.weights[0].shape[2]
+        if width > 1 and scalars.ndim == 2 and scalars.shape[1] == self.concepts * width:
+            scalars = scalars.unflatten(1, (self.concepts, width))
         return ops.mlp_bank(scalars, list(self.weights), list(self.biases), self.activation)
 
 

@@ -22,12 +22,21 @@ _ran: list[tuple[str, str]] | None = None  # filled inside record_impls
 _logged: set[tuple[str, str, str]] = set()
 
 
+def always(*args, **kwargs) -> list[str]:
+    """The reasons of an implementation that serves every input: none."""
+    return []
+
+
 class Implementation(NamedTuple):
-    """`reasons(*args, **kwargs)` lists why `fn(*args, **kwargs)` cannot serve; an empty list means that it can."""
+    """`reasons(*args, **kwargs)` lists why `fn(*args, **kwargs)` cannot serve; an empty list means that it can.
+
+    `doubts` lists why another should, though it can: it is then taken only by force.
+    """
 
     name: str
     fn: Callable[..., Any]
     reasons: Callable[..., list[str]]
+    doubts: Callable[..., list[str]] = always
 
 
 class Op:
@@ -49,7 +58,7 @@ class Op:
         if forced is not None:
             return self._get_forced(forced, *args, **kwargs)
         for implementation in self.implementations:
-            reasons = implementation.reasons(*args, **kwargs)
+            reasons = implementation.reasons(*args, **kwargs) or implementation.doubts(*args, **kwargs)
             if not reasons:
                 return implementation
             _log_once(self.name, implementation.name, reasons)
@@ -58,8 +67,8 @@ class Op:
     def explain(self, *args, **kwargs) -> str:
         """One line per implementation: what speaks against it, and which one `auto` takes."""
         lines, taken = [], False
-        for name, _, reasons in self.implementations:
-            against = reasons(*args, **kwargs)
+        for name, _, reasons, doubts in self.implementations:
+            against = reasons(*args, **kwargs) or doubts(*args, **kwargs)
             verdict = "; ".join(against) if against else ("can serve" if taken else "chosen")
             taken = taken or not against
             lines.append(f"{self.name}: {name}: {verdict}")
@@ -133,8 +142,3 @@ def explain(op: str | Callable[..., Any], *args, **kwargs) -> str:
     if name not in OPS:
         raise InputError(f"op {name!r} must be one of {sorted(OPS)}")
     return OPS[name].explain(*args, **kwargs)
-
-
-def always(*args, **kwargs) -> list[str]:
-    """The reasons of an implementation that serves every input: none."""
-    return []

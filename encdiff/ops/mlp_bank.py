@@ -1,4 +1,7 @@
-"""N separate MLPs, one per concept: scalar i becomes token i."""
+"""N separate MLPs, one per concept: scalar i, or slice i of a vector, becomes token i."""
+
+import os
+from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
@@ -9,19 +12,70 @@ from encdiff.ops._dispatch import Implementation, Op, always
 from encdiff.ops.cross_attention import exact
 
 ACTIVATIONS = {"elu": F.elu, "silu": F.silu, "gelu": F.gelu, "relu": F.relu}
+FUSED_TYPES = (torch.float32, torch.bfloat16, torch.float16)
+FUSED_WIDTHS = {"a slice": 16, "the first of two hidden layers": 128, "a token": 64}  # BLOCKS in kernels/mlp_bank.py
+_TRITON_INSTALLED = find_spec("triton") is not None
 
 
 def mlp_bank_reference(scalars, weights, biases, activation="elu"):
     """Batched matrix products over the concepts, in float32; see `mlp_bank`."""
     with exact(scalars) as dtype:
-        h = scalars.to(dtype).T[:, :, None]  # (N, B, 1)
+        h = _slices(scalars, weights).to(dtype).transpose(0, 1)  # (N, B, m)
         for layer, (w, b) in enumerate(zip(weights, biases, strict=True)):
             h = h if layer == 0 else ACTIVATIONS[activation](h)
-            h = torch.baddbmm(b[:, None].to(dtype), h, w.transpose(1, 2).to(dtype))
-        return h.transpose(0, 1).to(scalars.dtype)
+            affine = torch.addcmul if h.shape[2] == 1 else torch.baddbmm  # of one number, the product needs no matrix
+            h = affine(b[:, None].to(dtype), h, w.transpose(1, 2).to(dtype))
+        return h.transpose(0, 1).to(scalars.dtype).reshape(*scalars.shape[:2], h.shape[2])
 
 
-_op = Op("mlp_bank", [Implementation("reference", mlp_bank_reference, always)])
+def mlp_bank_triton(scalars, weights, biases, activation="elu"):
+    """One fused kernel forward, two backward."""
+    from encdiff.kernels.mlp_bank import mlp_bank as fused
+
+    tokens = fused(_slices(scalars, weights), list(weights), list(biases), activation)
+    return tokens.reshape(*scalars.shape[:2], tokens.shape[2])
+
+
+def _slices(scalars: Tensor, weights: list[Tensor]) -> Tensor:
+    """(B, N, m); where the concepts share their weights (B * N, 1, m): more of the batch for the one MLP there is."""
+    x = scalars[..., None] if scalars.ndim == 2 else scalars
+    return x if x.shape[1] == weights[0].shape[0] else x.reshape(-1, 1, x.shape[2])
+
+
+def _triton_reasons(scalars, weights, biases, activation="elu") -> list[str]:
+    reasons = [] if _TRITON_INSTALLED else ["triton is not installed"]
+    device = scalars.device
+    if device.type == "cuda":
+        if torch.cuda.get_device_properties(device).major < 8:
+            reasons.append("needs a GPU of compute capability 8.0")
+    elif device.type != "cpu" or os.environ.get("TRITON_INTERPRET") != "1":
+        reasons.append(f"scalars is on {device.type}")
+    for name, tensors in (("scalars", [scalars]), ("weights", weights), ("biases", biases)):
+        others = [str(t.dtype) for t in tensors if t.dtype not in FUSED_TYPES]
+        if others:
+            reasons.append(f"{name} is {others[0]}, not float32, bfloat16 or float16")
+    if len({t.dtype for t in (*weights, *biases)}) > 1:
+        reasons.append("weights and biases differ in dtype")
+    if len(weights) not in (2, 3):
+        return [*reasons, f"{len(weights)} layers, must be 2 or 3"]
+    widths = (weights[0].shape[2], weights[0].shape[1] if len(weights) == 3 else 0, weights[-1].shape[1])
+    for width, (name, widest) in zip(widths, FUSED_WIDTHS.items(), strict=True):
+        if width > widest:
+            reasons.append(f"{name} is {width} wide, at most {widest}")
+    return reasons
+
+
+def _triton_doubts(scalars, *_, **__) -> list[str]:
+    return ["interpreted on the CPU: slow, for tests"] if scalars.device.type == "cpu" else []
+
+
+_op = Op(
+    "mlp_bank",
+    [
+        Implementation("triton", mlp_bank_triton, _triton_reasons, _triton_doubts),
+        Implementation("reference", mlp_bank_reference, always),
+    ],
+)
 
 
 def mlp_bank(
@@ -30,35 +84,58 @@ def mlp_bank(
     biases: list[Tensor],
     activation: str = "elu",
     *,
+    check: bool = False,
     impl: str | None = None,
 ) -> Tensor:
     """Turn every scalar into its concept token by an MLP of its own.
 
     Args:
-        scalars: (B, N).
-        weights: one (N, out, in) per layer; the first has in = 1, each further one the out of the layer before.
-        biases: one (N, out) per layer.
+        scalars: (B, N); or (B, N, m), a slice of m numbers for each concept. Any strides; B may be 0.
+        weights: one (N, out, in) per layer; the first has in = 1 (or m), each further one the out of the layer before.
+            (1, out, in): the concepts share one MLP.
+        biases: one (N, out), or (1, out), per layer.
         activation: between the layers: "elu" (the paper's), "silu", "gelu" or "relu".
-        impl: force an implementation; None chooses.
+        check: refuse scalars that are not finite. Waits for the device.
+        impl: force an implementation (`encdiff.explain` lists them); None chooses.
 
     Returns:
         tokens (B, N, d), d the last layer's out, in the scalars' dtype.
 
     Raises:
-        InputError: widths that do not chain, another number of concepts, an unknown activation.
+        InputError: widths that do not chain, another number of concepts, another device, an unknown activation,
+            a forced implementation that cannot serve; with `check`, scalars that are not finite.
 
     Source: arXiv 2402.09712, section 3.2.
     """
-    if scalars.ndim != 2:
-        raise InputError(f"scalars is {tuple(scalars.shape)}, must be (B, N)")
+    _check_scalars(scalars, check)
     if activation not in ACTIVATIONS:
         raise InputError(f"activation is {activation!r}, must be one of {sorted(ACTIVATIONS)}")
-    concepts, width = scalars.shape[1], 1
+    _check_layers(scalars, weights, biases)
+    return _op(scalars, weights, biases, activation, impl=impl)
+
+
+def _check_scalars(scalars: Tensor, check: bool) -> None:
+    if scalars.ndim not in (2, 3):
+        raise InputError(f"scalars is {tuple(scalars.shape)}, must be (B, N) or (B, N, m)")
+    if not scalars.is_floating_point():
+        raise InputError(f"scalars is {scalars.dtype}, must be floating point")
+    if check and not scalars.isfinite().all():
+        count = int((~scalars.isfinite()).sum())
+        raise InputError(f"scalars has {count} of {scalars.numel()} values that are not finite, must have none")
+
+
+def _check_layers(scalars: Tensor, weights: list[Tensor], biases: list[Tensor]) -> None:
+    if not len(weights) == len(biases) > 0:
+        raise InputError(f"{len(weights)} weights and {len(biases)} biases, must be as many, and one layer at least")
+    concepts, width = scalars.shape[1], scalars.shape[2] if scalars.ndim == 3 else 1
+    if weights[0].shape[0] == 1:  # shared
+        concepts = 1
     for i, (w, b) in enumerate(zip(weights, biases, strict=True)):
         if w.ndim != 3 or w.shape[0] != concepts or w.shape[2] != width or b.shape != w.shape[:2]:
             raise InputError(
                 f"layer {i} has weight {tuple(w.shape)} and bias {tuple(b.shape)}, "
                 f"must be ({concepts}, out, {width}) and ({concepts}, out)"
             )
+        if w.device != scalars.device or b.device != scalars.device:
+            raise InputError(f"layer {i} is on {w.device} and {b.device}, must be on scalars' device {scalars.device}")
         width = w.shape[1]
-    return _op(scalars, weights, biases, activation, impl=impl)
