@@ -1,6 +1,8 @@
 """The whole method in one go, small enough for two cores: render, train, evaluate, draw."""
 
+import signal
 import time
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +12,7 @@ from rich.console import Console
 
 from encdiff.data import Dataset, open_dataset, to_float
 from encdiff.data.shapes3d import write_shapes3d
-from encdiff.evaluate import evaluate_model, format_table, plot_importance, write_metrics
+from encdiff.evaluate import evaluate, evaluate_model, format_table, plot_importance, untrained, write_metrics
 from encdiff.models import EncDiff
 from encdiff.runs import RunFolder, progress_bar
 from encdiff.train import TrainConfig, train
@@ -27,30 +29,41 @@ from encdiff.visualize import (
 DATA = "procedural:5,5,5,4,4,5"  # docs/recipes.md says why
 
 
-def demo(run: Path, seed: int, device: str, console: Console) -> None:
-    """Write the data beside the run's folder, and scores and pictures into it; an earlier run there is replaced."""
+def demo(
+    run: Path, seed: int, device: str, console: Console, *, data: str = DATA, protocol: str = "paper", **changes
+) -> dict[str, dict]:
+    """Write the data beside the run's folder, and scores and pictures into it; an earlier run there is replaced.
+
+    `changes` go to the recipe. Returns the scores, as `evaluate_model` does.
+    """
     began = time.monotonic()
     RunFolder(run, overwrite=True)  # refuses a folder with anything else in it
     run.parent.mkdir(parents=True, exist_ok=True)
-    data = run.with_suffix(".h5")
+    file, config = run.with_suffix(".h5"), TrainConfig.from_preset("quickstart", seed=seed, **changes)
 
     def say(text: str) -> None:
         console.print(f"[bold]{text}[/bold] [dim]({time.monotonic() - began:.0f} s)[/dim]")
 
     torch.manual_seed(seed)
     model = EncDiff.from_preset("quickstart").to(device)
-    config = TrainConfig.from_preset("quickstart", seed=seed)
 
     say("1/4 rendering the data")
     with progress_bar("rendering") as report:
-        write_shapes3d(data, open_dataset(DATA, model.config.image_size), progress=report)
-    dataset = open_dataset(data)
+        write_shapes3d(file, open_dataset(data, model.config.image_size), progress=report)
+    dataset = open_dataset(file)
 
     say("2/4 training without labels: the model sees images only")
-    model = train(model, dataset, run, config, overwrite=True)
+    threads = torch.get_num_threads()
+    with get_context("spawn").Pool(1, _leave_signals_to_the_parent) as pool:
+        # an untrained encoder is scored beside it: the model is too small to gain from a further core
+        untrained_scores = pool.apply_async(score_untrained, (file, seed, protocol))
+        torch.set_num_threads(max(1, threads - 1))
+        model = train(model, dataset, run, config, overwrite=True)
+        torch.set_num_threads(threads)
 
-    say("3/4 evaluating by the paper's protocol")
-    results = evaluate_model(model, dataset, seed=seed)
+        say("3/4 evaluating" + (" by the paper's protocol" if protocol == "paper" else ""))
+        results = evaluate_model(model, dataset, protocol=protocol, seed=seed, baseline=False)
+        results["untrained"] = untrained_scores.get()
     write_metrics(run / "metrics.json", results)
     plot_importance(results["trained"], run / "importance.png")
 
@@ -68,17 +81,31 @@ def demo(run: Path, seed: int, device: str, console: Console) -> None:
     console.print(f"scores with their protocol:           {run / 'metrics.json'}")
     console.print(f"the trained model:                    {run / 'model'}")
     say("done")
+    return results
+
+
+def score_untrained(file: Path, seed: int, protocol: str) -> dict:
+    """The scores of the demo's model before training, on one core."""
+    torch.set_num_threads(1)
+    dataset = open_dataset(file)
+    model = untrained(EncDiff.from_preset("quickstart"), dataset, seed)
+    return evaluate(model.encode, dataset, protocol=protocol, seed=seed, n_jobs=1)
+
+
+def _leave_signals_to_the_parent() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _draw(model: EncDiff, dataset: Dataset, result: dict, seed: int) -> dict[str, Image.Image]:
     groups = concept_groups(result["dci"]["importance"], dataset.factor_names)
     labels = concept_labels(groups)
-    chosen = np.random.default_rng(seed).choice(len(dataset), 1000, replace=False)
+    chosen = np.random.default_rng(seed).choice(len(dataset), min(1000, len(dataset)), replace=False)
     images = to_float(dataset.images(chosen)).to(next(model.parameters()).device)
     with progress_bar("sampling swaps") as report:
         swapped = swap_grid(model, images[:5], images[5:10], groups=groups, seed=seed, progress=report)
     codes = encode_images(model, images)
-    colourful = next(i for i, factors in enumerate(dataset.factors(chosen)) if len({*factors[:3]}) == 3)
+    hues = dataset.factors(chosen)[:, :3]
+    colourful = next((i for i, (floor, wall, thing) in enumerate(hues) if len({floor, wall, thing}) == 3), 0)
     with progress_bar("sampling traversals") as report:
         traversed = traversal(model, images[colourful], codes, labels=labels, seed=seed, progress=report)
     attended = attention_picture(model, images[:4], labels=labels, seed=seed)
