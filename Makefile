@@ -5,10 +5,10 @@ CHECK_PYTHON := import sys; sys.exit(sys.version_info < (3, 11) and "needs Pytho
 PIP := .venv/bin/python -m pip install --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test lint gate sanitize bench clean
 
 help:  ## list these targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
 
 demo: .venv/.installed  ## render data, train a small model, evaluate it, draw pictures: all in runs/demo
 	.venv/bin/encdiff demo
@@ -20,15 +20,24 @@ lint: .venv/.installed-dev  ## check style and formatting
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 
+gate: .venv/.installed-dev  ## compile every kernel for three generations of GPU and check its machine code
+	.venv/bin/python -W ignore -m encdiff.kernels._gate
+	.venv/bin/python -m encdiff._build --check
+
+sanitize: .venv/.installed-dev  ## the native noise engine's tests under the address and undefined-behaviour sanitizers
+	ENCDIFF_SANITIZE=1 ASAN_OPTIONS=detect_leaks=0 \
+	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
+	.venv/bin/python -m pytest tests/test_native.py -k "not compile and not opcheck and not ten_million"
+
 bench: .venv/.installed-dev  ## time the ops on this machine; ARGS="--benchmark-json=FILE" keeps the figures
 	.venv/bin/python -m pytest bench $(ARGS)
 
 clean:  ## remove .venv, builds and caches, but never a run
-	rm -rf .venv build dist encdiff.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks .coverage
+	rm -rf .venv build dist encdiff.egg-info encdiff/_C*.so .pytest_cache .ruff_cache .hypothesis .benchmarks .coverage
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch comes first and by its exact version, so that nothing else chooses one; it also brings setuptools for the build.
-.venv/.installed: pyproject.toml setup.py constraints.txt encdiff/__init__.py
+.venv/.installed: pyproject.toml setup.py constraints.txt encdiff/__init__.py encdiff/_build.py $(wildcard csrc/*)
 	.venv/bin/python -m pip --version 2>/dev/null || { "$(PYTHON)" -c '$(CHECK_PYTHON)' && "$(PYTHON)" -m venv .venv; }
 	$(PIP) torch==2.13.0
 	$(PIP) --no-build-isolation -e .

@@ -1,14 +1,49 @@
-"""The package map; everything else is in pyproject.toml.
+"""The package map and the native noise engine; everything else is in pyproject.toml.
 
 The folder `kernels/` is installed as `encdiff.kernels`. As a top-level package it would stand in the way of PyPI's
-`kernels`, which diffusers imports.
+`kernels`, which diffusers imports. The sources in `csrc/` go along, for the build at first use.
 """
 
-from setuptools import setup
+import runpy
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+native = runpy.run_path(str(Path(__file__).parent / "encdiff" / "_build.py"), run_name="encdiff._build")
+
+
+class BuildNative(build_ext):
+    """Hands the extension to `encdiff._build`; where that cannot build it, the install goes on without."""
+
+    def build_extension(self, ext: Extension) -> None:
+        try:
+            native["build"](Path(self.get_ext_fullpath(ext.name)))
+        except native["BuildError"] as error:
+            without_native(error)
+
+
+def without_native(why: Exception) -> None:
+    if native["wanted_cuda"]() == "1":
+        raise SystemExit(f"encdiff: {why}")
+    print(f"encdiff: no native noise engine in this install ({why}); first use builds it if it can", file=sys.stderr)
+
+
+def extensions() -> list[Extension]:
+    """None without torch (an isolated build: built at first use) or without a compiler (the reference serves)."""
+    try:
+        native["find_torch"](), native["find_compiler"](), native["find_nvcc"]()
+    except native["BuildError"] as error:
+        without_native(error)
+        return []
+    return [Extension("encdiff._C", [], py_limited_api=True, optional=True)]
+
 
 setup(
     packages=[
         "encdiff",
+        "encdiff.csrc",
         "encdiff.data",
         "encdiff.diffusion",
         "encdiff.kernels",
@@ -16,5 +51,9 @@ setup(
         "encdiff.models",
         "encdiff.ops",
     ],
-    package_dir={"encdiff.kernels": "kernels"},
+    package_dir={"encdiff.kernels": "kernels", "encdiff.csrc": "csrc"},
+    package_data={"encdiff.csrc": ["*.cpp", "*.cu", "*.h"]},
+    ext_modules=extensions(),
+    cmdclass={"build_ext": BuildNative},
+    options={"bdist_wheel": {"py_limited_api": "cp311"}},
 )

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from encdiff.diffusion.losses import diffusion_loss, min_snr_weight, sample_timesteps, snr
+from encdiff.diffusion.losses import diffusion_loss, min_snr_weight, p2_weight, sample_timesteps, snr
 from encdiff.diffusion.schedules import alphas_cumprod, make_betas
 from encdiff.errors import InputError
 from encdiff.ops.noise import PREDICTIONS, q_sample
@@ -51,7 +51,7 @@ def share_below(t, s, num_timesteps):
         ({"kind": "logit-normal"}, lambda s: normal_cdf(logit(s))),
         ({"kind": "logit-normal", "mean": 1.0, "std": 0.5}, lambda s: normal_cdf((logit(s) - 1.0) / 0.5)),
     ],
-    ids=str,
+    ids=["uniform", "power 0.5", "power 2", "logit-normal", "logit-normal moved"],
 )
 def test_timestep_distributions(options, cdf):
     n, num_timesteps = 100_000, 777
@@ -97,6 +97,21 @@ def test_min_snr_weighs_the_error_of_x0_alike_for_every_prediction(prediction):
     torch.testing.assert_close(ours, ratio.clamp(max=3.0) * error.square().mean(1), rtol=1e-8, atol=1e-12)
 
 
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_p2_weighs_the_error_of_x0_alike_for_every_prediction(prediction):
+    t, x0, error = torch.tensor([0, 300, 900]), torch.randn(3, 40).double(), torch.randn(3, 40).double()
+    x_t, target = q_sample(x0, torch.randn_like(x0), t, ALPHA_BAR, prediction)
+    guess, a = x0 + error, ALPHA_BAR[t, None]
+    output = q_sample(guess, (x_t - a.sqrt() * guess) / (1 - a).sqrt(), t, ALPHA_BAR, prediction)[1]
+    ratio = snr(ALPHA_BAR)[t]
+    ours = p2_weight(ratio, prediction, gamma=0.5, k=2.0) * (output - target).square().mean(1)
+    torch.testing.assert_close(ours, ratio / (2 + ratio) ** 0.5 * error.square().mean(1), rtol=1e-8, atol=1e-12)
+
+
+def test_p2_known_answers():
+    assert p2_weight(torch.tensor([0.0, 1.0, 3.0]), "epsilon").tolist() == [1.0, 0.5, 0.25]
+
+
 def test_min_snr_at_pure_noise():
     assert [min_snr_weight(torch.zeros(1), p).item() for p in PREDICTIONS] == [1.0, 0.0, 0.0]
 
@@ -117,6 +132,8 @@ X = torch.zeros(3, 2)
         (lambda: sample_timesteps(2, 10, kind="power", power=0.0), "power"),
         (lambda: min_snr_weight(X, "eps"), "prediction is 'eps'"),
         (lambda: min_snr_weight(X, "v", gamma=0.0), "gamma is 0.0"),
+        (lambda: p2_weight(X, "score"), "prediction is 'score'"),
+        (lambda: p2_weight(X, "v", k=0.0), "gamma, k are 1.0, 0.0"),
     ],
 )
 def test_bad_input(call, says):

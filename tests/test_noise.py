@@ -101,10 +101,12 @@ def test_gradients():
 def test_the_reference_ran_and_is_explained():
     x, c = draw((2, 3)), draw((2, 5))
     with record_impls() as ran:
-        q_sample(x, x, torch.tensor([1, 2]), ALPHA_BAR)
+        q_sample(x.double(), x.double(), torch.tensor([1, 2]), ALPHA_BAR)
         step(x, x, c, x, impl="reference")
     assert ran == [("q_sample", "reference"), ("step", "reference")]
-    assert explain("step", x, x, c, x) == "step: reference: chosen"
+    says = explain("step", x.double(), x, c, x)
+    assert says == "step: native: dtype is torch.float64; noise is torch.float32, unlike the batch's torch.float64; " \
+        "model_output is torch.float32, unlike the batch's torch.float64\nstep: reference: chosen"  # fmt: skip
     with pytest.raises(InputError, match="'fused'"):
         step(x, x, c, x, impl="fused")
 
@@ -126,7 +128,7 @@ X, C, INTS = torch.zeros(3, 2, 2), torch.zeros(3, 5), torch.tensor([1, 2, 3])
 @pytest.mark.parametrize(
     "call,says",
     [
-        (lambda: q_sample(X, X, INTS, ALPHA_BAR, "eps"), "prediction is 'eps', must be one of epsilon, v, x0"),
+        (lambda: q_sample(X, X, INTS, ALPHA_BAR, "eps"), "prediction is 'eps', must be one of epsilon, v, x0, flow"),
         (lambda: q_sample(X.long(), X, INTS, ALPHA_BAR), "x0 is torch.int64"),
         (lambda: q_sample(X[0, 0, 0], X, INTS, ALPHA_BAR), "x0 .* batch axis"),
         (lambda: q_sample(X, X[:2], INTS, ALPHA_BAR), r"noise .*\(2, 2, 2\).* x0's shape \(3, 2, 2\)"),

@@ -6,7 +6,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from encdiff.diffusion.schedules import PUBLISHED, alphas_cumprod, ddim_timesteps, ddpm_timesteps, make_betas
+from encdiff.diffusion.schedules import (
+    PUBLISHED,
+    alphas_cumprod,
+    ddim_timesteps,
+    ddpm_timesteps,
+    flow_table,
+    karras_sigmas,
+    make_betas,
+    spaced_timesteps,
+    zero_terminal_snr,
+)  # fmt: skip
 from encdiff.errors import InputError
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "schedules.npz")
@@ -27,7 +37,14 @@ def test_published_names_are_aliases(published, ours):
 
 @pytest.mark.parametrize(
     "name,theirs",
-    [("scaled_linear", "scaled_linear"), ("linear", "linear"), ("cosine", "squaredcos_cap_v2"), ("sqrt", None)],
+    [
+        ("scaled_linear", "scaled_linear"),
+        ("linear", "linear"),
+        ("cosine", "squaredcos_cap_v2"),
+        ("sqrt", None),
+        ("sigmoid", "sigmoid"),
+        ("laplace", "laplace"),
+    ],
 )
 @pytest.mark.parametrize("num_timesteps", [1000, 127])
 def test_schedules_equal_diffusers(name, theirs, num_timesteps):
@@ -40,6 +57,45 @@ def test_schedules_equal_diffusers(name, theirs, num_timesteps):
     betas = make_betas(name, num_timesteps, start, end)
     np.testing.assert_allclose(betas, scheduler.betas, rtol=1e-5)
     np.testing.assert_allclose(alphas_cumprod(betas), scheduler.betas.double().neg().add(1).cumprod(0), rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["scaled_linear", "sqrt"])
+def test_zero_terminal_snr_equals_diffusers(name):
+    diffusers = pytest.importorskip("diffusers", reason="the oracle of the schedules is diffusers")
+    betas = make_betas(name, 200)
+    rescaled = zero_terminal_snr(betas)
+    scheduler = diffusers.DDIMScheduler(200, trained_betas=betas.numpy(), rescale_betas_zero_snr=True)
+    np.testing.assert_allclose(rescaled, scheduler.betas, rtol=2e-4)  # theirs is a float32 difference of alpha_bars
+    alpha_bar = alphas_cumprod(rescaled)
+    assert alpha_bar[-1] == 0 and rescaled[-1] == 1
+    torch.testing.assert_close(alpha_bar[0], alphas_cumprod(betas)[0])
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+@pytest.mark.parametrize("steps", [1, 7, 20, 50])
+def test_spacing_equals_diffusers(spacing, steps):
+    diffusers = pytest.importorskip("diffusers", reason="the oracle of the schedules is diffusers")
+    scheduler = diffusers.EulerDiscreteScheduler(timestep_spacing=spacing, steps_offset=1)
+    scheduler.set_timesteps(steps)
+    ours = spaced_timesteps(steps, 1000, spacing, offset=1)
+    if (spacing, steps) == ("linspace", 1):  # one point of NumPy's linspace is the other end
+        assert ours.tolist() == [999]
+        return
+    np.testing.assert_allclose(ours, scheduler.timesteps, rtol=1e-6)
+
+
+def test_inner_spacing_leaves_out_both_kinds_of_zero():
+    assert spaced_timesteps(4, 1000, "inner").tolist() == [999, 749, 500, 250]
+
+
+def test_flow_table_and_karras_sigmas():
+    table = flow_table(10, shift=1.0)
+    torch.testing.assert_close(table[:, 1], torch.arange(1, 11).double() / 10)
+    torch.testing.assert_close(flow_table(10, shift=3.0)[4], torch.tensor([0.25, 0.75]).double())
+    assert (flow_table(10, shift=3.0).sum(1) - 1).abs().max() < 1e-15
+    sigma = karras_sigmas(3, 0.002, 80.0)
+    middle = ((0.002 ** (1 / 7) + 80.0 ** (1 / 7)) / 2) ** 7
+    assert sigma.tolist() == pytest.approx([80.0, middle, 0.002])
 
 
 def test_one_timestep():
@@ -77,6 +133,11 @@ def test_timesteps_are_as_many_as_asked_ascending_evenly_spread_and_in_range(ste
         (lambda: ddim_timesteps(0, 10), "steps is 0"),
         (lambda: ddim_timesteps(11, 10), "steps is 11, .* 1 to 10"),
         (lambda: ddpm_timesteps(2.5, 10), "steps is 2.5"),
+        (lambda: spaced_timesteps(2, 10, "even"), "spacing is 'even'"),
+        (lambda: spaced_timesteps(11, 10), "steps is 11"),
+        (lambda: spaced_timesteps(10, 10, offset=1), "offset is 1"),
+        (lambda: flow_table(10, -1.0), "shift is -1.0"),
+        (lambda: karras_sigmas(3, 2.0, 1.0), "sigma_min"),
     ],
 )
 def test_bad_input(call, says):

@@ -85,3 +85,16 @@ def min_snr_weight(snr: torch.Tensor, prediction: str, gamma: float = 5.0) -> to
         return (gamma / snr).clamp(max=1)  # defined at snr 0 too
     weight = snr.clamp(max=gamma)
     return weight / (snr + 1) if prediction == "v" else weight
+
+
+def p2_weight(snr: torch.Tensor, prediction: str, gamma: float = 1.0, k: float = 1.0) -> torch.Tensor:
+    """P2 weights (arXiv 2204.00227, eq. 8) for the squared error of `prediction`, of snr's shape.
+
+    1 / (k + snr)^gamma on epsilon, so snr times that on x0 and snr / (snr + 1) times that on v: the same error of x0
+    weighs the same. Raises InputError for an unknown prediction, gamma < 0 or k <= 0.
+    """
+    check_prediction(prediction)
+    if not (gamma >= 0 and k > 0):
+        raise InputError(f"gamma, k are {gamma}, {k}, must be at least 0, positive")
+    weight = (k + snr) ** -gamma
+    return {"epsilon": weight, "x0": snr * weight, "v": snr / (snr + 1) * weight}[prediction]

@@ -27,20 +27,24 @@ def ddim(
     prediction: str = "epsilon",
     clip: float | None = None,
     generator: torch.Generator | None = None,
+    seed: int | None = None,
+    sample_ids: torch.Tensor | None = None,
     callback: Callback | None = None,
 ) -> torch.Tensor:
     """Sample with DDIM (eq. 12) at the published timesteps; eta 0 is deterministic, eta 1 has DDPM's variance.
 
     `denoise(x_t (B, ...), t (B,) int64) -> output` of x_t's shape, the `prediction`: `epsilon`, `v` or `x0`.
     x_T (B, ...) floating, standard normal; alphas_cumprod (T,). `clip` bounds every x0 to [-clip, clip], and the noise
-    direction follows from the bounded x0. `generator` draws the noise of eta > 0, on its own device.
+    direction follows from the bounded x0. `generator` draws the noise of eta > 0, on its own device; or a `seed` keys
+    it: step i adds `ops.normal(x_T.shape, seed, sample_ids, i + 1)`, so a sample is the same in any batch, and draw 0
+    is free for x_T.
     `callback(i, t, x_t, x0)` is called at step i = 0, 1, .. with x_t before the step and the x0 predicted from it.
     Returns x0 of x_T's shape, dtype and device; runs without gradients. As in the published code the last step goes to
     alpha_bar_0, not 1. Raises InputError for steps outside 1..T, eta out of range or an unknown prediction.
     """
     timesteps = ddim_timesteps(steps, len(alphas_cumprod))
     table = ddim_coefficients(alphas_cumprod, timesteps, eta, prediction)
-    return _run(denoise, x_T, timesteps.flip(0), table.flip(0), clip, generator, callback)
+    return _run(denoise, x_T, timesteps.flip(0), table.flip(0), clip, callback, generator, seed, sample_ids)
 
 
 def ddim_invert(
@@ -59,7 +63,7 @@ def ddim_invert(
     timesteps = ddim_timesteps(steps, len(alphas_cumprod))
     sigma, alpha, alpha_prev = ddim_rows(alphas_cumprod, timesteps)
     table = _ddim_table(sigma, alpha_prev, alpha, prediction)
-    return _run(denoise, x0, timesteps, table, None, None, callback)
+    return _run(denoise, x0, timesteps, table, None, callback)
 
 
 def ddpm(
@@ -71,6 +75,8 @@ def ddpm(
     prediction: str = "epsilon",
     clip: float | None = None,
     generator: torch.Generator | None = None,
+    seed: int | None = None,
+    sample_ids: torch.Tensor | None = None,
     callback: Callback | None = None,
 ) -> torch.Tensor:
     """Ancestral sampling with DDPM (eqs. 6 and 7, the smaller variance); arguments and result as for `ddim`.
@@ -80,7 +86,7 @@ def ddpm(
     num_timesteps = len(alphas_cumprod)
     timesteps = ddpm_timesteps(num_timesteps if steps is None else steps, num_timesteps)
     table = ddpm_coefficients(alphas_cumprod, timesteps, prediction)
-    return _run(denoise, x_T, timesteps.flip(0), table.flip(0), clip, generator, callback)
+    return _run(denoise, x_T, timesteps.flip(0), table.flip(0), clip, callback, generator, seed, sample_ids)
 
 
 def ddim_rows(
@@ -150,9 +156,13 @@ def _run(
     timesteps: torch.Tensor,
     table: torch.Tensor,
     clip: float | None,
-    generator: torch.Generator | None,
     callback: Callback | None,
+    generator: torch.Generator | None = None,
+    seed: int | None = None,
+    sample_ids: torch.Tensor | None = None,
 ) -> torch.Tensor:
+    if generator is not None and seed is not None:
+        raise InputError("generator and seed are both given, must be one of them: either draws the noise")
     dtype = compute_dtype(x)
     if not table.to(dtype).isfinite().all():
         raise InputError("alphas_cumprod comes too near 0 to turn this prediction into x0; predict v or x0 instead")
@@ -163,7 +173,11 @@ def _run(
         output = denoise(x, timesteps[i].expand(len(x)))
         if callback is not None:
             callback(i, t, x, step(x, output, only_x0[i].expand(len(x), 5), clip=clip))
-        x = step(x, output, table[i].expand(len(x), 5), _randn_like(x, generator) if noisy[i] else None, clip)
+        row, key = table[i].expand(len(x), 5), {}
+        if noisy[i] and seed is not None:
+            key = {"seed": seed, "sample_ids": sample_ids, "draw": i + 1}
+        noise = _randn_like(x, generator) if noisy[i] and seed is None else None
+        x = step(x, output, row, noise, clip, **key)
     return x
 
 

@@ -1,71 +1,135 @@
 """The noise engine: `q_sample` noises a batch for training, `step` advances a batch by one sampler step.
 
 Every sample of the batch has its own timestep. Arithmetic is float32 whatever the storage type (float64 for float64
-tensors, which only the reference serves).
+tensors, which only the reference serves). Noise is given, or drawn in the same pass from a key: see `ops.philox`.
 """
 
 import torch
 
 from encdiff.errors import InputError
+from encdiff.ops import _native, philox
 from encdiff.ops._dispatch import Implementation, Op, always
 
 PREDICTIONS = ("epsilon", "v", "x0")
+TARGETS = (*PREDICTIONS, "flow")
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def q_sample_reference(x0, noise, t, alphas_cumprod, prediction="epsilon"):
-    """`q_sample` in plain PyTorch."""
+def q_sample_reference(
+    x0, noise, t, alphas_cumprod, prediction="epsilon", *, seed=None, sample_ids=None, draw=0, weights=None
+):
+    """`q_sample` in plain PyTorch; returns (x_t, target, weight or None)."""
     dtype = compute_dtype(x0)
-    alpha_bar = alphas_cumprod.double().index_select(0, t)  # unlike [t], refuses negative timesteps on a GPU too
-    signal, sigma = (_per_sample(c.to(dtype), x0) for c in (alpha_bar.sqrt(), (1 - alpha_bar).sqrt()))
+    row = alphas_cumprod.double().index_select(0, t)  # unlike [t], refuses negative timesteps on a GPU too
+    signal, sigma = row.unbind(1) if row.ndim == 2 else (row.sqrt(), (1 - row).sqrt())
+    signal, sigma = (_per_sample(c.to(dtype), x0) for c in (signal, sigma))
+    if noise is None:
+        noise = philox.normal_reference(x0.shape, seed, sample_ids, draw, dtype)
     x, e = x0.to(dtype), noise.to(dtype)
     x_t = signal * x + sigma * e  # DDPM eq. 4
-    target = signal * e - sigma * x if prediction == "v" else e if prediction == "epsilon" else x
-    return x_t.to(x0.dtype), target.to(x0.dtype)
+    if prediction == "v":
+        target = signal * e - sigma * x
+    else:
+        target = {"epsilon": e, "x0": x}[prediction] if prediction != "flow" else e - x
+    weight = None if weights is None else weights.index_select(0, t).float()
+    return x_t.to(x0.dtype), target.to(x0.dtype), weight
 
 
-def step_reference(x_t, model_output, coefficients, noise=None, clip=None):
-    """`step` in plain PyTorch."""
+def step_reference(
+    x_t, model_output, coefficients, noise=None, clip=None, *,
+    unconditional=None, guidance=1.0, history=(), seed=None, sample_ids=None, draw=0, return_x0=False,
+):  # fmt: skip
+    """`step` in plain PyTorch; returns (x_prev, x0 or None)."""
     dtype = compute_dtype(x_t)
-    c0, c1, c2, c3, c4 = (_per_sample(c, x_t) for c in coefficients.to(dtype).unbind(1))
-    x = x_t.to(dtype)
-    x0 = c0 * x + c1 * model_output.to(dtype)
+    c0, c1, c2, c3, c4, *c_history = (_per_sample(c, x_t) for c in coefficients.to(dtype).unbind(1))
+    x, output = x_t.to(dtype), model_output.to(dtype)
+    if unconditional is not None:
+        output = unconditional.to(dtype) + guidance * (output - unconditional.to(dtype))
+    x0 = c0 * x + c1 * output
     if clip is not None:
         x0 = x0.clamp(-clip, clip)
     x_prev = c2 * x0 + c3 * x
+    if noise is None and seed is not None:
+        noise = philox.normal_reference(x_t.shape, seed, sample_ids, draw, dtype)
     if noise is not None:
         x_prev = x_prev + c4 * noise.to(dtype)
-    return x_prev.to(x_t.dtype)
+    for c, past in zip(c_history, history, strict=True):
+        x_prev = x_prev + c * past.to(dtype)
+    return x_prev.to(x_t.dtype), x0.to(x_t.dtype) if return_x0 else None
 
 
-q_sample_op = Op("q_sample", [Implementation("reference", q_sample_reference, always)])
-step_op = Op("step", [Implementation("reference", step_reference, always)])
+def _q_sample_reasons(x0, noise, *_, **__) -> list[str]:
+    return _native.tensor_reasons(x0, noise=noise)
+
+
+def _step_reasons(
+    x_t, model_output, coefficients, noise=None, clip=None, *, unconditional=None, history=(), **_
+) -> list[str]:
+    if coefficients.requires_grad and torch.is_grad_enabled():
+        return ["the coefficients ask for a gradient"]
+    past = {f"history[{i}]": h for i, h in enumerate(history)}
+    return _native.tensor_reasons(x_t, noise=noise, model_output=model_output, unconditional=unconditional, **past)
+
+
+q_sample_op = Op(
+    "q_sample",
+    [
+        Implementation("native", _native.q_sample, _q_sample_reasons),
+        Implementation("reference", q_sample_reference, always),
+    ],
+)
+step_op = Op(
+    "step",
+    [Implementation("native", _native.step, _step_reasons), Implementation("reference", step_reference, always)],
+)
 
 
 def q_sample(
     x0: torch.Tensor,
-    noise: torch.Tensor,
+    noise: torch.Tensor | None,
     t: torch.Tensor,
     alphas_cumprod: torch.Tensor,
     prediction: str = "epsilon",
     *,
+    seed: int | None = None,
+    sample_ids: torch.Tensor | None = None,
+    draw: int | torch.Tensor = 0,
+    weights: torch.Tensor | None = None,
     impl: str | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, ...]:
     """Draw x_t = sqrt(alpha_bar_t) x0 + sqrt(1 - alpha_bar_t) noise and the target of the regression.
 
-    x0 (B, ...) floating; noise: x0's shape, floating; t (B,) int32 or int64, 0 <= t < T; alphas_cumprod (T,) float64 or
-    float32, its roots are taken in float64; all on one device. `prediction` names the target: `epsilon` (the noise),
-    `v` = sqrt(alpha_bar_t) noise - sqrt(1 - alpha_bar_t) x0 (arXiv 2202.00512), or `x0`.
-    Returns (x_t, target), both of x0's shape and dtype; target may be `noise` or `x0` itself. Differentiable.
+    x0 (B, ...) floating; noise: x0's shape, floating, or None with a `seed`: then it is `ops.normal(x0.shape, seed,
+    sample_ids, draw)`, drawn in the same pass; sample_ids (B,) default to 0 .. B-1. t (B,) int32 or int64, 0 <= t < T;
+    alphas_cumprod (T,) float64 or float32, its roots are taken in float64; or (T, 2), the signal's and the noise's
+    factors themselves (`schedules.flow_table`); all on one device. `prediction` is the target: `epsilon` (the noise),
+    `v` = sqrt(alpha_bar_t) noise - sqrt(1 - alpha_bar_t) x0 (arXiv 2202.00512), `x0`, or `flow` = noise - x0.
+    Returns (x_t, target), both of x0's shape and dtype; target may be `noise` or `x0` itself. With `weights` (T,), one
+    per timestep, also weights[t], float32 (B,). Differentiable in x0 and noise.
     Raises InputError for a wrong shape, dtype, device or name, and for t out of range where t is on the CPU; on a GPU
-    reading t would stall the device, and PyTorch's device-side index check stops the program instead.
+    reading t would stall the device, and a device-side check stops the program instead.
     """
-    check_prediction(prediction)
+    if prediction not in TARGETS:
+        raise InputError(f"prediction is {prediction!r}, must be one of {', '.join(TARGETS)}")
     _check_tensor("x0", x0)
-    _check_same("noise", noise, "x0", x0)
-    _check_table("alphas_cumprod", alphas_cumprod, "(T,)", alphas_cumprod.ndim == 1, "x0", x0)
+    fits = alphas_cumprod.ndim == 1 or (alphas_cumprod.ndim == 2 and alphas_cumprod.shape[1] == 2)
+    _check_table("alphas_cumprod", alphas_cumprod, "(T,) or (T, 2)", fits, "x0", x0)
     _check_timesteps(t, x0, len(alphas_cumprod))
-    return q_sample_op(x0, noise, t, alphas_cumprod, prediction=prediction, impl=impl)
+    if weights is not None:
+        shape = f"({len(alphas_cumprod)},) as alphas_cumprod"
+        _check_table("weights", weights, shape, weights.shape == alphas_cumprod.shape[:1], "x0", x0)
+    if noise is not None:
+        _check_same("noise", noise, "x0", x0)
+        seed = None
+    else:
+        if seed is None:
+            raise InputError("noise is None, must be given where seed is None")
+        sample_ids = _key(x0, "x0", seed, sample_ids, draw)
+    x_t, target, weight = q_sample_op(
+        x0, noise, t, alphas_cumprod, prediction,
+        seed=seed, sample_ids=sample_ids, draw=draw, weights=weights, impl=impl,
+    )  # fmt: skip
+    return (x_t, target) if weights is None else (x_t, target, weight)
 
 
 def step(
@@ -75,27 +139,48 @@ def step(
     noise: torch.Tensor | None = None,
     clip: float | None = None,
     *,
+    unconditional: torch.Tensor | None = None,
+    guidance: float = 1.0,
+    history: tuple[torch.Tensor, ...] = (),
+    seed: int | None = None,
+    sample_ids: torch.Tensor | None = None,
+    draw: int | torch.Tensor = 0,
+    return_x0: bool = False,
     impl: str | None = None,
-) -> torch.Tensor:
-    """One step of any sampler that is linear in x_t, the model's output and fresh noise.
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """One step of any sampler that is linear in x_t, the model's output, its past and fresh noise.
 
-        x0 = c0 x_t + c1 model_output, clipped to [-clip, clip];  x_prev = c2 x0 + c3 x_t + c4 noise
+        x0 = c0 x_t + c1 output, clipped to [-clip, clip]
+        x_prev = c2 x0 + c3 x_t + c4 noise + c5 history[0] + c6 history[1] + ..
 
-    x_t (B, ...) floating; model_output, noise: x_t's shape, any floating dtype; coefficients (B, 5) = c0 .. c4, float32
-    or float64; all on one device. Returns x_prev of x_t's shape and dtype. Differentiable.
+    output = model_output, or with `unconditional` given unconditional + guidance (model_output - unconditional).
+    x_t (B, ...) floating; model_output, unconditional, noise, history (three at most): x_t's shape, any floating dtype;
+    coefficients (B, 5 + len(history)) = c0, c1, .., float32 or float64; all on one device. Without `noise` but with a
+    `seed` it is `ops.normal(x_t.shape, seed, sample_ids, draw)`, drawn in the same pass.
+    Returns x_prev of x_t's shape and dtype; with `return_x0` (x_prev, x0). Differentiable.
     Raises InputError for a wrong shape, dtype or device, clip <= 0, and, where the coefficients are on the CPU, for
     c4 != 0 without noise.
     """
     _check_tensor("x_t", x_t)
     _check_same("model_output", model_output, "x_t", x_t)
-    _check_table("coefficients", coefficients, f"({len(x_t)}, 5)", coefficients.shape == (len(x_t), 5), "x_t", x_t)
+    _check_past(x_t, unconditional, history)
+    columns = 5 + len(history)
+    fits = coefficients.shape == (len(x_t), columns)
+    _check_table("coefficients", coefficients, f"({len(x_t)}, {columns})", fits, "x_t", x_t)
     if noise is not None:
         _check_same("noise", noise, "x_t", x_t)
+        seed = None
+    elif seed is not None:
+        sample_ids = _key(x_t, "x_t", seed, sample_ids, draw)
     elif _readable(coefficients) and coefficients[:, 4].any():
-        raise InputError("noise is None, must be given where a coefficient c4 is not zero")
+        raise InputError("noise is None, must be given (or a seed) where a coefficient c4 is not zero")
     if clip is not None and not clip > 0:
         raise InputError(f"clip is {clip}, must be positive or None")
-    return step_op(x_t, model_output, coefficients, noise=noise, clip=clip, impl=impl)
+    x_prev, x0 = step_op(
+        x_t, model_output, coefficients, noise, clip, unconditional=unconditional, guidance=guidance,
+        history=tuple(history), seed=seed, sample_ids=sample_ids, draw=draw, return_x0=return_x0, impl=impl,
+    )  # fmt: skip
+    return (x_prev, x0) if return_x0 else x_prev
 
 
 def compute_dtype(x: torch.Tensor) -> torch.dtype:
@@ -107,6 +192,23 @@ def check_prediction(prediction: str) -> None:
     """Raise InputError unless `prediction` names what a model predicts."""
     if prediction not in PREDICTIONS:
         raise InputError(f"prediction is {prediction!r}, must be one of {', '.join(PREDICTIONS)}")
+
+
+def _key(x: torch.Tensor, name: str, seed: int, sample_ids: torch.Tensor | None, draw) -> torch.Tensor:
+    sample_ids = torch.arange(len(x), device=x.device) if sample_ids is None else sample_ids
+    philox.check_key(x.shape[:1], seed, sample_ids, draw, name)
+    if sample_ids.device != x.device:
+        raise InputError(f"sample_ids is on {sample_ids.device}, must be on {name}'s {x.device}")
+    return sample_ids
+
+
+def _check_past(x_t: torch.Tensor, unconditional: torch.Tensor | None, history: tuple[torch.Tensor, ...]) -> None:
+    if len(history) > 3:
+        raise InputError(f"history has {len(history)} tensors, must have three at most")
+    if unconditional is not None:
+        _check_same("unconditional", unconditional, "x_t", x_t)
+    for i, past in enumerate(history):
+        _check_same(f"history[{i}]", past, "x_t", x_t)
 
 
 def _per_sample(c: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

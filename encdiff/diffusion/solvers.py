@@ -1,0 +1,232 @@
+"""Fast samplers for any noise path: Euler, Heun, DPM-Solver++(2M), UniPC.
+
+A path is a list of levels x = a x0 + s e, from noise to data. Each sampler fills a list of stages, rows of coefficients
+for `ops.noise.step`, and one loop runs them: a new sampler is a table. Symbols: r = s'/s from a level to the next,
+lambda = log(a/s), h = lambda' - lambda, phi = a' - r a, which is -a' expm1(-h) and holds where s' is 0 too.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from encdiff.diffusion.schedules import karras_sigmas, shifted
+from encdiff.errors import InputError
+from encdiff.ops.noise import compute_dtype, step
+
+Denoise = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+Callback = Callable[[int, float, torch.Tensor, torch.Tensor], None]
+PREDICTIONS = ("epsilon", "v", "x0", "flow")
+
+
+class Path(NamedTuple):
+    """n levels to call the model at, and the one the last step ends at: `time` has n numbers, `a` and `s` n + 1.
+
+    `scale` is the factor k of the coordinates x / k in which the path is straight for Heun: a, or 1 for a flow.
+    """
+
+    time: list[float]
+    a: list[float]
+    s: list[float]
+    scale: list[float]
+
+
+def vp_path(alphas_cumprod: torch.Tensor, timesteps: torch.Tensor) -> Path:
+    """The path of a DDPM schedule at descending `timesteps` (steps,), ending at the data.
+
+    Between whole timesteps the ratio s/a is interpolated, as k-diffusion does.
+    """
+    ratio = ((1 - alphas_cumprod.double()) / alphas_cumprod.double()).sqrt().cpu()
+    t = timesteps.double().cpu()
+    if t.ndim != 1 or len(t) == 0 or not ((t >= 0) & (t <= len(ratio) - 1)).all() or not (t.diff() < 0).all():
+        raise InputError(f"timesteps {tuple(t.shape)} must descend within 0 to {len(ratio) - 1}")
+    below = t.floor().long()
+    above = (below + 1).clamp(max=len(ratio) - 1)
+    return _vp(torch.lerp(ratio[below], ratio[above], t - below), t)
+
+
+def vp_karras_path(alphas_cumprod: torch.Tensor, steps: int, rho: float = 7.0) -> Path:
+    """As `vp_path`, at EDM's spacing of s/a between the schedule's ends; timesteps rounded to whole ones."""
+    ratio = ((1 - alphas_cumprod.double()) / alphas_cumprod.double()).sqrt().cpu()
+    levels = karras_sigmas(steps, ratio[0].item(), ratio[-1].item(), rho)
+    log, log_levels = ratio.log(), levels.log()
+    low = (torch.searchsorted(log, log_levels, right=True) - 1).clamp(0, len(log) - 2)
+    weight = ((log_levels - log[low]) / (log[low + 1] - log[low])).clamp(0, 1)
+    return _vp(levels, (low + weight).round())
+
+
+def edm_path(steps: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> Path:
+    """EDM's path x = x0 + sigma e; time is sigma. Begin with x = sigma_max times noise (nearly)."""
+    sigma = karras_sigmas(steps, sigma_min, sigma_max, rho).tolist()
+    ones = [1.0] * (steps + 1)
+    return Path(sigma, ones, [*sigma, 0.0], ones)
+
+
+def flow_path(steps: int, num_timesteps: int = 1000, shift: float = 1.0) -> Path:
+    """The straight path x = (1 - s) x0 + s e of `schedules.flow_table`; time is s T, as in SD3's pipeline."""
+    if steps < 1:
+        raise InputError(f"steps is {steps}, must be at least 1")
+    least = shifted(torch.tensor(1 / num_timesteps, dtype=torch.float64), shift).item()
+    s = shifted(torch.linspace(1, least, steps, dtype=torch.float64), shift)
+    time = (s * num_timesteps).tolist()
+    return Path(time, [*(1 - s).tolist(), 1.0], [*s.tolist(), 0.0], [1.0] * (steps + 1))
+
+
+def edm_denoiser(network: Denoise, sigma_data: float = 0.5) -> Denoise:
+    """EDM's preconditioning (arXiv 2206.00364, table 1): network(c_in x, log(sigma)/4) -> x0, for prediction `x0`."""
+
+    def denoise(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        s = sigma.view(-1, *[1] * (x.ndim - 1))
+        total = s**2 + sigma_data**2
+        c_skip, c_out, c_in = sigma_data**2 / total, s * sigma_data / total.sqrt(), total.rsqrt()
+        return c_skip * x + c_out * network(c_in * x, sigma.log() / 4)
+
+    return denoise
+
+
+class Stage(NamedTuple):
+    """One pass of `ops.step`. `time` None does not call the model: its output is the last x0."""
+
+    time: float | None
+    row: tuple[float, ...]  # c0 .. c3, then those of `history`
+    history: tuple[str, ...] = ()  # "x": what the stage before began with; "x0", "older x0": of the last two calls
+
+
+def euler(denoise: Denoise, x: torch.Tensor, path: Path, **options) -> torch.Tensor:
+    """Euler in the coordinates x/a, which is DDIM with eta 0; for a flow, plain Euler.
+
+    `denoise(x (B, ...), t (B,)) -> output` of x's shape; t is int64 if every time of the path is whole, else float32.
+    x is at the path's first level. Options: `prediction` (`epsilon`, `v`, `x0` or `flow`), `clip` for every x0,
+    `callback(i, t, x, x0)` at each call of the model. Returns x0 of x's shape and dtype; runs without gradients.
+    """
+    to_x0 = _to_x0(path, options.get("prediction", "epsilon"))
+    stages = [Stage(t, (*to_x0[i], *_first_order(path, i))) for i, t in enumerate(path.time)]
+    return _run(denoise, x, stages, **options)
+
+
+def heun(denoise: Denoise, x: torch.Tensor, path: Path, **options) -> torch.Tensor:
+    """Heun's second order (EDM's algorithm 1 without churn): two calls per step, one at the last; as `euler`."""
+    to_x0, stages, k = _to_x0(path, options.get("prediction", "epsilon")), [], path.scale
+    sigma = [s / scale for s, scale in zip(path.s, k, strict=True)]
+    a = [level / scale for level, scale in zip(path.a, k, strict=True)]
+    if any(abs(level - 1) > 1e-12 for level in a) and any(scale != 1 for scale in k):
+        raise InputError("path.scale must be path.a or all ones")
+    for i, t in enumerate(path.time):
+        h = sigma[i + 1] - sigma[i]
+        # d = (x/k - x0)/sigma is the slope; a first Euler step, then the mean of the slopes at both ends
+        stages.append(Stage(t, (*to_x0[i], -h / sigma[i] * k[i + 1], (1 + h / sigma[i]) * k[i + 1] / k[i])))
+        if i + 1 < len(path.time):
+            begin, end = h / (2 * sigma[i]), h / (2 * sigma[i + 1])
+            past = ((1 + begin) * k[i + 1] / k[i], -begin * k[i + 1])
+            row = (*to_x0[i + 1], -end * k[i + 1], end, *past)
+            stages.append(Stage(path.time[i + 1], row, ("x", "x0")))
+    return _run(denoise, x, stages, **options)
+
+
+def dpm_solver_pp(denoise: Denoise, x: torch.Tensor, path: Path, **options) -> torch.Tensor:
+    """DPM-Solver++(2M) (arXiv 2211.01095, algorithm 2), the last step of first order. Arguments as `euler`."""
+    to_x0, stages, n = _to_x0(path, options.get("prediction", "epsilon")), [], len(path.time)
+    for i, t in enumerate(path.time):
+        phi, r = _first_order(path, i)
+        if 0 < i < n - 1:
+            half = phi * _step(path, i) / (2 * _step(path, i - 1))
+            stages.append(Stage(t, (*to_x0[i], phi + half, r, -half), ("x0",)))
+        else:
+            stages.append(Stage(t, (*to_x0[i], phi, r)))
+    return _run(denoise, x, stages, **options)
+
+
+def unipc(denoise: Denoise, x: torch.Tensor, path: Path, **options) -> torch.Tensor:
+    """UniPC of order 2 in its B2 form (arXiv 2302.04867), predicting x0, its last step of order 1; as `euler`.
+
+    From the second call on, a stage first corrects x with the new output, then another, without a call, predicts.
+    """
+    to_x0, stages, n = _to_x0(path, options.get("prediction", "epsilon")), [], len(path.time)
+    for i, t in enumerate(path.time):
+        phi, r = _first_order(path, i)
+        half = phi * _step(path, i) / (2 * _step(path, i - 1)) if 0 < i < n - 1 else 0.0
+        if i == 0:
+            stages.append(Stage(t, (*to_x0[0], phi, r)))
+            continue
+        stages.append(_unipc_corrector(path, i, t, to_x0[i]))
+        past = ((-half,), ("older x0",)) if half else ((), ())
+        stages.append(Stage(None, (0.0, 1.0, phi + half, r, *past[0]), past[1]))
+    return _run(denoise, x, stages, **options)
+
+
+def _unipc_corrector(path: Path, i: int, time: float, to_x0: tuple[float, float]) -> Stage:
+    phi, r = _first_order(path, i - 1)
+    if i == 1:
+        return Stage(time, (*to_x0, phi / 2, 0.0, r, phi / 2), ("x", "x0"))
+    h = _step(path, i - 1)
+    ratio = -_step(path, i - 2) / h  # of the level before the last, in steps of h
+    phi_1 = math.expm1(-h)
+    b1 = (phi_1 / -h - 1) / phi_1
+    b2 = 2 * ((phi_1 / -h - 1) / -h - 0.5) / phi_1
+    older = (b2 - b1) / (ratio - 1)  # from older + newer = b1, ratio older + newer = b2
+    newer = b1 - older
+    past = (r, phi * (1 - newer - older / ratio), phi * older / ratio)
+    return Stage(time, (*to_x0, phi * newer, 0.0, *past), ("x", "x0", "older x0"))
+
+
+def _first_order(path: Path, i: int) -> tuple[float, float]:
+    """phi and r from level i to the next: x' = phi x0 + r x."""
+    r = path.s[i + 1] / path.s[i]
+    return path.a[i + 1] - r * path.a[i], r
+
+
+def _step(path: Path, i: int) -> float:
+    """h from level i to the next."""
+    return math.log(path.a[i + 1] / path.s[i + 1]) - math.log(path.a[i] / path.s[i])
+
+
+def _to_x0(path: Path, prediction: str) -> list[tuple[float, float]]:
+    """c0, c1 of each level, with x0 = c0 x + c1 output."""
+    if prediction not in PREDICTIONS:
+        raise InputError(f"prediction is {prediction!r}, must be one of {', '.join(PREDICTIONS)}")
+    levels = list(zip(path.a, path.s, strict=True))[: len(path.time)]
+    if prediction == "epsilon":
+        if any(a == 0 for a, _ in levels):
+            raise InputError("a level of the path is pure noise; predict v, x0 or flow instead")
+        return [(1 / a, -s / a) for a, s in levels]
+    if prediction == "v":  # v = a e - s x0
+        return [(a / (a * a + s * s), -s / (a * a + s * s)) for a, s in levels]
+    if prediction == "flow":  # e - x0
+        return [(1 / (a + s), -s / (a + s)) for a, s in levels]
+    return [(0.0, 1.0)] * len(levels)
+
+
+def _vp(ratio: torch.Tensor, timesteps: torch.Tensor) -> Path:
+    a = (1 + ratio**2).rsqrt()
+    return Path(timesteps.tolist(), [*a.tolist(), 1.0], [*(ratio * a).tolist(), 0.0], [*a.tolist(), 1.0])
+
+
+@torch.no_grad()
+def _run(
+    denoise: Denoise,
+    x: torch.Tensor,
+    stages: list[Stage],
+    prediction: str = "epsilon",
+    clip: float | None = None,
+    callback: Callback | None = None,
+) -> torch.Tensor:
+    whole = all(stage.time is None or float(stage.time).is_integer() for stage in stages)
+    time_dtype = torch.int64 if whole else torch.float32
+    past, calls = {}, 0
+    for time, row, names in stages:
+        row = (*row[:4], 0.0, *row[4:])  # no fresh noise
+        c = torch.tensor(row, dtype=compute_dtype(x), device=x.device).expand(len(x), len(row))
+        if time is None:
+            output = past["x0"]
+        else:
+            output = denoise(x, torch.full((len(x),), time, dtype=time_dtype, device=x.device))
+        limit = clip if time is not None else None
+        x_next, x0 = step(x, output, c, clip=limit, history=tuple(past[name] for name in names), return_x0=True)
+        if time is not None:
+            past["older x0"], past["x0"] = past.get("x0"), x0
+            if callback is not None:
+                callback(calls, time, x, x0)
+            calls += 1
+        past["x"], x = x, x_next
+    return x

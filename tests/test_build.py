@@ -1,0 +1,134 @@
+"""The build of the native engine: when it happens, how often, what is said when it cannot. No real compiler runs."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from encdiff import _build
+
+FAKE_COMPILER = """#!/bin/sh
+echo "$@" >> "{log}"
+sleep 0.2
+while [ "$1" != -o ]; do shift; done
+echo built > "$2"
+"""
+FIND = "from encdiff import _build; print(_build.find_or_build(False))"
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """An empty cache, a compiler that only notes its calls, and nothing installed."""
+    compiler = tmp_path / "c++"
+    compiler.write_text(FAKE_COMPILER.format(log=tmp_path / "calls"))
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("ENCDIFF_CUDA", raising=False)
+    monkeypatch.setattr(_build, "installed", lambda: None)
+    return tmp_path
+
+
+def run(code, **environment):
+    command = [sys.executable, "-c", code]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | environment
+    )
+
+
+def test_two_processes_build_once_and_say_so_in_one_line(place):
+    code = FIND.replace("; ", "; _build.installed = lambda: None; ", 1)
+    done = [process.communicate(timeout=60) for process in [run(code), run(code)]]
+    paths, notices = zip(*done, strict=True)
+    assert paths[0] == paths[1] and str(place) in paths[0]
+    assert sorted(len(n.splitlines()) for n in notices) == [0, 1], notices
+    calls = (place / "calls").read_text().splitlines()
+    assert sum("-shared" in call for call in calls) == 1
+    library = _build.find_or_build(False)
+    assert library.read_text() == "built\n" and sorted(p.name for p in library.parent.iterdir()) == ["_C.so", "lock"]
+    assert len((place / "calls").read_text().splitlines()) == len(calls)
+
+
+def test_a_failure_is_kept_until_its_note_is_deleted(place, monkeypatch):
+    (place / "c++").write_text("#!/bin/sh\necho no such flag >&2\nexit 1\n")
+    with pytest.raises(_build.BuildError, match="failure.txt says why"):
+        _build.find_or_build(False)
+    note = next(place.rglob("failure.txt"))
+    assert "no such flag" in note.read_text()
+    (place / "c++").write_text(FAKE_COMPILER.format(log=place / "calls"))
+    with pytest.raises(_build.BuildError, match="failed before"):
+        _build.find_or_build(False)
+    note.unlink()
+    assert _build.find_or_build(False).exists()
+
+
+def test_without_a_compiler_the_reference_serves_quietly(tmp_path):
+    code = """
+from encdiff.ops import _native
+_native._build.installed = lambda: None
+import torch
+from encdiff import ops
+x, c = torch.ones(2, 3), torch.ones(2, 5)
+print(ops.explain("step", x, x, c, x))
+assert ops.step(x, x, c, x).tolist() == [[4.0] * 3] * 2
+"""
+    process = run(code, PATH=str(tmp_path), CXX="", XDG_CACHE_HOME=str(tmp_path))
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert out.splitlines() == [
+        "step: native: the native engine is not built: no C++ compiler on PATH, and CXX names none",
+        "step: reference: chosen",
+    ]
+    assert "encdiff" not in err
+
+
+def test_encdiff_cuda(place, monkeypatch):
+    monkeypatch.setenv("CUDA_HOME", str(place))  # where no nvcc is
+    assert _build.find_nvcc() is None
+    monkeypatch.setenv("ENCDIFF_CUDA", "1")
+    with pytest.raises(_build.BuildError, match="no nvcc"):
+        _build.find_nvcc()
+    (place / "bin").mkdir()
+    (place / "bin" / "nvcc").write_text("#!/bin/sh\n")
+    (place / "bin" / "nvcc").chmod(0o755)
+    assert _build.find_nvcc() == str(place / "bin" / "nvcc")
+    monkeypatch.setenv("ENCDIFF_CUDA", "0")
+    assert _build.find_nvcc() is None
+    monkeypatch.setenv("ENCDIFF_CUDA", "yes")
+    with pytest.raises(_build.BuildError, match="must be auto, 0 or 1"):
+        _build.find_nvcc()
+
+
+def test_architectures_are_those_nvcc_knows(monkeypatch):
+    monkeypatch.setattr(_build, "run", lambda command: "compute_75\ncompute_80\ncompute_90\n")
+    assert _build.targets("nvcc")[1::2] == [
+        "arch=compute_80,code=sm_80", "arch=compute_90,code=sm_90", "arch=compute_90,code=compute_90",
+    ]  # fmt: skip
+
+
+def test_a_library_of_other_sources_is_not_taken(tmp_path, monkeypatch):
+    package, sources = tmp_path / "encdiff", tmp_path / "csrc"
+    package.mkdir(), sources.mkdir()
+    (package / "_build.py").write_text("one")
+    (sources / "noise.cpp").write_text("two")
+    monkeypatch.setattr(_build, "__file__", str(package / "_build.py"))
+    assert _build.installed() is None
+    (package / "_C.abi3.so").write_bytes(b"\0encdiff-sources:" + _build.fingerprint().encode() + b"\0")
+    assert _build.installed() == package / "_C.abi3.so"
+    (sources / "noise.cpp").write_text("three")
+    assert _build.installed() is None
+
+
+def test_ptxas_output_is_read():
+    log = """ptxas info    : Compiling entry function '_ZN7encdiff3fooE' for 'sm_90'
+ptxas info    : Function properties for _ZN7encdiff3fooE
+    16 bytes stack frame, 4 bytes spill stores, 8 bytes spill loads
+ptxas info    : Used 34 registers, used 0 barriers, 420 bytes cmem[0]
+"""
+    assert list(_build.usages(log)) == [("_ZN7encdiff3fooE", 34, 16, 12)]
+
+
+def test_the_torch_here_has_the_stable_abi():
+    assert _build.find_torch().samefile(os.path.dirname(torch.__file__))
