@@ -1,69 +1,130 @@
-"""Cross-attention on the paper's shapes: the sixteen layers of one U-Net evaluation have one of these four."""
+"""Cross-attention: the four shapes of the paper's sixteen layers, and on a GPU Stable Diffusion's.
+
+The form to beat is the published one: separate projections, einsum, softmax, LayerNorm and residual each on its own.
+"""
+
+import functools
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from encdiff.ops.cross_attention import cross_attention, cross_attention_reference
+from encdiff.ops.cross_attention_folded import cross_attention_folded, fold
 
-QUERIES_CHANNELS = {"16x16": (256, 64), "8x8": (64, 128), "4x4": (16, 256), "2x2": (4, 256)}
-HEADS, TOKENS, WIDTH = 8, 20, 16
-BATCH = {"cpu": 16, "cuda": 128}
-IMPLS = {"eager": "reference", "sdpa": "sdpa"}
+# queries, channels, tokens, token width
+PAPER = {"16x16": (256, 64, 20, 16), "8x8": (64, 128, 20, 16), "4x4": (16, 256, 20, 16), "2x2": (4, 256, 20, 16)}
+STABLE_DIFFUSION = {
+    "SD 64x64": (4096, 320, 77, 768),
+    "SD 32x32": (1024, 640, 77, 768),
+    "SD 16x16": (256, 1280, 77, 768),
+    "SD 8x8": (64, 1280, 77, 768),
+}
+HEADS = 8
+GPU = torch.cuda.is_available()
+CASES = [(name, batch) for name in PAPER for batch in ((1, 16, 128, 1024) if GPU else (16,))]
+CASES += [(name, 8) for name in STABLE_DIFFUSION] if GPU else []
+DTYPES = [torch.bfloat16, torch.float32] if GPU else [torch.float32]
+IMPLS = ["published", "published_compiled", "sdpa", "ours"] if GPU else ["published", "sdpa", "ours"]
 NAMES = ("x", "context", "w_q", "w_k", "w_v", "w_o", "b_o", "norm_weight", "norm_bias")
+TOKEN_SIDE = NAMES[1:6]
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
 
 
-def inputs(batch: int, queries: int, channels: int, device) -> dict[str, torch.Tensor]:
-    shapes = [(batch, queries, channels), (batch, TOKENS, WIDTH), (channels, channels)]
-    shapes += [(channels, WIDTH)] * 2 + [(channels, channels)] + [(channels,)] * 3
-    drawn = [
-        torch.randn(s, device=device) / (s[-1] ** 0.5 if n[0] == "w" else 1) for n, s in zip(NAMES, shapes, strict=True)
-    ]
-    return {name: tensor.requires_grad_() for name, tensor in zip(NAMES, drawn, strict=True)}
+def published(x, context, w_q, w_k, w_v, w_o, b_o, norm_weight, norm_bias):
+    """As the published code computes it: the batch and the heads in one axis, the logits written out."""
+    h = F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias)
+    q, k, v = F.linear(h, w_q), F.linear(context, w_k), F.linear(context, w_v)
+    q, k, v = (s.unflatten(-1, (HEADS, -1)).transpose(1, 2).reshape(len(x) * HEADS, s.shape[1], -1) for s in (q, k, v))
+    logits = torch.einsum("bid,bjd->bij", q, k) * q.shape[-1] ** -0.5
+    a = torch.einsum("bij,bjd->bid", logits.softmax(-1), v)
+    a = a.unflatten(0, (len(x), HEADS)).transpose(1, 2).reshape(x.shape)
+    return F.linear(a, w_o, b_o) + x
+
+
+OPS = {
+    "published": published,
+    "published_compiled": torch.compile(published, mode="max-autotune-no-cudagraphs"),
+    "sdpa": functools.partial(cross_attention, heads=HEADS, residual=True, impl="sdpa"),
+    "ours": functools.partial(cross_attention, heads=HEADS, residual=True),
+}
+
+
+def inputs(batch, queries, channels, tokens, width, device, dtype) -> dict[str, torch.Tensor]:
+    shapes = [(batch, queries, channels), (batch, tokens, width), (channels, channels)]
+    shapes += [(channels, width)] * 2 + [(channels, channels)] + [(channels,)] * 3
+    drawn = [torch.randn(s) / (s[-1] ** 0.5 if n[0] == "w" else 1) for n, s in zip(NAMES, shapes, strict=True)]
+    return {n: t.to(device, dtype).requires_grad_() for n, t in zip(NAMES, drawn, strict=True)}
 
 
 def cost(tensors: dict[str, torch.Tensor], phase: str) -> dict[str, int]:
-    """Bytes of inputs and output once (with gradients: of both, and the inputs again), FLOP of the plain form."""
-    batch, queries, channels = tensors["x"].shape
-    forward = 2 * batch * channels * (2 * queries * channels + 2 * TOKENS * WIDTH + 2 * queries * TOKENS)
+    """Bytes of inputs and output once (with gradients: of both, and the inputs again), FLOP of the plain form.
+
+    Folded: x, keys and values, the channels' vectors and y; FLOP as if no head were folded, for comparison.
+    """
+    (batch, queries, channels), (_, tokens, width) = tensors["x"].shape, tensors["context"].shape
+    per_query = 4 * batch * queries * channels * (channels + tokens)
+    per_token = 4 * batch * tokens * width * channels
     read, written = sum(t.nbytes for t in tensors.values()), tensors["x"].nbytes
+    if phase == "folded":
+        folded = 2 * batch * HEADS * tokens * channels * tensors["x"].element_size()
+        vectors = sum(tensors[name].nbytes for name in ("b_o", "norm_weight", "norm_bias"))
+        return {"bytes": 2 * written + folded + vectors, "flops": per_query}
     if phase == "forward":
-        return {"bytes": read + written, "flops": forward}
-    return {"bytes": 3 * read + 2 * written, "flops": 3 * forward}
+        return {"bytes": read + written, "flops": per_query + per_token}
+    return {"bytes": 3 * read + 2 * written, "flops": 3 * (per_query + per_token)}
 
 
-def check(op, tensors: dict[str, torch.Tensor], options: dict) -> None:
+def check(op, tensors: dict[str, torch.Tensor]) -> None:
     """Output and every gradient against float64, before anything is timed."""
     exact = {name: tensor.detach().double().requires_grad_() for name, tensor in tensors.items()}
-    y, expected = op(**tensors, **options), cross_attention_reference(**exact, **options)
+    y, expected = op(**tensors), cross_attention_reference(**exact, heads=HEADS, residual=True)
     upstream = torch.randn_like(y)
     actual = [y, *torch.autograd.grad(y, tensors.values(), upstream)]
     expected = [expected, *torch.autograd.grad(expected, exact.values(), upstream.double())]
     for name, a, e in zip(("y", *NAMES), actual, expected, strict=True):
-        assert (a - e).norm() <= 1e-5 * e.norm(), name
+        assert (a - e).norm() <= TOLERANCE[y.dtype] * e.norm(), name
 
 
+def labels_of(impl: str, phase: str, tensors: dict[str, torch.Tensor]) -> dict[str, str]:
+    (B, L, C), N = tensors["x"].shape, tensors["context"].shape[1]
+    return {"op": "cross_attention", "impl": impl, "phase": phase, "shape": f"B={B} L={L} C={C} H={HEADS} N={N}"}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("phase", ["forward", "forward_backward"])
-@pytest.mark.parametrize("shape", QUERIES_CHANNELS)
-def test_cross_attention(measure, device, shape, phase, impl):
-    queries, channels = QUERIES_CHANNELS[shape]
-    tensors = inputs(BATCH[device.type], queries, channels, device)
-    options = {"heads": HEADS, "residual": True}
-
-    def op(**arguments):
-        return cross_attention(**arguments, impl=IMPLS[impl])
-
-    check(op, tensors, options)
+@pytest.mark.parametrize("shape, batch", CASES)
+def test_cross_attention(measure, device, shape, batch, phase, impl, dtype):
+    tensors, op = inputs(batch, *(PAPER | STABLE_DIFFUSION)[shape], device, dtype), OPS[impl]
+    check(op, tensors)
     upstream = torch.randn_like(tensors["x"])
 
     def forward():
         with torch.no_grad():
-            return op(**tensors, **options)
+            return op(**tensors)
 
     def forward_backward():
-        return torch.autograd.grad(op(**tensors, **options), tensors.values(), upstream)
+        return torch.autograd.grad(op(**tensors), tensors.values(), upstream)
 
-    shape = f"B={len(upstream)} L={queries} C={channels} H={HEADS} N={TOKENS}"
-    labels = {"op": "cross_attention", "impl": impl, "phase": phase, "shape": shape}
     run = forward if phase == "forward" else forward_backward
-    measure(run, **labels, dtype=upstream.dtype, **cost(tensors, phase))
+    measure(run, **labels_of(impl, phase, tensors), dtype=dtype, **cost(tensors, phase))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("shape, batch", [case for case in CASES if case[0] in PAPER])
+def test_folded(measure, device, shape, batch, impl, dtype):
+    """One sampler step: ours folded the tokens before, the others begin from the tokens."""
+    tensors = {n: t.detach() for n, t in inputs(batch, *PAPER[shape], device, dtype).items()}
+    rest = {n: t for n, t in tensors.items() if n not in TOKEN_SIDE}
+    folded = fold(*(tensors[n] for n in TOKEN_SIDE), heads=HEADS)
+
+    def ours():
+        return cross_attention_folded(**rest, folded=folded, residual=True)
+
+    run = ours if impl == "ours" else lambda: OPS[impl](**tensors)
+    exact = cross_attention_reference(**{n: t.double() for n, t in tensors.items()}, heads=HEADS, residual=True)
+    with torch.no_grad():
+        assert (run() - exact).norm() <= TOLERANCE[dtype] * exact.norm()
+        measure(run, **labels_of(impl, "folded", tensors), dtype=dtype, **cost(tensors, "folded"))

@@ -8,7 +8,9 @@ from torch.nn import functional as F
 from encdiff import ops
 from encdiff.errors import InputError
 
-IMPLS = ["sdpa", "reference"]
+IMPLS = ["triton", "transposed", "sdpa", "reference"]
+PLAIN = IMPLS[1:]  # these take float64 as well
+WITH_MAPS = ["transposed", "reference"]
 
 
 def inputs(B, L, C, N, D, heads, width, dtype=torch.float64, seed=0):
@@ -54,8 +56,10 @@ CASES = {  # B, L, C, N, D, heads, head width
 }
 
 
-@pytest.mark.parametrize("impl", ["auto", *IMPLS])
-@pytest.mark.parametrize("name", ["xattn_a", "xattn_b", "xattn_c"])
+@pytest.mark.parametrize(
+    "name, impl",
+    [(name, impl) for name in ("xattn_a", "xattn_b", "xattn_c") for impl in ("auto", *PLAIN)] + [("xattn_b", "triton")],
+)
 def test_published_outputs_and_gradients(name, impl):
     golden = load(name)
     C, D, heads, width, B, L, N = golden["dims"].tolist()
@@ -74,7 +78,7 @@ def test_published_outputs_and_gradients(name, impl):
         assert relative_error(tensor.grad, golden[key]) < 1e-3, key
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", PLAIN)
 @pytest.mark.parametrize("case", CASES)
 def test_against_the_formula(case, impl):
     heads, width = CASES[case][5:]
@@ -85,7 +89,7 @@ def test_against_the_formula(case, impl):
     torch.testing.assert_close(y, by_loops(x, tokens, weights, b_o, heads)[0])
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", PLAIN)
 def test_norm_residual_and_strides(impl):
     x, tokens, weights, b_o = inputs(2, 12, 10, 3, 5, 2, 4)
     gamma, beta = torch.randn(10, dtype=torch.float64), torch.randn(10, dtype=torch.float64)
@@ -106,32 +110,35 @@ def test_norm_residual_and_strides(impl):
     torch.testing.assert_close(y, x + by_loops(normed, tokens, weights, b_o, 2)[0])
 
 
+@pytest.mark.parametrize("impl", WITH_MAPS)
 @pytest.mark.parametrize("maps", ["head", "mean"])
-def test_maps_come_from_the_same_pass(maps):
+def test_maps_come_from_the_same_pass(maps, impl):
     x, tokens, weights, b_o = inputs(2, 6, 10, 5, 4, 2, 3)
-    y, attention = ops.cross_attention(x, tokens, *weights, b_o, heads=2, maps=maps)
+    y, attention = ops.cross_attention(x, tokens, *weights, b_o, heads=2, maps=maps, impl=impl)
     expected_y, expected = by_loops(x, tokens, weights, b_o, 2)
     torch.testing.assert_close(y, expected_y)
     torch.testing.assert_close(attention, expected if maps == "head" else expected.mean(1))
 
 
+@pytest.mark.parametrize("impl", WITH_MAPS)
 @pytest.mark.parametrize("per_head", [False, True])
-def test_token_bias_masks_and_emphasises(per_head):
+def test_token_bias_masks_and_emphasises(per_head, impl):
     x, tokens, weights, b_o = inputs(2, 6, 10, 5, 4, 2, 3)
     bias = torch.randn(2, 2, 5, dtype=torch.float64) if per_head else torch.randn(2, 5, dtype=torch.float64)
     bias[..., 3] = -torch.inf
-    y, attention = ops.cross_attention(x, tokens, *weights, b_o, heads=2, token_bias=bias, maps="head")
+    y, attention = ops.cross_attention(x, tokens, *weights, b_o, heads=2, token_bias=bias, maps="head", impl=impl)
     expected = by_loops(x, tokens, weights, b_o, 2, bias if per_head else bias[:, None].expand(2, 2, 5))
     torch.testing.assert_close((y, attention), expected)
     assert (attention[..., 3] == 0).all()
 
 
-def test_a_fully_masked_row_attends_to_nothing():
+@pytest.mark.parametrize("impl", WITH_MAPS)
+def test_a_fully_masked_row_attends_to_nothing(impl):
     x, tokens, weights, b_o = inputs(2, 6, 10, 5, 4, 2, 3)
     x.requires_grad_()
     bias = torch.zeros(2, 5, dtype=torch.float64)
     bias[1] = -torch.inf
-    y = ops.cross_attention(x, tokens, *weights, b_o, heads=2, token_bias=bias)
+    y = ops.cross_attention(x, tokens, *weights, b_o, heads=2, token_bias=bias, impl=impl)
     torch.testing.assert_close(y[1], b_o.expand(6, 10))
     y.sum().backward()
     assert x.grad.isfinite().all() and (x.grad[1] == 0).all() and (x.grad[0] != 0).any()
@@ -144,10 +151,10 @@ def test_extreme_logits_stay_finite():
     torch.testing.assert_close(y.double(), by_loops(1e4 * x, 1e2 * tokens, weights, b_o, 2)[0], rtol=1e-4, atol=1e-3)
 
 
-@pytest.mark.parametrize("impl", ["auto", "reference"])
+@pytest.mark.parametrize("impl", ["auto", "triton", "transposed", "reference"])
 @pytest.mark.parametrize("B, L", [(0, 5), (2, 0)])
 def test_empty(B, L, impl):
-    x, tokens, weights, b_o = inputs(B, L, 8, 3, 4, 2, 4)
+    x, tokens, weights, b_o = inputs(B, L, 8, 3, 4, 2, 4, torch.float32)
     with ops.use_impl(impl):
         assert ops.cross_attention(x, tokens, *weights, b_o, heads=2).shape == (B, L, 8)
 
@@ -185,6 +192,9 @@ def test_gradcheck():
         (dict(context=torch.zeros(2, 3, 4, device="meta")), r"context is on meta, must be on x's device cpu"),
         (dict(token_bias=torch.zeros(2, 4)), r"token_bias is \(2, 4\), must be"),
         (dict(maps="all"), r"maps is 'all', must be"),
+        (dict(x=torch.zeros(2, 4, 8).long()), r"x is torch.int64, must be floating point"),
+        (dict(norm_weight=torch.ones(8)), r"norm_bias is None, must be \(8,\)"),
+        (dict(impl="triton", x=torch.zeros(2, 4, 8).double()), r"impl='triton' cannot serve .*: x is torch.float64"),
         (dict(maps="mean", impl="sdpa"), r"impl='sdpa' cannot serve this input: does not return attention maps"),
     ],
 )

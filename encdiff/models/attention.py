@@ -1,5 +1,7 @@
 """The spatial transformer of the U-Net: self-attention, cross-attention to the concept tokens, GEGLU."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch.nn as nn
@@ -8,6 +10,7 @@ from einops import rearrange
 from torch import Tensor
 
 from encdiff import ops
+from encdiff.ops.cross_attention_folded import Folded, cross_attention_folded, fold, fold_pays
 
 
 class Conditioning(NamedTuple):
@@ -71,6 +74,7 @@ class TransformerBlock(nn.Module):
         self.attn2 = Attention(width, context_width, heads)
         self.norm2 = nn.LayerNorm(width)
         self.norm3 = nn.LayerNorm(width)
+        self.folded: tuple[Tensor, Folded] | None = None  # the tokens of `fold_tokens` and what they became
 
     def forward(self, x: Tensor, cond: Conditioning) -> Tensor:
         if self.self_attention:
@@ -79,12 +83,31 @@ class TransformerBlock(nn.Module):
         return x + self.ff(self.norm3(x))
 
     def _cross_attend(self, x: Tensor, cond: Conditioning) -> Tensor:
-        options = dict(heads=self.attn2.heads, residual=True, token_bias=cond.token_bias, **_norm(self.norm2))
-        if cond.maps is None:
-            return ops.cross_attention(x, cond.tokens, *self.attn2.weights(), **options)
-        x, attention = ops.cross_attention(x, cond.tokens, *self.attn2.weights(), maps="mean", **options)
-        cond.maps.append(attention)
-        return x
+        maps = None if cond.maps is None else "mean"
+        options = dict(residual=True, token_bias=cond.token_bias, maps=maps, **_norm(self.norm2))
+        if self.folded is not None and self.folded[0] is cond.tokens:
+            y = cross_attention_folded(x, self.folded[1], self.attn2.to_out[0].bias, **options)
+        else:
+            y = ops.cross_attention(x, cond.tokens, *self.attn2.weights(), heads=self.attn2.heads, **options)
+        if cond.maps is not None:
+            y, attention = y
+            cond.maps.append(attention)
+        return y
+
+
+@contextmanager
+def fold_tokens(module: nn.Module, tokens: Tensor) -> Iterator[None]:
+    """Inside, the module's cross-attentions to exactly this tensor use what is folded now, where that is faster."""
+    blocks = [block for block in module.modules() if isinstance(block, TransformerBlock)]
+    try:
+        for block in blocks:
+            *weights, bias = block.attn2.weights()
+            if fold_pays(tokens, len(bias), block.attn2.heads):
+                block.folded = tokens, fold(tokens, *weights, heads=block.attn2.heads)
+        yield
+    finally:
+        for block in blocks:
+            block.folded = None
 
 
 class SpatialTransformer(nn.Module):

@@ -27,6 +27,7 @@ from encdiff.checkpoint import (
 )
 from encdiff.diffusion import losses, samplers, schedules
 from encdiff.errors import InputError
+from encdiff.models.attention import fold_tokens
 from encdiff.models.autoencoder import SpaceToDepth, VQAutoencoder
 from encdiff.models.config import EncDiffConfig
 from encdiff.models.encoder import ImageEncoder
@@ -195,16 +196,17 @@ class EncDiff(
                 x_T = torch.randn(1, *self.latent_shape, generator=generator).expand(shape)
             if tuple(x_T.shape) != shape:
                 raise InputError(f"x_T is {tuple(x_T.shape)}, must be {shape}")
-            latents = samplers.ddim(
-                lambda x_t, t: self.denoise(x_t, t, tokens, token_bias),
-                x_T.to(scalars.device, torch.float32).contiguous(),
-                self.alphas_cumprod,
-                steps=steps,
-                eta=eta,
-                prediction=self.config.prediction,
-                generator=generator,
-                callback=progress and (lambda i, *_: progress(i + 1, steps)),
-            )
+            with fold_tokens(self.unet, tokens):
+                latents = samplers.ddim(
+                    lambda x_t, t: self.denoise(x_t, t, tokens, token_bias),
+                    x_T.to(scalars.device, torch.float32).contiguous(),
+                    self.alphas_cumprod,
+                    steps=steps,
+                    eta=eta,
+                    prediction=self.config.prediction,
+                    generator=generator,
+                    callback=progress and (lambda i, *_: progress(i + 1, steps)),
+                )
             return self.to_images(latents)
 
     def reconstruct(self, images: Tensor, **options) -> Tensor:

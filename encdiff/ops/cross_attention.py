@@ -1,16 +1,32 @@
 """Spatial queries attend to a short list of concept tokens: y = x + Wo Attn(LN(x) Wq, S Wk, S Wv) + bo."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor
 
 from encdiff.errors import InputError
+from encdiff.kernels._cross_attention_plan import MAX_TOKENS, can_fold, choose_route, head_width_limit
+from encdiff.ops._attention import (
+    exact,
+    kernel_bias,
+    layer_norm,
+    merge_heads,
+    product_dtype,
+    products_out,
+    project_out,
+    softmax,
+    split_heads,
+)
 from encdiff.ops._dispatch import Implementation, Op, always
+from encdiff.ops.cross_attention_folded import (
+    check_options,
+    cross_attention_folded_triton,
+    fold,
+    interpreted,
+    triton_reasons,
+)
 
 
 def cross_attention_reference(
@@ -24,12 +40,7 @@ def cross_attention_reference(
             split_heads(s.to(dtype) @ w.to(dtype).T, heads) for s, w in ((h, w_q), (context, w_k), (context, w_v))
         )
         logits = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
-        if token_bias is None:
-            p = logits.softmax(-1)
-        else:  # a row whose tokens are all masked attends to nothing, rather than NaN
-            logits = logits + per_head(token_bias).to(dtype)
-            masked = logits.isneginf().all(-1, keepdim=True)
-            p = logits.masked_fill(masked, 0.0).softmax(-1).masked_fill(masked, 0.0)
+        p = softmax(logits, token_bias)
         y = project_out(merge_heads(p @ v), w_o, b_o, x if residual else None).to(x.dtype)
     if maps is None:
         return y
@@ -58,9 +69,84 @@ def _sdpa_reasons(x, context, *weights, maps=None, token_bias=None, **_) -> list
     return reasons
 
 
+def cross_attention_transposed(
+    x, context, w_q, w_k, w_v, w_o, b_o=None, *,
+    heads, norm_weight=None, norm_bias=None, norm_eps=1e-5, residual=False, token_bias=None, maps=None,
+):  # fmt: skip
+    """Queries as the last axis: no copy to split or merge heads, products unpadded, softmax in vectors of queries."""
+    with exact(x) as dtype:
+        s, w_q, w_k, w_v, w_o = (t.to(dtype) for t in (context, w_q, w_k, w_v, w_o))
+        h, width = layer_norm(x.to(dtype), norm_weight, norm_bias, norm_eps), w_q.shape[0] // heads
+        q = (w_q @ h.mT).unflatten(1, (heads, width))  # (B, H, d, L)
+        k = split_heads(F.linear(s, w_k * width**-0.5), heads)
+        p = softmax(k @ q, token_bias, dim=-2)  # (B, H, N, L)
+        a = ((w_v @ s.mT).unflatten(1, (heads, width)) @ p).flatten(1, 2)  # (B, H*d, L)
+        y = products_out(a.mT, w_o.T.expand(len(x), -1, -1), b_o, x if residual else None).to(x.dtype)
+    if maps is None:
+        return y
+    return y, (p.mT if maps == "head" else p.mean(1).mT).to(x.dtype)
+
+
+def cross_attention_triton(
+    x, context, w_q, w_k, w_v, w_o, b_o=None, *,
+    heads, norm_weight=None, norm_bias=None, norm_eps=1e-5, residual=False, token_bias=None, maps=None,
+):  # fmt: skip
+    """The kernels of `encdiff.kernels.cross_attention`, on the route that their cost model chooses."""
+    dtype = product_dtype(x)
+    options = dict(norm_weight=norm_weight, norm_bias=norm_bias, norm_eps=norm_eps, residual=residual)
+    options |= dict(token_bias=token_bias, maps=maps)
+    route = choose_route(x.shape[1], x.shape[2], context.shape[1], heads, dtype.itemsize)
+    s, *weights = (t.to(dtype) for t in (context, w_q, w_k, w_v, w_o))
+    if route == "folded":
+        return cross_attention_folded_triton(x, fold(s, *weights, heads=heads), b_o, **options)
+    return _by_heads(x, s, *weights, b_o, heads=heads, **options)
+
+
+def _by_heads(
+    x, context, w_q, w_k, w_v, w_o, b_o, *, heads, norm_weight, norm_bias, norm_eps, residual, token_bias, maps
+):  # fmt: skip
+    """Ordinary projections around the attention in Triton; widths of heads are filled up to multiples of 8."""
+    from encdiff.kernels.cross_attention import cross_attention_heads as kernel
+
+    width = w_q.shape[0] // heads
+    w_q, w_k, w_v, w_o = (_fill_heads(w, heads, -width % 8) for w in (w_q, w_k, w_v, w_o.T))
+    h = layer_norm(x, norm_weight, norm_bias, norm_eps).to(context.dtype)
+    q, k, v = (F.linear(s, w).contiguous() for s, w in ((h, w_q), (context, w_k), (context, w_v)))
+    a, _, p = kernel(q, k, v, kernel_bias(token_bias, heads), heads, width**-0.5, maps is not None)
+    y = project_out(a, w_o.T, b_o, x if residual else None).to(x.dtype)
+    return y if maps is None else (y, (p if maps == "head" else p.mean(1)).to(x.dtype))
+
+
+def _fill_heads(w: Tensor, heads: int, zeros: int) -> Tensor:
+    """(heads*d, ...) -> (heads*(d + zeros), ...)."""
+    return w if zeros == 0 else F.pad(w.unflatten(0, (heads, -1)), (0, 0, 0, zeros)).flatten(0, 1)
+
+
+def _triton_reasons(x, context, w_q, *weights, heads, maps=None, **options) -> list[str]:
+    reasons = triton_reasons(x, maps, context, w_q, *weights, *options.values())
+    tokens, width, dtype = context.shape[1], w_q.shape[0] // heads, product_dtype(x)
+    limit = head_width_limit(tokens, dtype.itemsize)
+    if not 1 <= tokens <= MAX_TOKENS:
+        reasons.append(f"{tokens} tokens must be 1 to {MAX_TOKENS}")
+    if width > limit and not can_fold(x.shape[2], tokens, dtype.itemsize):
+        reasons.append(f"head width {width} must be at most {limit} in {dtype} with {tokens} tokens")
+    return reasons
+
+
+def _transposed_doubts(x, context, w_q, *weights, heads, **_) -> list[str]:
+    """It is faster on a CPU where queries are many and heads narrow (bench/bench_cross_attention.py)."""
+    width = w_q.shape[0] // heads
+    fits = x.device.type == "cpu" and x.dtype == torch.float32 and product_dtype(x) == torch.float32
+    if fits and width <= 16 and 2 * x.shape[1] >= x.shape[2]:
+        return []
+    return ["pays on a CPU in float32, for heads up to 16 wide and at least half as many queries as channels"]
+
+
 _op = Op(
     "cross_attention",
     [
+        Implementation("triton", cross_attention_triton, _triton_reasons, interpreted),
+        Implementation("transposed", cross_attention_transposed, always, _transposed_doubts),
         Implementation("sdpa", cross_attention_sdpa, _sdpa_reasons),
         Implementation("reference", cross_attention_reference, always),
     ],
@@ -109,14 +195,15 @@ def cross_attention(
 
     Source: arXiv 2402.09712, section 3.2; attention as in arXiv 2112.10752, eq. 5.
     """
-    _check(x, context, w_q, w_k, w_v, w_o, heads, token_bias, maps)
+    _check(x, context, w_q, w_k, w_v, w_o, heads)
+    check_options(x, heads, context.shape[1], norm_weight, norm_bias, token_bias, maps)
     return _op(
         x, context, w_q, w_k, w_v, w_o, b_o, heads=heads, norm_weight=norm_weight, norm_bias=norm_bias,
         norm_eps=norm_eps, residual=residual, token_bias=token_bias, maps=maps, impl=impl,
     )  # fmt: skip
 
 
-def _check(x, context, w_q, w_k, w_v, w_o, heads, token_bias, maps) -> None:
+def _check(x, context, w_q, w_k, w_v, w_o, heads) -> None:
     if x.ndim != 3 or context.ndim != 3 or x.shape[0] != context.shape[0]:
         raise InputError(f"x {tuple(x.shape)} and context {tuple(context.shape)} must be (B, L, C) and (B, N, D)")
     if context.device != x.device:
@@ -124,44 +211,10 @@ def _check(x, context, w_q, w_k, w_v, w_o, heads, token_bias, maps) -> None:
     inner = w_q.shape[0]
     if heads < 1 or inner % heads:
         raise InputError(f"heads {heads} must divide the {inner} rows of w_q")
-    (channels, width), tokens = (x.shape[2], context.shape[2]), context.shape[1]
+    channels, width = x.shape[2], context.shape[2]
     expected = {"w_q": (inner, channels), "w_k": (inner, width), "w_v": (inner, width), "w_o": (channels, inner)}
     for (name, shape), w in zip(expected.items(), (w_q, w_k, w_v, w_o), strict=True):
         if tuple(w.shape) != shape:
             raise InputError(
                 f"{name} is {tuple(w.shape)}, must be {shape} for x {tuple(x.shape)}, context width {width}"
             )
-    if token_bias is not None and tuple(token_bias.shape) not in ((x.shape[0], tokens), (x.shape[0], heads, tokens)):
-        raise InputError(f"token_bias is {tuple(token_bias.shape)}, must be (B, N) or (B, heads, N) with N = {tokens}")
-    if maps not in (None, "head", "mean"):
-        raise InputError(f"maps is {maps!r}, must be None, 'head' or 'mean'")
-
-
-@contextmanager
-def exact(x: Tensor) -> Iterator[torch.dtype]:
-    """Switch autocast off and give the dtype a reference computes in: float32, or float64 for gradient checks."""
-    with torch.autocast(x.device.type, enabled=False):
-        yield torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    return x if weight is None else F.layer_norm(x, (x.shape[-1],), weight.to(x.dtype), bias.to(x.dtype), eps)
-
-
-def split_heads(s: Tensor, heads: int) -> Tensor:
-    return rearrange(s, "b n (h d) -> b h n d", h=heads)
-
-
-def merge_heads(s: Tensor) -> Tensor:
-    return rearrange(s, "b h n d -> b n (h d)")
-
-
-def per_head(token_bias: Tensor) -> Tensor:
-    """(B, N) or (B, heads, N) -> (B, 1 or heads, 1, N), to be added to logits (B, heads, L, N)."""
-    return token_bias[:, None, None] if token_bias.ndim == 2 else token_bias[:, :, None]
-
-
-def project_out(a: Tensor, w_o: Tensor, b_o: Tensor | None, residual: Tensor | None) -> Tensor:
-    """a Wo^T + bo [+ residual]."""
-    y = F.linear(a, w_o.to(a.dtype), None if b_o is None else b_o.to(a.dtype))
-    return y if residual is None else residual + y

@@ -1,0 +1,72 @@
+"""What the attention ops share: the arithmetic of a reference, LayerNorm, heads, the way out."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+
+@contextmanager
+def exact(x: Tensor) -> Iterator[torch.dtype]:
+    """Switch autocast off and give the dtype a reference computes in: float32, or float64 for gradient checks."""
+    with torch.autocast(x.device.type, enabled=False):
+        yield torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The type a fused op takes its products in: autocast's where it is on, else x's."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    return x if weight is None else F.layer_norm(x, (x.shape[-1],), weight.to(x.dtype), bias.to(x.dtype), eps)
+
+
+def softmax(logits: Tensor, token_bias: Tensor | None, dim: int = -1) -> Tensor:
+    """Over the tokens, axis `dim` of (B, heads, L, N) or (B, heads, N, L), after adding the bias (B, [heads,] N).
+
+    A row whose tokens are all masked attends to nothing, rather than NaN.
+    """
+    if token_bias is None:
+        return logits.softmax(dim)
+    token_bias = token_bias if token_bias.ndim == 3 else token_bias[:, None]
+    logits = logits + token_bias.to(logits.dtype).unsqueeze(2 if dim == -1 else 3)
+    masked = logits.isneginf().all(dim, keepdim=True)
+    return logits.masked_fill(masked, 0.0).softmax(dim).masked_fill(masked, 0.0)
+
+
+def split_heads(s: Tensor, heads: int) -> Tensor:
+    return rearrange(s, "b n (h d) -> b h n d", h=heads)
+
+
+def merge_heads(s: Tensor) -> Tensor:
+    return rearrange(s, "b h n d -> b n (h d)")
+
+
+def project_out(a: Tensor, w_o: Tensor, b_o: Tensor | None, residual: Tensor | None) -> Tensor:
+    """a Wo^T + bo [+ residual]."""
+    y = F.linear(a, w_o.to(a.dtype), None if b_o is None else b_o.to(a.dtype))
+    return y if residual is None else residual + y
+
+
+def products_out(a: Tensor, w: Tensor, b_o: Tensor | None, residual: Tensor | None) -> Tensor:
+    """a w + bo [+ residual] for a (B, L, K) in any layout and w (B, K, C): the sum is where the product begins."""
+    start = b_o if residual is None else residual if b_o is None else residual + b_o
+    return torch.bmm(a, w) if start is None else torch.baddbmm(start.to(a.dtype), a, w)
+
+
+def kernel_bias(token_bias: Tensor | None, heads: int) -> Tensor | None:
+    """(B, N) or (B, heads, N) -> (B, heads, N) with the last stride 1, as the kernels read it; often a view."""
+    if token_bias is None:
+        return None
+    token_bias = token_bias if token_bias.stride(-1) == 1 else token_bias.contiguous()
+    return token_bias if token_bias.ndim == 3 else token_bias[:, None].expand(-1, heads, -1)
+
+
+def has_gradient(*tensors) -> bool:
+    """Whether autograd would record an op of these."""
+    return torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tensors)

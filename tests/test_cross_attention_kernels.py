@@ -1,0 +1,358 @@
+"""The Triton kernels of cross-attention, interpreted: every route, forward and backward, against float64."""
+
+import sys
+
+import pytest
+import torch
+from encdiff.kernels import _cross_attention_plan as plan
+from encdiff.kernels import cross_attention as kernels
+from torch.nn import functional as F
+
+from encdiff import ops
+from encdiff.errors import InputError
+from encdiff.models.attention import TransformerBlock
+from encdiff.ops import cross_attention_folded as folded_module
+from encdiff.ops.cross_attention_folded import cross_attention_folded, fold, fold_pays
+
+LEAVES = ("x", "context", "w_q", "w_k", "w_v", "w_o", "b_o", "norm_weight", "norm_bias", "token_bias")
+
+
+def leaves(B, L, C, N, D, heads, width, dtype=torch.float32, norm=True, bias=None) -> dict[str, torch.Tensor]:
+    inner = heads * width
+    shapes = [(B, L, C), (B, N, D), (inner, C), (inner, D), (inner, D), (C, inner), (C,), (C,), (C,)]
+    drawn = {
+        name: (torch.randn(shape) / (shape[-1] ** 0.5 if name[0] == "w" else 1)).to(dtype)
+        for name, shape in zip(LEAVES, shapes, strict=False)
+    }
+    if not norm:
+        del drawn["norm_weight"], drawn["norm_bias"]
+    if bias is not None:
+        drawn["token_bias"] = torch.randn((B, N) if bias == "token" else (B, heads, N))
+    return drawn
+
+
+def outcome(tensors, dtype=None, **options) -> dict[str, torch.Tensor]:
+    """The output and the gradient of every leaf."""
+    tensors = {name: (t if dtype is None else t.to(dtype)).detach().requires_grad_() for name, t in tensors.items()}
+    y = ops.cross_attention(**tensors, **options)
+    upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y.dtype)
+    return {"y": y.detach()} | dict(zip(tensors, torch.autograd.grad(y, tensors.values(), upstream), strict=True))
+
+
+def check(actual, stock, expected) -> None:
+    """Error at most twice that of the stock form in the same type, and above a rounding of the result anyway."""
+    for name, exact in expected.items():
+        scale = exact.norm().clamp_min(1e-30)
+        error, allowed = ((t[name].double() - exact).norm() / scale for t in (actual, stock))
+        rounding = torch.finfo(actual[name].dtype).eps
+        assert error <= 2 * allowed + rounding, f"{name}: {error:.2e}, stock {allowed:.2e}"
+
+
+@pytest.fixture
+def route(monkeypatch):
+    """`route(name)` takes the choice from the cost model."""
+    module = sys.modules["encdiff.ops.cross_attention"]  # the package's attribute of that name is the function
+    return lambda name: monkeypatch.setattr(module, "choose_route", lambda *sizes: name)
+
+
+# route, (B, L, C, N, D, heads, head width), options of `leaves`
+CASES = {
+    "folded, paper 16x16": ("folded", (1, 66, 64, 20, 16, 8, 8), {}),
+    "folded, odd sizes, bias per token": ("folded", (2, 35, 24, 13, 5, 3, 5), {"bias": "token"}),
+    "folded, one head, one token, no norm": ("folded", (2, 5, 8, 1, 3, 1, 4), {"norm": False}),
+    "folded, bfloat16, bias per head": ("folded", (2, 33, 16, 20, 8, 3, 8), {"bias": "head", "dtype": torch.bfloat16}),
+    "folded, 256 channels in 16 bits": ("folded", (1, 4, 256, 20, 16, 8, 32), {"dtype": torch.float16}),
+    "heads, one head": ("heads", (2, 17, 20, 20, 16, 1, 8), {}),
+    "heads, odd sizes, bias per head": ("heads", (2, 35, 10, 40, 5, 3, 5), {"bias": "head"}),
+    "heads, 77 tokens 40 wide, bfloat16": (
+        "heads",
+        (1, 65, 16, 77, 8, 2, 40),
+        {"bias": "token", "dtype": torch.bfloat16},
+    ),
+    "heads, 160 wide": ("heads", (1, 3, 8, 128, 4, 1, 160), {"dtype": torch.float16, "norm": False}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_output_and_gradients(case, route):
+    name, sizes, options = CASES[case]
+    route(name)
+    tensors, heads = leaves(*sizes, **options), sizes[5]
+    with ops.record_impls() as ran:
+        actual = outcome(tensors, heads=heads, residual=True, impl="triton")
+    assert ran == [("cross_attention", "triton")]
+    expected = outcome(tensors, torch.float64, heads=heads, residual=True, impl="reference")
+    check(actual, stock(tensors, heads), expected)
+
+
+def stock(tensors, heads) -> dict[str, torch.Tensor]:
+    """The published form in the tensors' own type: separate projections, einsum, softmax."""
+    tensors = {name: t.detach().requires_grad_() for name, t in tensors.items()}
+    get, (C,) = tensors.get, tensors["b_o"].shape
+    h = (
+        tensors["x"]
+        if get("norm_weight") is None
+        else F.layer_norm(tensors["x"], (C,), get("norm_weight"), get("norm_bias"))
+    )
+    sources = ((h, "w_q"), (tensors["context"], "w_k"), (tensors["context"], "w_v"))
+    q, k, v = (F.linear(s, tensors[w]).unflatten(-1, (heads, -1)).transpose(1, 2) for s, w in sources)
+    logits = torch.einsum("bhid,bhjd->bhij", q, k) * q.shape[-1] ** -0.5
+    if get("token_bias") is not None:
+        bias = tensors["token_bias"]
+        logits = logits + (bias[:, None, None] if bias.ndim == 2 else bias[:, :, None]).to(logits.dtype)
+    a = torch.einsum("bhij,bhjd->bhid", logits.softmax(-1), v).transpose(1, 2).flatten(2)
+    y = tensors["x"] + F.linear(a, tensors["w_o"], tensors["b_o"])
+    upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y.dtype)
+    return {"y": y.detach()} | dict(zip(tensors, torch.autograd.grad(y, tensors.values(), upstream), strict=True))
+
+
+@pytest.mark.parametrize("name", ["folded", "heads"])
+@pytest.mark.parametrize("maps", ["head", "mean"])
+def test_maps(name, maps, route):
+    route(name)
+    tensors = leaves(2, 35, 16, 13, 5, 2, 8, bias="token")
+    tensors["token_bias"][0, 3] = -torch.inf
+    actual = ops.cross_attention(**tensors, heads=2, maps=maps, impl="triton")
+    expected = ops.cross_attention(**tensors, heads=2, maps=maps, impl="reference")
+    torch.testing.assert_close(actual, expected)
+    assert (actual[1][0, ..., 3] == 0).all()
+
+
+@pytest.mark.parametrize("name", ["folded", "heads"])
+def test_masked_rows_have_a_defined_result(name, route):
+    route(name)
+    tensors = leaves(3, 6, 16, 5, 4, 2, 8, bias="token", norm=False)
+    tensors["token_bias"][1] = -torch.inf  # all
+    tensors["token_bias"][2, 1:] = -torch.inf  # all but one
+    actual, expected = (outcome(tensors, heads=2, impl=impl) for impl in ("triton", "reference"))
+    torch.testing.assert_close(actual, expected)
+    torch.testing.assert_close(actual["y"][1], tensors["b_o"].expand(6, 16))
+    assert (actual["x"][1] == 0).all()
+
+
+@pytest.mark.parametrize("name", ["folded", "heads"])
+def test_extreme_logits(name, route):
+    route(name)
+    tensors = leaves(1, 5, 16, 6, 4, 2, 8, norm=False)
+    tensors["x"] *= 1e4
+    y = ops.cross_attention(**tensors, heads=2, impl="triton")
+    exact = ops.cross_attention(**{n: t.double() for n, t in tensors.items()}, heads=2, impl="reference")
+    torch.testing.assert_close(y.double(), exact, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["folded", "heads"])
+@pytest.mark.parametrize("layout", ["transposed", "part of wider rows", "unaligned", "expanded"])
+def test_strides(name, layout, route):
+    route(name)
+    tensors = leaves(2, 9, 16, 5, 4, 2, 8)
+    x = tensors["x"]
+    tensors["x"] = {
+        "transposed": x.mT.contiguous().mT,
+        "part of wider rows": torch.cat([x, torch.full_like(x, torch.nan)], 2)[..., :16],
+        "unaligned": torch.cat([x.new_full((1,), torch.nan), x.flatten()])[1:].view(x.shape),
+        "expanded": x[:1].expand(2, -1, -1),
+    }[layout]
+    before = {n: t.clone() for n, t in tensors.items()}
+    actual, expected = (outcome(tensors, heads=2, residual=True, impl=impl) for impl in ("triton", "reference"))
+    torch.testing.assert_close(actual, expected)
+    torch.testing.assert_close(tensors, before, rtol=0, atol=0)  # inputs are never written
+
+
+@pytest.mark.parametrize("name", ["folded", "heads"])
+def test_every_output_is_written_and_nothing_beyond_is_read(name, route, monkeypatch):
+    route(name)
+    tensors = leaves(2, 9, 24, 5, 4, 3, 8, bias="head")
+    expected = outcome(tensors, heads=3, residual=True, impl="reference")
+    new_empty, empty_like = torch.Tensor.new_empty, torch.empty_like
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: new_empty(*a, **k).fill_(torch.nan))
+    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: empty_like(*a, **k).fill_(torch.nan))
+    for key, t in tensors.items():  # NaN before and after
+        padded = torch.full((t.numel() + 128,), torch.nan)
+        padded[64:-64] = t.flatten()
+        tensors[key] = padded[64:-64].view(t.shape)
+    torch.testing.assert_close(outcome(tensors, heads=3, residual=True, impl="triton"), expected)
+
+
+@pytest.mark.parametrize("name", ["folded", "heads"])
+def test_autocast_multiplies_in_bfloat16_and_keeps_the_type(name, route):
+    route(name)
+    tensors = leaves(2, 9, 16, 5, 4, 2, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        actual, published = outcome(tensors, heads=2, residual=True, impl="triton"), stock(tensors, 2)
+    expected = outcome(tensors, torch.float64, heads=2, residual=True, impl="reference")
+    joint = [{"y": o.pop("y"), "gradients": torch.cat([g.flatten() for g in o.values()])} for o in
+             (actual, published, expected)]  # fmt: skip
+    check(*joint)
+    actual = joint[0]
+    assert actual["y"].dtype == actual["gradients"].dtype == torch.float32
+    exact = outcome(tensors, heads=2, residual=True, impl="triton")
+    assert not torch.equal(actual["y"], exact["y"])
+
+
+def test_two_runs_are_equal_to_the_bit(route):
+    for name in ("folded", "heads"):
+        route(name)
+        tensors = leaves(1, 35, 16, 5, 4, 2, 8)
+        first, second = (outcome(tensors, heads=2, impl="triton") for _ in range(2))
+        torch.testing.assert_close(first, second, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["folded", "heads"])
+def test_empty_batch_has_gradients(name, route):
+    route(name)
+    for B, L in ((0, 3), (2, 0)):
+        gradients = outcome(leaves(B, L, 16, 5, 4, 2, 8, bias="token"), heads=2, impl="triton")
+        assert all((g == 0).all() for g in gradients.values())
+
+
+@pytest.mark.parametrize("name", ["folded", "heads"])
+def test_library_op(name):
+    q, k, v = (torch.randn(2, n, 16, requires_grad=True) for n in (5, 3, 3))
+    bias = torch.randn(2, 2, 3, requires_grad=True)
+    if name == "heads":
+        torch.library.opcheck(kernels.cross_attention_heads, (q, k, v, bias, 2, 0.3, True))
+        return
+    keys, values = (torch.randn(2, 2, 3, 16, requires_grad=True) for _ in range(2))
+    b_o, gamma, beta = (torch.randn(16, requires_grad=True) for _ in range(3))
+    torch.library.opcheck(kernels.cross_attention_folded, (q, keys, values, b_o, gamma, beta, bias, 1e-5, True, "head"))
+    torch.library.opcheck(
+        kernels.cross_attention_folded, (q, keys, values, None, None, None, None, 1e-5, False, "none")
+    )
+
+
+def test_compiles_whole_with_any_batch(route):
+    route("folded")
+    graphs = []
+
+    def backend(graph, example):
+        graphs.append(graph)
+        return graph
+
+    def f(tensors):
+        return ops.cross_attention(**tensors, heads=2, residual=True, impl="triton")
+
+    compiled = torch.compile(f, fullgraph=True, dynamic=True, backend=backend)
+    for B in (2, 3, 5):
+        tensors = leaves(B, 6, 16, 5, 4, 2, 8)
+        torch.testing.assert_close(compiled(tensors), f(tensors))
+    assert len(graphs) == 1, "the batch must not be compiled in"
+
+
+# ---- folding
+
+
+@pytest.mark.parametrize("impl", ["triton", "reference"])
+def test_folding_is_exact(impl):
+    tensors = leaves(2, 9, 16, 5, 4, 2, 8, bias="token")
+    names = ("context", "w_q", "w_k", "w_v", "w_o")
+    rest = {n: t for n, t in tensors.items() if n not in names}
+    folded = fold(*(tensors[n] for n in names), heads=2)
+    assert folded.keys.shape == folded.values.shape == (2, 2, 5, 16)
+    for maps in (None, "head", "mean"):
+        with ops.record_impls() as ran:
+            actual = cross_attention_folded(**rest, folded=folded, residual=True, maps=maps, impl=impl)
+        assert ran == [("cross_attention_folded", impl)]
+        expected = ops.cross_attention(**tensors, heads=2, residual=True, maps=maps, impl="reference")
+        torch.testing.assert_close(actual, expected)
+
+
+def test_folded_gradients():
+    x, gamma, beta = torch.randn(1, 3, 4), torch.randn(4), torch.randn(4)
+    keys, values = torch.randn(2, 1, 2, 3, 4)
+    inputs = [t.double().requires_grad_() for t in (x, keys, values, gamma, beta)]
+
+    def f(x, keys, values, gamma, beta):
+        folded = folded_module.Folded(keys, values)
+        return cross_attention_folded(x, folded, norm_weight=gamma, norm_bias=beta, residual=True, maps="head")
+
+    assert torch.autograd.gradcheck(f, inputs)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (
+            dict(folded=folded_module.Folded(*torch.zeros(2, 3, 2, 5, 8))),
+            r"folded keys \(3, 2, 5, 8\) .* x \(2, 4, 8\)",
+        ),
+        (dict(folded=folded_module.Folded(*torch.zeros(2, 2, 2, 5, 8, device="meta"))), "folded is on meta"),
+        (dict(token_bias=torch.zeros(2, 4)), "with N = 5"),
+        (dict(x=torch.zeros(2, 4, 8).double(), impl="triton"), "x is torch.float64"),
+        (dict(folded=folded_module.Folded(*torch.zeros(2, 2, 2, 33, 8)), impl="triton"), "33 tokens must be"),
+        (dict(x=torch.zeros(2, 4, 8).requires_grad_(), maps="mean", impl="triton"), "maps have no gradient there"),
+    ],
+)
+def test_bad_folded_input(change, message):
+    arguments = dict(x=torch.zeros(2, 4, 8), folded=folded_module.Folded(*torch.zeros(2, 2, 2, 5, 8))) | change
+    with pytest.raises(InputError, match=message):
+        cross_attention_folded(**arguments)
+
+
+# ---- the cost model
+
+
+def test_auto_never_interprets_and_says_so():
+    tensors = leaves(1, 4, 16, 3, 4, 2, 8)
+    with ops.record_impls() as ran:
+        ops.cross_attention(**tensors, heads=2)
+    assert ran == [("cross_attention", "sdpa")] or ran == [("cross_attention", "transposed")]
+    assert "triton: kernels are interpreted on the CPU" in ops.explain("cross_attention", **tensors, heads=2)
+
+
+def test_without_triton_or_interpreter_the_reason_says_so(monkeypatch):
+    monkeypatch.setattr(folded_module, "TRITON", False)
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with pytest.raises(InputError, match="triton is not installed; x is on cpu"):
+        ops.cross_attention(**leaves(1, 4, 16, 3, 4, 2, 8), heads=2, impl="triton")
+
+
+@pytest.mark.parametrize(
+    "sizes, size, expected",
+    [
+        ((256, 64, 20, 8), 2, "folded"),  # the paper's 16x16
+        ((64, 128, 20, 8), 2, "folded"),
+        ((16, 256, 20, 8), 2, "heads"),  # folding 160 columns for 16 queries moves more than it saves
+        ((4096, 320, 77, 8), 2, "heads"),  # Stable Diffusion
+        ((256, 64, 20, 8), 4, "heads"),  # the padded columns cost more than a launch saves
+        ((256, 64, 4, 2), 4, "folded"),
+        ((256, 128, 4, 2), 4, "heads"),  # no float32 tile for more than 64 channels
+        ((256, 60, 20, 8), 2, "heads"),  # rows not aligned
+        ((256, 64, 33, 8), 2, "heads"),
+    ],
+)
+def test_route(sizes, size, expected):
+    assert plan.choose_route(*sizes, size) == expected
+
+
+def test_every_shape_that_is_served_has_a_tile():
+    for size in (2, 4):
+        for kernel in ("fwd", "dx", "dkv"):
+            for channels in range(8, plan.FOLDED_CHANNELS[size] + 1, 8):
+                assert (kernel, size == 2, plan.pad(channels, 64)) in plan.FOLDED_TILES
+        for kernel in ("fwd", "dq", "dkv"):
+            for tokens in (1, 32, 33, 128):
+                for width in range(8, plan.head_width_limit(tokens, size) + 1, 8):
+                    tile = plan.HEADS_TILES[kernel, size == 2, plan.pad(width, 32)]
+                    assert kernel == "dkv" or tokens <= tile.BLOCK_N  # the softmax is taken whole
+
+
+def test_predictions_are_the_formula():
+    seconds = plan.predict("folded once", 64, 128, 20, 8, 2)
+    assert seconds == pytest.approx(2e-6 + 128 * 2 * (2 * 64 * 128 + 2 * 8 * 20 * 128) / 4.3e12)
+    seconds = plan.predict("folded once", 256, 64, 20, 8, 2)
+    assert seconds == pytest.approx(2e-6 + 128 * 4 * 256 * 64 * 8 * 32 / 400e12)
+
+
+def test_folding_pays_where_it_saves_products():
+    assert fold_pays(torch.zeros(1, 20, 16), 256, 8) and not fold_pays(torch.zeros(1, 20, 16), 64, 8)
+
+
+def test_sampling_folds_once_for_all_steps(model):
+    scalars = torch.randn(2, 3)
+    with ops.record_impls() as ran:
+        images = model.sample(scalars, steps=3)
+    assert {op for op, _ in ran if "cross" in op} == {"cross_attention_folded"}
+    assert all(block.folded is None for block in model.modules() if isinstance(block, TransformerBlock))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("encdiff.models.attention.fold_pays", lambda *sizes: False)
+        torch.testing.assert_close(model.sample(scalars, steps=3), images, rtol=1e-4, atol=1e-4)
