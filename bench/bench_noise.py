@@ -69,7 +69,9 @@ def q_sample_runs(x0, t):
 
 
 @cases
-def test_q_sample(measure, device, shape, dtype, impl):
+def test_q_sample(measure, benchmark, device, shape, dtype, impl):
+    if impl == "compiled" and benchmark.disabled:
+        pytest.skip("compiling takes longer than a smoke test may")
     torch.manual_seed(0)
     x0 = torch.randn(SHAPES[shape], device=device, dtype=getattr(torch, dtype))
     t = torch.randint(len(ALPHA_BAR), (len(x0),), device=device)
@@ -84,7 +86,9 @@ def test_q_sample(measure, device, shape, dtype, impl):
 
 
 @cases
-def test_step(measure, device, shape, dtype, impl):
+def test_step(measure, benchmark, device, shape, dtype, impl):
+    if impl == "compiled" and benchmark.disabled:
+        pytest.skip("compiling takes longer than a smoke test may")
     torch.manual_seed(0)
     x_t, output = (torch.randn(SHAPES[shape], device=device, dtype=getattr(torch, dtype)) for _ in range(2))
     timesteps = ddim_timesteps(50, len(ALPHA_BAR))

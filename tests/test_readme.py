@@ -14,7 +14,7 @@ def test_the_python_example_runs_as_printed(tmp_path, monkeypatch):
     assert names["mixed"].shape == (1, 3, 32, 32)
     assert names["strip"].shape == (3, 3, 32, 32)
     assert names["maps"].shape[-2:] == (32, 32)
-    assert (tmp_path / "runs/readme/my-model/model.safetensors").is_file()
+    assert (tmp_path / "my-model/model.safetensors").is_file()
 
 
 def test_every_command_exists():
