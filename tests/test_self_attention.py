@@ -4,6 +4,7 @@ from torch.nn import functional as F
 
 from encdiff import ops
 from encdiff.errors import InputError
+from encdiff.ops._attention import layer_norm
 
 
 def weights(C, inner):
@@ -49,3 +50,9 @@ def test_bad_input():
         ops.self_attention(x, *w[:3], w[3].T, heads=2)
     with pytest.raises(InputError, match=r"x is \(4, 8\), must be \(B, L, C\)"):
         ops.self_attention(x[0], *w, heads=2)
+
+
+def test_float32_norm_weights_are_not_rounded_to_a_half_precision_input():
+    x = torch.randn(2, 5, 8, dtype=torch.bfloat16)
+    gamma, beta = torch.rand(8) + 1, torch.randn(8)
+    assert torch.equal(layer_norm(x, gamma, beta, 1e-5), F.layer_norm(x.float(), (8,), gamma, beta).bfloat16())

@@ -23,7 +23,11 @@ def product_dtype(x: Tensor) -> torch.dtype:
 
 
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    return x if weight is None else F.layer_norm(x, (x.shape[-1],), weight.to(x.dtype), bias.to(x.dtype), eps)
+    """In x's dtype; computed in the wider of x's and the weights', which are not rounded to a half-precision x."""
+    if weight is None:
+        return x
+    dtype = torch.promote_types(x.dtype, weight.dtype)
+    return F.layer_norm(x.to(dtype), (x.shape[-1],), weight.to(dtype), bias.to(dtype), eps).to(x.dtype)
 
 
 def softmax(logits: Tensor, token_bias: Tensor | None, dim: int = -1) -> Tensor:
