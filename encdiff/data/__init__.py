@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+from abc import ABC, abstractmethod
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from encdiff.errors import InputError
 __all__ = ["Dataset", "describe", "open_dataset", "to_float", "to_uint8"]
 
 
-class Dataset:
+class Dataset(ABC):
     """Square RGB images, addressed by index; a labelled set is a complete grid of factors, the last one fastest.
 
     A subclass sets `name`, `image_size` and, when labelled, `factor_names`, `factor_sizes` and `label_values` (all
@@ -33,9 +34,9 @@ class Dataset:
     def __len__(self) -> int:
         return math.prod(self.factor_sizes)
 
+    @abstractmethod
     def images(self, indices) -> np.ndarray:
         """uint8 (n, H, W, 3) for integer indices (n,), in any order, repeats allowed; InputError outside 0..len-1."""
-        raise NotImplementedError
 
     def factors(self, indices) -> np.ndarray:
         """int64 (n, F) factor values, each in 0..size-1, of integer indices (n,)."""
