@@ -23,7 +23,8 @@ from encdiff.runs import load_optimizer, optimizer_tensors, step_generator
 
 @dataclass(frozen=True)
 class AutoencoderTrainConfig(Checked):
-    """How to train a first stage: the published losses and rates, with `fit_codebook` added and LPIPS optional."""
+    """How to train a first stage: the published rates and losses, but for `fit_codebook`, LPIPS, which is optional, and
+    the codebook loss, which is the paper's: `VectorQuantizer` says how the published code differs."""
 
     steps: Count = 50_000
     batch_size: Count = 32

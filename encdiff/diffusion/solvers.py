@@ -93,21 +93,37 @@ class Stage(NamedTuple):
     history: tuple[str, ...] = ()  # "x": what the stage before began with; "x0", "older x0": of the last two calls
 
 
-def euler(denoise: Denoise, x: torch.Tensor, path: Path, **options) -> torch.Tensor:
+def euler(
+    denoise: Denoise,
+    x: torch.Tensor,
+    path: Path,
+    *,
+    prediction: str = "epsilon",
+    clip: float | None = None,
+    callback: Callback | None = None,
+) -> torch.Tensor:
     """Euler in the coordinates x/a, which is DDIM with eta 0; for a flow, plain Euler.
 
     `denoise(x (B, ...), t (B,)) -> output` of x's shape; t is int64 if every time of the path is whole, else float32.
     x is at the path's first level. Options: `prediction` (`epsilon`, `v`, `x0` or `flow`), `clip` for every x0,
     `callback(i, t, x, x0)` at each call of the model. Returns x0 of x's shape and dtype; runs without gradients.
     """
-    to_x0 = _to_x0(path, options.get("prediction", "epsilon"))
+    to_x0 = _to_x0(path, prediction)
     stages = [Stage(t, (*to_x0[i], *_first_order(path, i))) for i, t in enumerate(path.time)]
-    return _run(denoise, x, stages, **options)
+    return _run(denoise, x, stages, clip, callback)
 
 
-def heun(denoise: Denoise, x: torch.Tensor, path: Path, **options) -> torch.Tensor:
+def heun(
+    denoise: Denoise,
+    x: torch.Tensor,
+    path: Path,
+    *,
+    prediction: str = "epsilon",
+    clip: float | None = None,
+    callback: Callback | None = None,
+) -> torch.Tensor:
     """Heun's second order (EDM's algorithm 1 without churn): two calls per step, one at the last; as `euler`."""
-    to_x0, stages, k = _to_x0(path, options.get("prediction", "epsilon")), [], path.scale
+    to_x0, stages, k = _to_x0(path, prediction), [], path.scale
     sigma = [s / scale for s, scale in zip(path.s, k, strict=True)]
     a = [level / scale for level, scale in zip(path.a, k, strict=True)]
     if any(abs(level - 1) > 1e-12 for level in a) and any(scale != 1 for scale in k):
@@ -121,12 +137,20 @@ def heun(denoise: Denoise, x: torch.Tensor, path: Path, **options) -> torch.Tens
             past = ((1 + begin) * k[i + 1] / k[i], -begin * k[i + 1])
             row = (*to_x0[i + 1], -end * k[i + 1], end, *past)
             stages.append(Stage(path.time[i + 1], row, ("x", "x0")))
-    return _run(denoise, x, stages, **options)
+    return _run(denoise, x, stages, clip, callback)
 
 
-def dpm_solver_pp(denoise: Denoise, x: torch.Tensor, path: Path, **options) -> torch.Tensor:
+def dpm_solver_pp(
+    denoise: Denoise,
+    x: torch.Tensor,
+    path: Path,
+    *,
+    prediction: str = "epsilon",
+    clip: float | None = None,
+    callback: Callback | None = None,
+) -> torch.Tensor:
     """DPM-Solver++(2M) (arXiv 2211.01095, algorithm 2), the last step of first order. Arguments as `euler`."""
-    to_x0, stages, n = _to_x0(path, options.get("prediction", "epsilon")), [], len(path.time)
+    to_x0, stages, n = _to_x0(path, prediction), [], len(path.time)
     for i, t in enumerate(path.time):
         phi, r = _first_order(path, i)
         if 0 < i < n - 1:
@@ -134,15 +158,23 @@ def dpm_solver_pp(denoise: Denoise, x: torch.Tensor, path: Path, **options) -> t
             stages.append(Stage(t, (*to_x0[i], phi + half, r, -half), ("x0",)))
         else:
             stages.append(Stage(t, (*to_x0[i], phi, r)))
-    return _run(denoise, x, stages, **options)
+    return _run(denoise, x, stages, clip, callback)
 
 
-def unipc(denoise: Denoise, x: torch.Tensor, path: Path, **options) -> torch.Tensor:
+def unipc(
+    denoise: Denoise,
+    x: torch.Tensor,
+    path: Path,
+    *,
+    prediction: str = "epsilon",
+    clip: float | None = None,
+    callback: Callback | None = None,
+) -> torch.Tensor:
     """UniPC of order 2 in its B2 form (arXiv 2302.04867), predicting x0, its last step of order 1; as `euler`.
 
     From the second call on, a stage first corrects x with the new output, then another, without a call, predicts.
     """
-    to_x0, stages, n = _to_x0(path, options.get("prediction", "epsilon")), [], len(path.time)
+    to_x0, stages, n = _to_x0(path, prediction), [], len(path.time)
     for i, t in enumerate(path.time):
         phi, r = _first_order(path, i)
         half = phi * _step(path, i) / (2 * _step(path, i - 1)) if 0 < i < n - 1 else 0.0
@@ -152,7 +184,7 @@ def unipc(denoise: Denoise, x: torch.Tensor, path: Path, **options) -> torch.Ten
         stages.append(_unipc_corrector(path, i, t, to_x0[i]))
         past = ((-half,), ("older x0",)) if half else ((), ())
         stages.append(Stage(None, (0.0, 1.0, phi + half, r, *past[0]), past[1]))
-    return _run(denoise, x, stages, **options)
+    return _run(denoise, x, stages, clip, callback)
 
 
 def _unipc_corrector(path: Path, i: int, time: float, to_x0: tuple[float, float]) -> Stage:
@@ -207,9 +239,8 @@ def _run(
     denoise: Denoise,
     x: torch.Tensor,
     stages: list[Stage],
-    prediction: str = "epsilon",
-    clip: float | None = None,
-    callback: Callback | None = None,
+    clip: float | None,
+    callback: Callback | None,
 ) -> torch.Tensor:
     whole = all(stage.time is None or float(stage.time).is_integer() for stage in stages)
     time_dtype = torch.int64 if whole else torch.float32
