@@ -164,6 +164,6 @@ def load_optimizer(
 
 
 def step_generator(seed: int, step: int) -> torch.Generator:
-    """The random numbers of one training step, from seed and step alone: a resumed run repeats them."""
+    """Random numbers from seed and step alone: a resumed run repeats them."""
     mixed = (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9) % 2**63
     return torch.Generator().manual_seed(mixed)

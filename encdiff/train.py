@@ -10,14 +10,14 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor, nn
 
+from encdiff import ops
 from encdiff.checkpoint import load_state
 from encdiff.data import Dataset
-from encdiff.diffusion.losses import sample_timesteps
 from encdiff.errors import InputError
 from encdiff.fields import Checked, Count, Fraction, Natural, NotNegative, Positive, Range
 from encdiff.fit import fit
 from encdiff.models import EncDiff
-from encdiff.runs import load_optimizer, optimizer_tensors, step_generator
+from encdiff.runs import load_optimizer, optimizer_tensors
 from encdiff.visualize import save_png, swap_grid
 
 Beta = Annotated[float, Range(0, 0.999999)]
@@ -36,7 +36,7 @@ class TrainConfig(Checked):
     betas: tuple[Beta, Beta] = (0.9, 0.999)
     gradient_clip: NotNegative = 0.0  # greatest norm of all gradients; 0: none
     ema: Fraction = 0.9999  # the U-Net's average decays by min(ema, (1 + n) / (10 + n))
-    timesteps: Literal["uniform", "logit-normal", "power"] = "uniform"  # their distribution: diffusion/losses.py
+    timesteps: Literal["uniform", "logit-normal", "power"] = "uniform"  # their distribution: ops.timesteps
     precision: Literal["float32", "bf16"] = "float32"  # bf16: autocast
     seed: Natural = 0
     log_every: Count = 50
@@ -112,12 +112,13 @@ class Training:
     def advance(self, images: Tensor) -> dict[str, Tensor]:
         """One step on float images (B, 3, S, S) on the model's device; returns TERMS."""
         c, model = self.config, self.model
-        generator = step_generator(c.seed, self.step)
-        t = sample_timesteps(len(images), model.config.num_timesteps, kind=c.timesteps, generator=generator)
-        noise = torch.randn(len(images), *model.latent_shape, generator=generator)
+        # the key of a sample is its place in the endless stream of shuffled images, whatever the batches it is cut into
+        draw, first = divmod(self.step * c.batch_size, 2**32)
+        key = {"seed": c.seed, "sample_ids": first + torch.arange(len(images), device=self.device), "draw": draw}
+        t = ops.timesteps(model.config.num_timesteps, **key, kind=c.timesteps)
         images = images.to(memory_format=torch.channels_last)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=c.precision == "bf16"):
-            loss = model.loss(images, t=t.to(self.device), noise=noise.to(self.device))
+            loss = model.loss(images, t=t, **key)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.parameters, c.gradient_clip or math.inf)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from encdiff.diffusion.losses import diffusion_loss, min_snr_weight, p2_weight, sample_timesteps, snr
+from encdiff.diffusion.losses import diffusion_loss, min_snr_weight, p2_weight, snr
 from encdiff.diffusion.schedules import alphas_cumprod, make_betas
 from encdiff.errors import InputError
 from encdiff.ops.noise import PREDICTIONS, q_sample
@@ -36,49 +36,6 @@ def test_half_precision_is_averaged_in_float32():
 
 def test_vectors_of_one_number_per_sample():
     assert diffusion_loss(torch.tensor([1.0, 2.0]), torch.zeros(2), weight=torch.tensor([2.0, 3.0])).item() == 4.0
-
-
-def share_below(t, s, num_timesteps):
-    return (t < s * num_timesteps).double().mean().item()
-
-
-@pytest.mark.parametrize(
-    "options,cdf",
-    [
-        ({}, lambda s: s),
-        ({"kind": "power"}, lambda s: s**2),
-        ({"kind": "power", "power": 2.0}, lambda s: s**0.5),
-        ({"kind": "logit-normal"}, lambda s: normal_cdf(logit(s))),
-        ({"kind": "logit-normal", "mean": 1.0, "std": 0.5}, lambda s: normal_cdf((logit(s) - 1.0) / 0.5)),
-    ],
-    ids=["uniform", "power 0.5", "power 2", "logit-normal", "logit-normal moved"],
-)
-def test_timestep_distributions(options, cdf):
-    n, num_timesteps = 100_000, 777
-    t = sample_timesteps(n, num_timesteps, generator=torch.Generator().manual_seed(11), **options)
-    assert t.shape == (n,) and t.dtype == torch.int64
-    assert t.min() >= 0 and t.max() < num_timesteps
-    for s in torch.arange(1, 7) / 7:  # 777 / 7 is whole, so t < s T says u < s
-        p = float(cdf(s))
-        assert share_below(t, s, num_timesteps) == pytest.approx(p, abs=5 * (p * (1 - p) / n) ** 0.5 + 1e-6)
-
-
-def logit(s):
-    return torch.log(s / (1 - s))
-
-
-def normal_cdf(x):
-    return (1 + torch.erf(x / 2**0.5)) / 2
-
-
-@pytest.mark.parametrize("kind", ["uniform", "logit-normal", "power"])
-def test_timesteps_follow_the_generator_and_reach_no_further_than_T(kind):
-    def draw(seed, T):
-        return sample_timesteps(64, T, kind=kind, std=50.0, power=1e-9, generator=torch.Generator().manual_seed(seed))
-
-    assert torch.equal(draw(1, 1000), draw(1, 1000))
-    assert draw(1, 1).eq(0).all() and draw(2, 1000).max() <= 999
-    assert sample_timesteps(0, 10, kind=kind).shape == (0,)
 
 
 def test_snr_known_answers():
@@ -126,10 +83,6 @@ X = torch.zeros(3, 2)
         (lambda: diffusion_loss(X, X[:1]), r"\(3, 2\) and target \(1, 2\)"),
         (lambda: diffusion_loss(X, X, weight=X), r"weight \(3, 2\) must be \(3,\)"),
         (lambda: diffusion_loss(X[:0], X[:0]), r"prediction \(0, 2\) is empty"),
-        (lambda: sample_timesteps(2, 10, kind="gamma"), "distribution is 'gamma'"),
-        (lambda: sample_timesteps(-1, 10), "batch"),
-        (lambda: sample_timesteps(2, 0), "num_timesteps"),
-        (lambda: sample_timesteps(2, 10, kind="power", power=0.0), "power"),
         (lambda: min_snr_weight(X, "eps"), "prediction is 'eps'"),
         (lambda: min_snr_weight(X, "v", gamma=0.0), "gamma is 0.0"),
         (lambda: p2_weight(X, "score"), "prediction is 'score'"),

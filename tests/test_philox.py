@@ -99,10 +99,12 @@ def test_consecutive_keys_are_uncorrelated():
             {"kind": "logit-normal", "mean": 0.5, "std": 0.8},
             lambda s: stats.norm.cdf((np.log(s / (1 - s)) - 0.5) / 0.8),
         ),
+        ({"kind": "power"}, lambda s: s**2),
+        ({"kind": "power", "power": 2.0}, lambda s: s**0.5),
         ({"kind": "stratified"}, lambda s: s),
         ({"kind": "importance", "weights": torch.arange(700.0)}, lambda s: s**2),
     ],
-    ids=lambda o: o.get("kind", "uniform") if isinstance(o, dict) else "",
+    ids=["uniform", "logit-normal", "power 0.5", "power 2", "stratified", "importance"],
 )
 def test_timestep_distributions(options, cdf):
     n, T = 50_000, 700
@@ -148,6 +150,7 @@ def test_timesteps_of_weight_zero_are_never_drawn():
         (lambda: ops.uniform((4, 2), 0, IDS, torch.tensor(1.0)), "draw is torch.float32"),
         (lambda: timesteps(0, 0, IDS), "num_timesteps"),
         (lambda: timesteps(9, 0, IDS, kind="gamma"), "distribution is 'gamma'"),
+        (lambda: timesteps(9, 0, IDS, kind="power", power=0.0), "power are 9, 1.0, 0.0"),
         (lambda: timesteps(9, 0, IDS, kind="importance"), r"weights is None, must be \(9,\)"),
         (lambda: timesteps(9, 0, IDS, kind="importance", weights=torch.ones(8)), r"weights is \(8,\)"),
         (lambda: timesteps(9, 0, IDS, kind="importance", weights=-torch.ones(9)), "none of them negative"),

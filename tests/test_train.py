@@ -1,6 +1,7 @@
 import csv
 import math
 import signal
+import subprocess
 import sys
 from dataclasses import replace
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 from _tiny import TINY
 
-from encdiff import EncDiff, InputError
+from encdiff import EncDiff, InputError, ops
 from encdiff.checkpoint import load_tensors, save_tensors
 from encdiff.data import open_dataset, to_float
 from encdiff.errors import Stopped
@@ -50,9 +51,9 @@ def raise_signal():
 
 def test_the_loss_falls_and_the_folder_is_complete(dataset, tmp_path):
     run, model, images = tmp_path / "run", fresh(), to_float(dataset.images(range(64)))
-    before = model.loss(images, generator=torch.Generator().manual_seed(0)).item()
+    before = model.loss(images, seed=0).item()
     train(model, dataset, run, replace(CONFIG, steps=100, log_every=20, picture_every=50))
-    assert model.loss(images, generator=torch.Generator().manual_seed(0)).item() < 0.95 * before
+    assert model.loss(images, seed=0).item() < 0.95 * before
     assert [row["step"] for row in rows(run)] == ["20", "40", "60", "80", "100"]
     assert sorted(p.name for p in run.iterdir()) == [
         "checkpoint.safetensors",
@@ -85,6 +86,55 @@ def test_a_resumed_run_equals_an_unbroken_one_to_the_bit(dataset, tmp_path, stop
         [(r["step"], r["loss"], r["gradient_norm"]) for r in rows(tmp_path / name)] for name in ("whole", "broken")
     ]
     assert strip[0] == strip[1]
+
+
+def noised(monkeypatch, dataset, run, config, model=None, **options):
+    """Train, and return what the U-Net was to denoise: t and x_t of every sample, in order."""
+    seen, q_sample = [], ops.q_sample
+
+    def recorded(x0, noise, t, *args, **key):
+        out = q_sample(x0, noise, t, *args, **key)
+        seen.extend(zip(t.tolist(), out[0], strict=True))
+        return out
+
+    with monkeypatch.context() as patch:
+        patch.setattr("encdiff.models.encdiff.ops.q_sample", recorded)
+        train(model or fresh(), dataset, run, config, **options)
+    return seen
+
+
+def test_noise_and_timesteps_belong_to_the_sample_whatever_the_batch(dataset, tmp_path, monkeypatch):
+    def run(name, **change):
+        return noised(monkeypatch, dataset, tmp_path / name, replace(CONFIG, **change))
+
+    whole, other = run("eight", steps=6), run("sixteen", steps=3, batch_size=16)
+    assert len(whole) == len(other) == 48
+    assert all(t == u and torch.equal(x, y) for (t, x), (u, y) in zip(whole, other, strict=True))
+    assert len({t for t, _ in whole}) > 24 and not torch.equal(whole[0][1], run("seed", steps=1, seed=1)[0][1])
+
+
+SHARE = """
+import sys, torch
+from encdiff import ops
+rank, out = int(sys.argv[1]), sys.argv[2]
+ids = 6 * rank + torch.arange(6) + 10
+t = ops.timesteps(100, 7, ids, 3, kind="power")
+x_t, target = ops.q_sample(torch.ones(6, 2, 3), None, t, torch.linspace(0.9, 0.1, 100), seed=7, sample_ids=ids, draw=3)
+torch.save({"t": t, "x_t": x_t, "target": target}, out)
+"""
+
+
+def test_two_processes_draw_what_one_would(tmp_path):
+    files = [tmp_path / f"{rank}.pt" for rank in (0, 1)]
+    processes = [subprocess.Popen([sys.executable, "-c", SHARE, str(i), str(f)]) for i, f in enumerate(files)]
+    assert [p.wait(120) for p in processes] == [0, 0]
+    shares = [torch.load(f, weights_only=True) for f in files]
+    ids = torch.arange(12) + 10
+    t = ops.timesteps(100, 7, ids, 3, kind="power")
+    alphas_cumprod = torch.linspace(0.9, 0.1, 100)
+    x_t, target = ops.q_sample(torch.ones(12, 2, 3), None, t, alphas_cumprod, seed=7, sample_ids=ids, draw=3)
+    for name, tensor in {"t": t, "x_t": x_t, "target": target}.items():
+        assert torch.equal(torch.cat([share[name] for share in shares]), tensor), name
 
 
 def test_another_seed_gives_other_weights(dataset, tmp_path):

@@ -1,4 +1,4 @@
-"""The training objective: regression losses, distributions of the timestep, weights by signal-to-noise ratio."""
+"""The training objective: regression losses, weights by signal-to-noise ratio."""
 
 import torch
 
@@ -6,7 +6,6 @@ from encdiff.errors import InputError
 from encdiff.ops.noise import check_prediction, compute_dtype
 
 LOSSES = ("l1", "mse")
-DISTRIBUTIONS = ("uniform", "logit-normal", "power")
 
 
 def diffusion_loss(
@@ -30,40 +29,6 @@ def diffusion_loss(
     difference = prediction.to(dtype) - target.to(dtype)
     error = difference.abs() if kind == "l1" else difference.square()
     return error.mean() if weight is None else (error.reshape(len(error), -1).mean(1) * weight.to(dtype)).mean()
-
-
-def sample_timesteps(
-    batch: int,
-    num_timesteps: int,
-    *,
-    kind: str = "uniform",
-    mean: float = 0.0,
-    std: float = 1.0,
-    power: float = 0.5,
-    generator: torch.Generator | None = None,
-    device: torch.device | str | None = None,
-) -> torch.Tensor:
-    """Draw a training timestep per sample: int64 (batch,), 0 <= t < T = num_timesteps. With u ~ U[0,1), n ~ N(0,1):
-
-    - `uniform`: every t equally likely;
-    - `logit-normal`: t = floor(T sigmoid(mean + std n)), SD3's (arXiv 2403.03206): the middle; mean > 0 for more noise;
-    - `power`: t = floor(T u^power), of density (1/power) s^(1/power - 1) at s = t/T: more noise for power < 1.
-
-    A generator must be on `device`. Raises InputError for an unknown kind, batch < 0, T < 1, std or power not positive.
-    """
-    if kind not in DISTRIBUTIONS:
-        raise InputError(f"timestep distribution is {kind!r}, must be one of {', '.join(DISTRIBUTIONS)}")
-    if batch < 0 or num_timesteps < 1 or not (std > 0 and power > 0):
-        raise InputError(
-            f"batch, num_timesteps, std, power are {batch}, {num_timesteps}, {std}, {power}; "
-            "must be at least 0, at least 1, positive, positive"
-        )
-    if kind == "uniform":
-        return torch.randint(num_timesteps, (batch,), generator=generator, device=device)
-    draw = torch.randn if kind == "logit-normal" else torch.rand
-    x = draw(batch, generator=generator, device=device, dtype=torch.float64)
-    s = torch.sigmoid(mean + std * x) if kind == "logit-normal" else x**power
-    return (num_timesteps * s).long().clamp(max=num_timesteps - 1)  # s can round to 1
 
 
 def snr(alphas_cumprod: torch.Tensor) -> torch.Tensor:

@@ -152,21 +152,28 @@ class EncDiff(
         t: Tensor | None = None,
         noise: Tensor | None = None,
         weight: Tensor | None = None,
-        generator: torch.Generator | None = None,
+        seed: int | None = None,
+        sample_ids: Tensor | None = None,
+        draw: int | Tensor = 0,
     ) -> Tensor:
         """The training loss, a scalar: noise the latents, predict from them and the image's own concepts, compare.
 
         t (B,) int64, noise (B, c, h, w) and the per-sample weight (B,) can be given; else t is uniform, the noise
-        normal, both from `generator`, and the weights are 1.
+        normal, both keyed by (seed, sample_ids (B,), draw) as in `ops.normal`, and the weights are 1. Without a seed
+        torch's global generator gives one.
         """
         images = self._check_images(images)
         tokens = self.tokens(self.encode(images))
         x0 = self.to_latents(images)
+        if seed is None and (t is None or noise is None):
+            seed = torch.randint(2**63 - 1, ()).item()
+        if sample_ids is None:
+            sample_ids = torch.arange(len(x0), device=x0.device)
         if t is None:
-            t = losses.sample_timesteps(len(x0), self.config.num_timesteps, generator=generator, device=x0.device)
-        if noise is None:
-            noise = torch.randn(x0.shape, generator=generator, device=x0.device, dtype=x0.dtype)
-        x_t, target = ops.q_sample(x0, noise, t, self.alphas_cumprod, self.config.prediction)
+            t = ops.timesteps(self.config.num_timesteps, seed, sample_ids, draw)
+        x_t, target = ops.q_sample(
+            x0, noise, t, self.alphas_cumprod, self.config.prediction, seed=seed, sample_ids=sample_ids, draw=draw
+        )
         prediction = self.denoise(x_t, t, tokens)
         return losses.diffusion_loss(prediction, target, self.config.loss, weight)
 
@@ -186,14 +193,14 @@ class EncDiff(
         """Images (B, 3, S, S) from scalars (B, N) by DDIM.
 
         Every image starts from one and the same noise, drawn from `seed`, so that (with eta 0) images differ by their
-        concepts alone; pass x_T (B, c, h, w) for other starts. token_bias (B, N) emphasises or (-inf) erases concepts.
+        concepts alone and not by the batch they are in; pass x_T (B, c, h, w) for other starts. token_bias (B, N) emphasises or (-inf) erases concepts.
         """
         with self._evaluating():
-            generator = torch.Generator("cpu").manual_seed(seed)
             tokens = self.tokens(scalars)
             shape = (len(scalars), *self.latent_shape)
+            sample_ids = torch.zeros(len(scalars), dtype=torch.int64, device=scalars.device)  # one noise for all
             if x_T is None:
-                x_T = torch.randn(1, *self.latent_shape, generator=generator).expand(shape)
+                x_T = ops.normal((1, *self.latent_shape), seed, sample_ids[:1]).expand(shape)
             if tuple(x_T.shape) != shape:
                 raise InputError(f"x_T is {tuple(x_T.shape)}, must be {shape}")
             with fold_tokens(self.unet, tokens):
@@ -204,7 +211,8 @@ class EncDiff(
                     steps=steps,
                     eta=eta,
                     prediction=self.config.prediction,
-                    generator=generator,
+                    seed=seed,
+                    sample_ids=sample_ids,
                     callback=progress and (lambda i, *_: progress(i + 1, steps)),
                 )
             return self.to_images(latents)
@@ -253,12 +261,11 @@ class EncDiff(
         with self._evaluating():
             tokens = self.tokens(self._codes(images))
             x0 = self.to_latents(images)
-            generator = torch.Generator("cpu").manual_seed(seed)
             total, count = torch.zeros((), device=x0.device), 0
+            key = {"seed": seed, "sample_ids": torch.zeros(len(x0), dtype=torch.int64, device=x0.device)}
             for step in schedules.ddim_timesteps(steps, self.config.num_timesteps).tolist():
                 t = torch.full((len(x0),), step, device=x0.device)
-                noise = torch.randn(x0.shape, generator=generator).to(x0)
-                x_t, _ = ops.q_sample(x0, noise, t, self.alphas_cumprod)
+                x_t, _ = ops.q_sample(x0, None, t, self.alphas_cumprod, **key, draw=step)
                 maps: list[Tensor] = []
                 self.denoise(x_t, t, tokens, maps=maps)
                 for m in maps:

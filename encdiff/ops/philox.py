@@ -15,7 +15,7 @@ from encdiff.ops import _native
 from encdiff.ops._dispatch import Implementation, Op, always
 
 WORD = 0xFFFFFFFF
-TIMESTEPS = ("uniform", "logit-normal", "stratified", "importance")
+TIMESTEPS = ("uniform", "logit-normal", "power", "stratified", "importance")
 
 
 def philox(counter: list[torch.Tensor], key: tuple[int, int]) -> list[torch.Tensor]:
@@ -141,6 +141,7 @@ def timesteps(
     kind: str = "uniform",
     mean: float = 0.0,
     std: float = 1.0,
+    power: float = 0.5,
     weights: torch.Tensor | None = None,
     impl: str | None = None,
 ) -> torch.Tensor:
@@ -148,6 +149,7 @@ def timesteps(
 
     - `uniform`: floor(T u);
     - `logit-normal`: floor(T sigmoid(mean + std z)), SD3's (arXiv 2403.03206);
+    - `power`: floor(T u^power), of density (1/power) s^(1/power - 1) at s = t/T: more noise for power < 1;
     - `stratified`: floor(T (i + u) / B) for the i-th of B: even within each batch, so it depends on the batch;
     - `importance`: t with probability weights[t] / sum(weights), weights (T,) not negative, on the ids' device.
 
@@ -156,14 +158,18 @@ def timesteps(
     check_key(sample_ids.shape, seed, sample_ids, draw, "sample_ids")
     if kind not in TIMESTEPS:
         raise InputError(f"timestep distribution is {kind!r}, must be one of {', '.join(TIMESTEPS)}")
-    if num_timesteps < 1 or not std > 0:
-        raise InputError(f"num_timesteps, std are {num_timesteps}, {std}, must be at least 1, positive")
+    if num_timesteps < 1 or not (std > 0 and power > 0):
+        raise InputError(
+            f"num_timesteps, std, power are {num_timesteps}, {std}, {power}, must be at least 1, positive, positive"
+        )
     op = normal_op if kind == "logit-normal" else uniform_op
     u = op((len(sample_ids), 1), seed, sample_ids, draw, stream=1, impl=impl)[:, 0].double()
     if kind == "importance":
         return _importance(u, weights, num_timesteps)
     if kind == "logit-normal":
         u = torch.sigmoid(mean + std * u)
+    elif kind == "power":
+        u = u**power
     elif kind == "stratified":
         u = (torch.arange(len(u), device=u.device) + u) / max(1, len(u))
     return (num_timesteps * u).long().clamp(max=num_timesteps - 1)  # u can round to 1
