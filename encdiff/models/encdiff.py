@@ -65,11 +65,14 @@ class EncDiff(
             "diffusion_model": UNet(
                 first_stage.latent_channels, c.token_width, c.width, c.multipliers, c.depth, c.attention_levels,
                 c.heads, c.transformer_depth, c.self_attention, c.feedforward, c.scale_shift, c.resample, c.groups,
+                c.concepts if c.conditioning == "adagn" else 0,
             ),
         })  # fmt: skip
         self.cond_stage_model = nn.ModuleDict({
-            "encoder": ImageEncoder(c.image_size, c.concepts, c.encoder_width, c.normalize_scalars),
-            "net": MLPBank(c.concepts, c.token_width, c.bank_widths, c.bank_activation),
+            "encoder": ImageEncoder(c.image_size, c.concepts * c.concept_width, c.encoder_width, c.normalize_scalars),
+            "net": MLPBank(
+                c.concepts, c.token_width, c.bank_widths, c.bank_activation, c.concept_width, c.bank_shared
+            ),
         })  # fmt: skip
         self.first_stage_model = first_stage.requires_grad_(False)
         with torch.device("cpu"):  # checked by value, also where the parameters are made on "meta"
@@ -109,16 +112,17 @@ class EncDiff(
     # ---- the method
 
     def encode(self, images: Tensor) -> Tensor:
-        """Images (B, 3, S, S) -> scalars (B, N)."""
+        """Images (B, 3, S, S) -> scalars (B, N); (B, N, m) where the configuration makes a concept a vector."""
         images = self._check_images(images)
         if self.training and self.config.normalize_scalars and len(images) == 1:
             raise InputError("images: 1 in training mode, where normalize_scalars needs at least 2; call model.eval()")
-        return self.encoder(images)
+        return self.encoder(images).unflatten(1, self.config.code_shape)
 
     def tokens(self, scalars: Tensor) -> Tensor:
-        """Scalars (B, N) -> concept tokens (B, N, d)."""
-        if scalars.ndim != 2 or scalars.shape[1] != self.config.concepts:
-            raise InputError(f"scalars are {tuple(scalars.shape)}, must be (B, {self.config.concepts})")
+        """Scalars (B, N), or as `encode` gives them -> concept tokens (B, N, d)."""
+        if scalars.shape[1:] != self.config.code_shape:
+            sizes = ", ".join(map(str, self.config.code_shape))
+            raise InputError(f"scalars are {tuple(scalars.shape)}, must be (B, {sizes})")
         return self.bank(scalars)
 
     def denoise(
@@ -193,7 +197,7 @@ class EncDiff(
         """Images (B, 3, S, S) from scalars (B, N) by DDIM.
 
         Every image starts from one and the same noise, drawn from `seed`, so that (with eta 0) images differ by their
-        concepts alone and not by the batch they are in; pass x_T (B, c, h, w) for other starts. token_bias (B, N) emphasises or (-inf) erases concepts.
+        concepts alone; pass x_T (B, c, h, w) for other starts. token_bias (B, N) emphasises or (-inf) erases concepts.
         """
         with self._evaluating():
             tokens = self.tokens(scalars)
@@ -245,9 +249,11 @@ class EncDiff(
         if len(image) != 1:
             raise InputError(f"image is {tuple(image.shape)}, must be one image (3, S, S)")
         values = torch.as_tensor(values, dtype=torch.float32, device=image.device)
-        if values.ndim != 1 or not values.isfinite().all():
-            raise InputError(f"values are {values.tolist()}, must be a list of finite numbers")
-        scalars = self._codes(image).repeat(len(values), 1)
+        codes, each = self._codes(image), self.config.code_shape[1:]
+        if values.shape[1:] != each or values.ndim == 0 or not values.isfinite().all():
+            wanted = f"vectors of {each[0]} finite numbers" if each else "finite numbers"
+            raise InputError(f"values are {values.tolist()}, must be a list of {wanted}")
+        scalars = codes.repeat_interleave(len(values), 0)
         scalars[:, self._check_concept(concept)] = values
         return self.sample(scalars, **options)
 
