@@ -3,9 +3,10 @@
 from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
-__all__ = ["PRESETS", "EncDiff", "EncDiffConfig", "InputError", "explain", "use_impl"]
+__all__ = ["PRESETS", "EncDiff", "EncDiffConfig", "InputError", "SamplingEngine", "explain", "use_impl"]
 
 if TYPE_CHECKING:
+    from encdiff.engine import SamplingEngine
     from encdiff.errors import InputError
     from encdiff.models import PRESETS, EncDiff, EncDiffConfig
     from encdiff.ops import explain, use_impl
@@ -15,6 +16,7 @@ _HOMES = {
     "EncDiff": "encdiff.models",
     "EncDiffConfig": "encdiff.models",
     "InputError": "encdiff.errors",
+    "SamplingEngine": "encdiff.engine",
     "explain": "encdiff.ops",
     "use_impl": "encdiff.ops",
 }

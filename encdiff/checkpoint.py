@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -71,6 +73,23 @@ def load_state(module: torch.nn.Module, state: dict[str, Tensor], source: str | 
         said = "; ".join(f"{len(names)} {kind}: {_few(names)}" for kind, names in problems.items() if names)
         raise InputError(f"{source}: does not fit this configuration: {said}")
     module.load_state_dict(state)
+
+
+PRETRAINED = Path(__file__).parent / "pretrained"  # the models that come with the package, a folder each
+
+
+def locate(name: str | Path, file: str, hub: dict[str, Any]) -> Path:
+    """A file of a model: `name` is a folder, a model that comes with the package, or one on the Hub, in this order."""
+    for folder in (Path(name), PRETRAINED / name):
+        if folder.is_dir():
+            if not (folder / file).is_file():
+                raise InputError(f"{folder}: no {file} in it; must be a folder written by save_pretrained")
+            return folder / file
+    try:
+        return Path(hf_hub_download(str(name), file, **hub))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{name}: neither a folder here nor a model that the Hub gave ({reason})") from None
 
 
 def read_published(path: str | Path, ema: bool) -> tuple[dict[str, Tensor], float]:

@@ -9,6 +9,9 @@ from typing import Annotated
 import typer
 
 from encdiff import __version__
+from encdiff.cli_data import data_app
+from encdiff.cli_profile import profile
+from encdiff.cli_reproduce import ablate, reproduce
 from encdiff.cli_support import (
     DATA_HELP,
     choose_device,
@@ -35,9 +38,18 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-data_app = typer.Typer(help="Make data sets.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 DEMO = Path("runs/demo")
+
+
+class SamplerName(StrEnum):
+    dpm_solver_pp = "dpm-solver++"
+    unipc = "unipc"
+    ddim = "ddim"
+    ddpm = "ddpm"
+    euler = "euler"
+    heun = "heun"
+
 
 RunData = Annotated[str | None, typer.Option(help=DATA_HELP + " Default: what the run was trained on.")]
 Run = Annotated[Path, typer.Argument(help="A run folder, or a folder that save_pretrained wrote.", show_default=False)]
@@ -45,6 +57,7 @@ Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto takes a 
 Seed = Annotated[int, typer.Option(help="Of all that is random.", min=0)]
 Out = Annotated[Path | None, typer.Option(help="The PNG to write. Default: in the run's pictures/.")]
 Steps = Annotated[int, typer.Option(help="Sampling steps.", min=1)]
+Sampler = Annotated[SamplerName, typer.Option(help="The paper's pictures: ddim with 200 steps.")]
 CheckpointEvery = Annotated[int | None, typer.Option(help="Steps between checkpoints.", min=1)]
 PictureEvery = Annotated[int | None, typer.Option(help="Steps between pictures.", min=1)]
 Concepts = Annotated[str | None, typer.Option(help="Only these concepts, such as 0,3. Default: all.")]
@@ -54,7 +67,15 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the run in
 
 class Precision(StrEnum):
     float32 = "float32"
+    tf32 = "tf32"
     bf16 = "bf16"
+
+
+class Engine(StrEnum):
+    auto = "auto"
+    eager = "eager"
+    compile = "compile"
+    graph = "graph"
 
 
 def _version(asked: bool) -> None:
@@ -80,6 +101,10 @@ def train(
     batch_size: Annotated[int | None, typer.Option(help="Default: the preset's.", min=1)] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Default: the preset's, by the batch size.")] = None,
     precision: Annotated[Precision | None, typer.Option(help="Default: the preset's.")] = None,
+    engine: Annotated[Engine | None, typer.Option(help="How a step runs. auto: graph on a GPU, else eager.")] = None,
+    checkpoint_activations: Annotated[
+        bool | None, typer.Option("--checkpoint-activations", help="Less memory, more time.")
+    ] = None,
     checkpoint_every: CheckpointEvery = None,
     picture_every: PictureEvery = None,
     seed: Annotated[int | None, typer.Option(help="Default: 0.", min=0)] = None,
@@ -97,6 +122,7 @@ def train(
 
     given = given_options(
         steps=steps, batch_size=batch_size, learning_rate=learning_rate, precision=precision and precision.value,
+        engine=engine and engine.value, checkpoint_activations=checkpoint_activations,
         checkpoint_every=checkpoint_every, picture_every=picture_every, seed=seed,
     )  # fmt: skip
     if resume:
@@ -198,7 +224,8 @@ def swap(
     pairs: Annotated[int, typer.Option(help="How many pairs to draw, where no indices are given.", min=1)] = 4,
     concepts: Concepts = None,
     by_factor: Annotated[bool, typer.Option(help="Swap together what carries one factor, once evaluated.")] = True,
-    steps: Steps = 50,
+    sampler: Sampler = SamplerName.dpm_solver_pp,
+    steps: Steps = 20,
     out: Out = None,
     seed: Seed = 0,
     device: Device = "auto",
@@ -221,7 +248,14 @@ def swap(
         groups = {f"concept {i}": [i] for i in parse_concepts(concepts)}
     with progress_bar("sampling") as report:
         picture = swap_grid(
-            model, images[:count], images[count:], groups=groups, steps=steps, seed=seed, progress=report
+            model,
+            images[:count],
+            images[count:],
+            groups=groups,
+            sampler=sampler.value,
+            steps=steps,
+            seed=seed,
+            progress=report,
         )
     save_picture(picture, path)
 
@@ -233,7 +267,8 @@ def traverse(
     index: Annotated[int | None, typer.Option(help="The image's index in the data. Default: a random one.")] = None,
     concepts: Concepts = None,
     values: Annotated[int, typer.Option(help="How many values per concept.", min=2)] = 7,
-    steps: Steps = 50,
+    sampler: Sampler = SamplerName.dpm_solver_pp,
+    steps: Steps = 20,
     out: Out = None,
     seed: Seed = 0,
     device: Device = "auto",
@@ -250,7 +285,7 @@ def traverse(
     with progress_bar("sampling") as report:
         picture = traversal(
             model, image, codes, concepts=concepts and parse_concepts(concepts), labels=labels, columns=values,
-            steps=steps, seed=seed, progress=report,
+            sampler=sampler.value, steps=steps, seed=seed, progress=report,
         )  # fmt: skip
     save_picture(picture, path)
 
@@ -292,39 +327,9 @@ def demo(
     run_demo(run, seed, choose_device(device), console)
 
 
-@data_app.command()
-def render(
-    out: Annotated[Path, typer.Argument(help="The .h5 file to write.", show_default=False)],
-    image_size: Annotated[int, typer.Option(min=4)] = 64,
-    grid: Annotated[str, typer.Option(help="Values per factor.")] = "10,10,10,8,4,15",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
-) -> None:
-    """Render a room with floor, wall and object: the factors and the file format of 3dshapes.h5."""
-    _write_data(open_data(f"procedural:{grid}", image_size), out, overwrite)
-
-
-@data_app.command()
-def convert(
-    data: Annotated[str, typer.Argument(help=DATA_HELP, show_default=False)],
-    out: Annotated[Path, typer.Argument(help="The .h5 file to write.", show_default=False)],
-    image_size: Annotated[int | None, typer.Option(help="Reduce images to this size.", min=4)] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
-) -> None:
-    """Rewrite a 3dshapes file smaller, or in chunks that random batches read fast."""
-    from encdiff.data import open_dataset
-
-    _write_data(open_dataset(data, image_size), out, overwrite)
-
-
-def _write_data(dataset, out: Path, overwrite: bool) -> None:
-    from encdiff.data.shapes3d import write_shapes3d
-    from encdiff.runs import progress_bar
-
-    if out.exists() and not overwrite:
-        raise InputError(f"{out}: exists already; use --overwrite to replace it")
-    with progress_bar("writing") as report:
-        write_shapes3d(out, dataset, max(256, dataset.images_per_chunk), progress=report)
-    console.print(f"{len(dataset):,} images: {out}")
+app.command()(reproduce)
+app.command()(ablate)
+app.command()(profile)
 
 
 def main() -> None:

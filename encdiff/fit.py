@@ -30,8 +30,9 @@ class Training(Protocol):
     device: torch.device
     step: int
 
-    def begin(self, images: Tensor) -> None: ...  # whatever needs the first batch, before step 0
-    def advance(self, images: Tensor) -> dict[str, Tensor]: ...  # one step on float images (B, 3, S, S)
+    def begin(self, images: Tensor) -> None: ...  # whatever needs the first batch, float (B, 3, S, S), before step 0
+    def prepare(self, batches: Batches) -> None: ...  # whatever is computed once for the data set, before any step
+    def advance(self, images: Tensor, indices: Tensor) -> dict[str, Tensor]: ...  # one step on uint8 (B, S, S, 3)
     def model_config(self) -> dict: ...
     def tensors(self) -> dict[str, Tensor]: ...  # all that `load` needs
     def load(self, tensors: dict[str, Tensor], metadata: dict[str, str], source: Path) -> None: ...
@@ -53,11 +54,12 @@ def fit(
     config, folder = training.config, RunFolder(run_dir, resume, overwrite)
     writer = _tensorboard(folder.path / "tensorboard") if tensorboard else None
     with progress_bar("reading images") as report:
-        batches = Batches(dataset, config.batch_size, config.seed, progress=report)
+        batches = Batches(dataset, config.batch_size, config.seed, device=training.device, progress=report)
     if resume:
         _resume(training, dataset, folder)
     else:
-        training.begin(to_float(batches.images(0)).to(training.device))
+        training.begin(to_float(batches.images(0)))
+    training.prepare(batches)
     folder.begin()
     folder.write_config(_described(training, dataset))
     log = CsvLog(folder.path / "log.csv", ("step", *training.TERMS, "images_per_second", "seconds"), training.step)
@@ -72,8 +74,7 @@ def _loop(training, batches, folder, recorder, interrupt, on_step) -> None:
     config, dataset = training.config, batches.dataset
     shown = np.linspace(0, len(dataset) - 1, min(8, len(dataset))).astype(np.int64)
     while training.step < config.steps and not interrupt.requested:
-        images = batches.images(training.step).to(training.device, non_blocking=True)
-        terms = training.advance(to_float(images))
+        terms = training.advance(*batches.batch(training.step))
         step = training.step
         if on_step:
             on_step(training)

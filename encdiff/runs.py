@@ -68,7 +68,7 @@ class RunFolder:
     def check_same_run(self, described: dict[str, Any]) -> None:
         """A resumed run may be logged otherwise, or made longer; anything else would make it another run."""
         now, before = json.loads(json.dumps(described)), read_config(self.path)
-        free = {"log_every", "checkpoint_every", "picture_every", "scaling_factor"}
+        free = {"log_every", "checkpoint_every", "picture_every", "scaling_factor", "engine", "checkpoint_activations"}
         if not now["training"].get("decay"):  # else the number of steps shapes the learning rate
             free.add("steps")
         for part in ("model", "training", "fingerprint"):

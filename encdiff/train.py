@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from encdiff import ops
 from encdiff.checkpoint import load_state
-from encdiff.data import Dataset
+from encdiff.data import Dataset, to_float
+from encdiff.data.loader import Batches
+from encdiff.engine import Graph, choose, float32_precision
 from encdiff.errors import InputError
 from encdiff.fields import Checked, Count, Fraction, Natural, NotNegative, Positive, Range
 from encdiff.fit import fit
@@ -37,7 +39,9 @@ class TrainConfig(Checked):
     gradient_clip: NotNegative = 0.0  # greatest norm of all gradients; 0: none
     ema: Fraction = 0.9999  # the U-Net's average decays by min(ema, (1 + n) / (10 + n))
     timesteps: Literal["uniform", "logit-normal", "power"] = "uniform"  # their distribution: ops.timesteps
-    precision: Literal["float32", "bf16"] = "float32"  # bf16: autocast
+    precision: Literal["float32", "tf32", "bf16"] = "float32"  # tf32: on a GPU; bf16: autocast
+    engine: Literal["auto", "eager", "compile", "graph"] = "auto"  # how a step runs: encdiff/engine.py
+    checkpoint_activations: bool = False  # compute residual blocks anew in the backward pass: less memory, more time
     seed: Natural = 0
     log_every: Count = 50
     checkpoint_every: Count = 1000
@@ -90,8 +94,18 @@ class Training:
         self.ema = copy.deepcopy(model.unet).requires_grad_(False)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
-            self.parameters, config.learning_rate, config.betas, weight_decay=config.weight_decay, fused=True
+            self.parameters,
+            torch.tensor(config.learning_rate, device=self.device),  # a tensor: a captured graph reads it anew
+            config.betas,
+            weight_decay=config.weight_decay,
+            fused=True,
+            capturable=self.device.type == "cuda",
         )
+        self.latents: Tensor | None = None  # of the whole data set, if that pays
+        engine = choose(config.engine, self.device)
+        self._loss = torch.compile(self._loss) if engine == "compile" else self._loss
+        self._run = Graph(self._work) if engine == "graph" else self._work
+        model.unet.checkpoint_activations = config.checkpoint_activations
 
     def begin(self, images: Tensor) -> None:
         """Divide latents by their standard deviation over the first batch, as the published code does."""
@@ -109,29 +123,49 @@ class Training:
         falling = (c.steps - self.step) / (c.decay * c.steps) if c.decay else 1.0
         return c.learning_rate * min(1.0, rising, falling)
 
-    def advance(self, images: Tensor) -> dict[str, Tensor]:
-        """One step on float images (B, 3, S, S) on the model's device; returns TERMS."""
-        c, model = self.config, self.model
-        # the key of a sample is its place in the endless stream of shuffled images, whatever the batches it is cut into
-        draw, first = divmod(self.step * c.batch_size, 2**32)
-        key = {"seed": c.seed, "sample_ids": first + torch.arange(len(images), device=self.device), "draw": draw}
-        t = ops.timesteps(model.config.num_timesteps, **key, kind=c.timesteps)
-        images = images.to(memory_format=torch.channels_last)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=c.precision == "bf16"):
-            loss = model.loss(images, t=t, **key)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.parameters, c.gradient_clip or math.inf)
-        rate = self.optimizer.param_groups[0]["lr"] = self.rate()
-        self.optimizer.step()
-        self.step += 1
-        self._average()
-        return {"loss": loss.detach(), "gradient_norm": norm, "learning_rate": rate}
+    def prepare(self, batches: Batches) -> None:
+        """Encode the whole data set once, if the run will see each image more often and the latents can be kept."""
+        visits = (self.config.steps - self.step) * self.config.batch_size
+        if self.model.config.first_stage == "vq" and batches.resident and visits > len(batches.dataset):
+            self.latents = torch.cat([self.model.to_latents(to_float(x)) for x in batches.everything()])
 
-    @torch.no_grad()
-    def _average(self) -> None:
-        decay = min(self.config.ema, (1 + self.step) / (10 + self.step))
-        torch._foreach_lerp_(list(self.ema.parameters()), list(self.model.unet.parameters()), 1 - decay)
+    def advance(self, images: Tensor, indices: Tensor) -> dict[str, Tensor]:
+        """One step on images uint8 (B, S, S, 3) and their indices int64 (B,), on the model's device; returns TERMS."""
+        # the key of a sample is its place in the endless stream of shuffled images, whatever the batches it is cut into
+        draw, first = divmod(self.step * self.config.batch_size, 2**32)
+        inputs = {"images": images, "sample_ids": first + torch.arange(len(images), device=self.device)}
+        if self.latents is not None:
+            inputs["x0"] = self.latents[indices]
+        rate, n = self.rate(), self.step + 1
+        average = 1 - min(self.config.ema, (1 + n) / (10 + n))
+        self.optimizer.param_groups[0]["lr"].fill_(rate)
+        with float32_precision(self.config.precision == "tf32"):
+            loss, norm = self._run(
+                **inputs,
+                draw=torch.full((), draw, device=self.device),
+                average=torch.full((), average, device=self.device),
+            )
+        self.step += 1
+        return {"loss": loss, "gradient_norm": norm, "learning_rate": rate}
+
+    def _work(self, average: Tensor, **inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """The whole step on the device, nothing read back: loss, gradients, clipping, AdamW, EMA."""
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = self._loss(**inputs)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.config.gradient_clip or math.inf)
+        self.optimizer.step()
+        with torch.no_grad():
+            averages = list(self.ema.parameters())
+            torch._foreach_lerp_(averages, list(self.model.unet.parameters()), [average] * len(averages))
+        return loss.detach(), norm
+
+    def _loss(self, images: Tensor, sample_ids: Tensor, draw: Tensor, x0: Tensor | None = None) -> Tensor:
+        c, model = self.config, self.model
+        t = ops.timesteps(model.config.num_timesteps, c.seed, sample_ids, draw, kind=c.timesteps)
+        images = to_float(images).contiguous(memory_format=torch.channels_last)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=c.precision == "bf16"):
+            return model.loss(images, t=t, x0=x0, seed=c.seed, sample_ids=sample_ids, draw=draw)
 
     def model_config(self) -> dict:
         return asdict(self.model.config)

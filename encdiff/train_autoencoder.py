@@ -13,7 +13,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from encdiff.checkpoint import atomic_path, load_state
-from encdiff.data import Dataset, to_uint8
+from encdiff.data import Dataset, to_float, to_uint8
+from encdiff.data.loader import Batches
 from encdiff.errors import InputError
 from encdiff.fields import Checked, Count, Natural, NotNegative, Positive
 from encdiff.fit import fit
@@ -121,9 +122,12 @@ class AutoencoderTraining:
         if self.config.fit_codebook:
             self.model.quantize.fit(self.model.encode(images.to(self.device)), step_generator(self.config.seed, 0))
 
-    def advance(self, images: Tensor) -> dict[str, Tensor]:
-        """One step on float images (B,3,S,S) in [-1,1]: the autoencoder's, then the discriminator's; returns TERMS."""
-        images = images.to(self.device)
+    def prepare(self, batches: Batches) -> None:
+        pass
+
+    def advance(self, images: Tensor, indices: Tensor) -> dict[str, Tensor]:
+        """One step on uint8 images (B,S,S,3): the autoencoder's, then the discriminator's; returns TERMS."""
+        images = to_float(images)
         adversarial = self.discriminator is not None and self.step >= self.config.disc_start
         with self._autocast():
             terms, reconstruction = self._autoencoder_terms(images, adversarial)

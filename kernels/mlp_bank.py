@@ -364,14 +364,18 @@ def gate_cases() -> Iterator[GateCase]:
         yield _forward_case(bank, "gelu", "fp32")
         yield _forward_case(bank, "gelu", "bf16")
         yield _backward_case(bank, "gelu", "fp32")
+        yield _backward_case(bank, "gelu", "bf16")
     yield _forward_case(paper, "elu", "fp16")
+    yield _backward_case(paper, "elu", "fp16")
     for activation in ("elu", "silu", "relu"):
         yield _backward_case(paper, activation, "fp32")
     names = mlp_bank_bwd_kernel_sum.arg_names
-    signature = {n: "*fp32:1" for n in names[:5]} | {n: "i32" for n in names[5:-1]} | {"BLOCK": "constexpr"}
-    yield GateCase(
-        "mlp_bank_bwd_kernel_sum", mlp_bank_bwd_kernel_sum, signature, {"BLOCK": BLOCK_SUM}, tensor_cores=False
-    )
+    for kind in ("fp32", "bf16", "fp16"):
+        kinds = [*["fp32"] * 3, kind, kind]
+        signature = {n: f"*{k}:1" for n, k in zip(names, kinds, strict=False)}
+        signature |= {n: "i32" for n in names[5:-1]} | {"BLOCK": "constexpr"}
+        name = f"mlp_bank_bwd_kernel_sum {kind}"
+        yield GateCase(name, mlp_bank_bwd_kernel_sum, signature, {"BLOCK": BLOCK_SUM}, tensor_cores=False)
 
 
 def _forward_case(bank: Bank, activation: str, kind: str) -> GateCase:

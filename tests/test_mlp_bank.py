@@ -211,6 +211,33 @@ def test_triton_twice_the_same_bits():
         assert torch.equal(a, b)
 
 
+def test_triton_past_65_535_rows(nan_memory, monkeypatch):
+    """In long tiles: in those of the GPU the interpreter takes minutes."""
+    from encdiff.kernels import mlp_bank
+    from encdiff.kernels.mlp_bank import Bank, Tile
+
+    monkeypatch.setattr(mlp_bank, "BLOCK_SUM", 16384)
+    for name in ("forward_tile", "backward_tile"):
+        monkeypatch.setattr(Bank, name, property(lambda _: Tile(4096, 16, 4)))
+    tensors = leaves(65_537, 1, (1, 2, 3))
+    torch.testing.assert_close(*(run(tensors, "relu", impl) for impl in ("triton", "reference")), rtol=1e-4, atol=1e-3)
+
+
+def test_triton_with_256_concepts(nan_memory):
+    scalars, *parameters = (t.detach() for t in leaves(2, 256, (1, 2, 3)))
+    tokens = [ops.mlp_bank(scalars, parameters[:2], parameters[2:], impl=impl) for impl in ("triton", "reference")]
+    torch.testing.assert_close(*tokens)
+
+
+def test_elu_without_gradients():
+    """It computes otherwise there: the same to float32, extreme values and those that are not finite included."""
+    scalars = torch.tensor([0.0, -0.0, 1e-8, -1e-8, 1e4, -1e4, torch.inf, -torch.inf, torch.nan, 0.3, -0.3, -20.0])
+    weights, biases = [torch.ones(1, 1, 1), torch.ones(1, 1, 1)], [torch.zeros(1, 1)] * 2
+    tokens = ops.mlp_bank(scalars[:, None], weights, biases, "elu")
+    expected = nn.ELU()(scalars.double())[:, None, None].float()
+    torch.testing.assert_close(tokens, expected, rtol=1e-6, atol=1.2e-7, equal_nan=True)
+
+
 def test_opcheck():
     from encdiff.kernels.mlp_bank import mlp_bank, mlp_bank_backward
 
@@ -251,8 +278,8 @@ def test_dispatch_says_why():
 @pytest.mark.parametrize(
     "B, N, widths, dtype, reason",
     [
-        (2, 2, (1, 3), torch.float32, "1 layers, must be 2 or 3"),
-        (2, 2, (1, 3, 3, 3, 3), torch.float32, "4 layers, must be 2 or 3"),
+        (2, 2, (1, 3), torch.float32, "1 layer is one batched product: nothing to fuse"),
+        (2, 2, (1, 3, 3, 3, 3), torch.float32, "4 layers, at most 3"),
         (2, 2, (17, 3, 3), torch.float32, "a slice is 17 wide, at most 16"),
         (2, 2, (1, 129, 3, 3), torch.float32, "the first of two hidden layers is 129 wide, at most 128"),
         (2, 2, (1, 3, 65), torch.float32, "a token is 65 wide, at most 64"),

@@ -15,12 +15,15 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [
     {"errors", "kernels", "_C", "_build"},
     {"ops", "checkpoint", "fields", "sheet"},
-    {"diffusion", "data", "metrics"},
+    {"diffusion", "data", "metrics", "profiling"},
     {"models"},
-    {"runs", "visualize"},
+    {"runs", "visualize", "engine"},
     {"fit", "evaluate"},
     {"train", "train_autoencoder"},
     {"demo", "cli_support"},
+    {"phases"},
+    {"reproduce", "ablations"},
+    {"cli_reproduce", "cli_data", "cli_profile"},
     {"cli"},
     {"__init__", "__main__"},
 ]

@@ -30,6 +30,10 @@ def fresh() -> EncDiff:
     return EncDiff(TINY)
 
 
+def random_batch():
+    return torch.randint(256, (8, 16, 16, 3), dtype=torch.uint8), torch.arange(8)
+
+
 def rows(run):
     with (run / "log.csv").open(newline="") as file:
         return list(csv.DictReader(file))
@@ -146,9 +150,8 @@ def test_another_seed_gives_other_weights(dataset, tmp_path):
 def test_ema_follows_its_formula(dataset):
     training = Training(fresh(), CONFIG)
     average = training.ema.out[2].bias.clone()
-    images = torch.rand(8, 3, 16, 16) * 2 - 1
     for n in (1, 2, 3):
-        training.advance(images)
+        training.advance(*random_batch())
         decay = min(0.9999, (1 + n) / (10 + n))
         average = decay * average + (1 - decay) * training.model.unet.out[2].bias.detach()
     torch.testing.assert_close(training.ema.out[2].bias, average)
@@ -165,14 +168,14 @@ def test_learning_rate_warms_up_and_decays():
     expected = [0.25, 0.5, 0.75] + [1.0] * 4 + [i / 6 for i in (5, 4, 3, 2, 1)]
     assert rates == pytest.approx(expected)
     training.step = 1
-    terms = training.advance(torch.rand(8, 3, 16, 16) * 2 - 1)
+    terms = training.advance(*random_batch())
     assert training.optimizer.param_groups[0]["lr"] == terms["learning_rate"] == pytest.approx(2e-3)
 
 
 def test_gradients_are_clipped():
     def change(clip):
         training = Training(fresh(), replace(CONFIG, gradient_clip=clip, warmup=1))
-        norm = training.advance(torch.rand(8, 3, 16, 16) * 2 - 1)["gradient_norm"]
+        norm = training.advance(*random_batch())["gradient_norm"]
         grads = math.sqrt(sum(p.grad.square().sum().item() for p in training.parameters if p.grad is not None))
         return norm.item(), grads
 
@@ -354,7 +357,7 @@ def test_a_full_disk_keeps_the_older_checkpoint(dataset, tmp_path, monkeypatch):
 )
 def test_bad_configurations(change, message):
     with pytest.raises(InputError, match=message):
-        Training(fresh(), replace(CONFIG, **change)).advance(torch.zeros(2, 3, 16, 16))
+        Training(fresh(), replace(CONFIG, **change)).advance(*random_batch())
 
 
 def test_recipes_are_named_like_the_models():

@@ -59,8 +59,8 @@ def distance(model: VQAutoencoder, data: Dataset) -> float:
 def stop_after(monkeypatch, step: int, signum: int) -> None:
     advance = AutoencoderTraining.advance
 
-    def advance_then_signal(self, images):
-        terms = advance(self, images)
+    def advance_then_signal(self, images, indices):
+        terms = advance(self, images, indices)
         if self.step == step:
             signal.raise_signal(signum)
         return terms

@@ -6,21 +6,24 @@ import hashlib
 import math
 import os
 from abc import ABC, abstractmethod
-from pathlib import Path
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 
 from encdiff.errors import InputError
 
-__all__ = ["Dataset", "describe", "open_dataset", "to_float", "to_uint8"]
+__all__ = ["Dataset", "SubGrid", "describe", "open_dataset", "to_float", "to_uint8"]
+
+Progress = Callable[[int, int], None]  # called with (done, total)
 
 
 class Dataset(ABC):
-    """Square RGB images, addressed by index; a labelled set is a complete grid of factors, the last one fastest.
+    """Square RGB images, addressed by index; most labelled sets are a complete grid of factors, the last one fastest.
 
     A subclass sets `name`, `image_size` and, when labelled, `factor_names`, `factor_sizes` and `label_values` (all
-    empty otherwise), and defines `images`; an unlabelled one defines `__len__` too.
+    empty otherwise), and defines `images`; an unlabelled one defines `__len__` too, and one that is labelled but no
+    grid (CelebA) sets `is_grid` to False and defines `__len__` and `factors`.
     """
 
     name: str
@@ -30,9 +33,13 @@ class Dataset(ABC):
     factor_sizes: tuple[int, ...] = ()
     images_per_chunk: int = 1  # how many are read, at least, to read one
     label_values: tuple[np.ndarray, ...] = ()  # float64 (size,) for each factor: what its values stand for
+    is_grid: bool = True  # every combination of factors has equally many images; without meaning where unlabelled
+    instances: int = 1  # images of each combination of factors; consecutive
+    cyclic: tuple[str, ...] = ()  # factors whose last value is next to the first: hues, full turns
+    categories: tuple[str, ...] = ()  # factors whose values have no order
 
     def __len__(self) -> int:
-        return math.prod(self.factor_sizes)
+        return math.prod(self.factor_sizes) * self.instances
 
     @abstractmethod
     def images(self, indices) -> np.ndarray:
@@ -40,19 +47,36 @@ class Dataset(ABC):
 
     def factors(self, indices) -> np.ndarray:
         """int64 (n, F) factor values, each in 0..size-1, of integer indices (n,)."""
-        self._need_labels()
-        return np.stack(np.unravel_index(self.check_indices(indices), self.factor_sizes), axis=-1).astype(np.int64)
+        self._need_grid()
+        cells = self.check_indices(indices) // self.instances
+        return np.stack(np.unravel_index(cells, self.factor_sizes), axis=-1).astype(np.int64)
 
-    def indices(self, factors) -> np.ndarray:
-        """int64 (n,) indices of the images with integer factor values (n, F); the inverse of `factors`."""
-        self._need_labels()
+    def indices(self, factors, rng: np.random.RandomState | None = None) -> np.ndarray:
+        """int64 (n,) indices of the images with integer factor values (n, F); the inverse of `factors`.
+
+        Where several images share the factors (`instances` > 1), one drawn by `rng`, or without it the first.
+        """
+        self._need_grid()
         values = check_factors(factors, self.factor_sizes)
-        return np.ravel_multi_index(tuple(values.T), self.factor_sizes).astype(np.int64)
+        first = np.ravel_multi_index(tuple(values.T), self.factor_sizes).astype(np.int64) * self.instances
+        return first if rng is None or self.instances == 1 else first + rng.randint(self.instances, size=len(first))
 
     def labels(self, indices) -> np.ndarray:
         """float64 (n, F) physical values (hue 0..0.9, degrees, ...) of integer indices (n,)."""
         columns = zip(self.label_values, self.factors(indices).T, strict=True)
         return np.stack([values[column] for values, column in columns], axis=1)
+
+    def select(self, selection: str) -> Dataset:
+        """The part that a spec names after its colon: values per factor such as "5,5,5,4,4,5"; see `SubGrid`."""
+        try:
+            counts = [int(count) for count in selection.split(",")]
+        except ValueError:
+            raise InputError(
+                f"{self.name}:{selection}: must be values per factor such as {','.join(map(str, self.factor_sizes))}"
+                if self.factor_sizes and self.is_grid
+                else f"{self.name}:{selection}: has no grid of factors to select from"
+            ) from None
+        return SubGrid(self, counts)
 
     def check_indices(self, indices) -> np.ndarray:
         """The indices as int64 (n,); InputError when they are not integers (n,) in 0..len-1."""
@@ -63,9 +87,59 @@ class Dataset(ABC):
             raise InputError(f"indices: {array.min()}..{array.max()}; {self.name} has 0..{len(self) - 1}")
         return array.astype(np.int64)
 
-    def _need_labels(self) -> None:
+    def _need_grid(self) -> None:
         if not self.factor_sizes:
             raise InputError(f"{self.name}: has no factors; a labelled data set is needed here")
+        if not self.is_grid:
+            raise InputError(f"{self.name}: is labelled, but no complete grid of factors, which is needed here")
+
+
+class SubGrid(Dataset):
+    """Some values of every factor of a grid; everything else is as in `dataset`.
+
+    `grid` holds for each factor either how many of its values to take or a tuple of them. k values of a cyclic factor
+    are spread over the circle (floor(i * size / k)), of a category they are the first k, of any other factor they are
+    spread over its range with both ends. InputError for an impossible grid.
+    """
+
+    def __init__(self, dataset: Dataset, grid: Sequence[int | Sequence[int]]):
+        dataset._need_grid()
+        self.dataset, self.name, self.image_size = dataset, dataset.name, dataset.image_size
+        self.factor_names, self.cyclic, self.categories = dataset.factor_names, dataset.cyclic, dataset.categories
+        self.images_per_chunk, self.instances = dataset.images_per_chunk, dataset.instances
+        self.values = grid_values(dataset, dataset.factor_sizes, grid)
+        self.factor_sizes = tuple(len(values) for values in self.values)
+        self.label_values = tuple(full[v] for full, v in zip(dataset.label_values, self.values, strict=True))
+
+    def images(self, indices) -> np.ndarray:
+        full = np.stack([v[f] for v, f in zip(self.values, self.factors(indices).T, strict=True)], axis=1)
+        return self.dataset.images(self.dataset.indices(full) + self.check_indices(indices) % self.instances)
+
+
+def grid_values(dataset: Dataset, sizes: Sequence[int], grid: Sequence[int | Sequence[int]]) -> tuple[np.ndarray, ...]:
+    """For each factor the int64 (k,) values, of 0..size-1, that an entry of `grid` stands for; see `SubGrid`."""
+    names = dataset.factor_names
+    if len(grid) != len(names):
+        raise InputError(f"grid: {len(grid)} entries; must be {len(names)}, one for each of {', '.join(names)}")
+    return tuple(_factor_values(dataset, *factor) for factor in zip(names, sizes, grid, strict=True))
+
+
+def _factor_values(dataset, name: str, size: int, entry: int | Sequence[int]) -> np.ndarray:
+    if not isinstance(entry, int | np.integer):
+        values = np.asarray(entry)
+        whole = values.ndim == 1 and values.size and values.dtype.kind in "iu"
+        if not whole or len(set(values.tolist())) < len(values):
+            raise InputError(f"grid: {entry!r} for {name}; must be a count or a tuple of different indices")
+        if values.min() < 0 or values.max() >= size:
+            raise InputError(f"grid: {entry!r} for {name}; indices must lie in 0..{size - 1}")
+        return values.astype(np.int64)
+    if not 1 <= entry <= size:
+        raise InputError(f"grid: {entry} values of {name}; must be 1..{size}")
+    if name in dataset.cyclic:
+        return np.arange(entry) * size // entry
+    if name in dataset.categories:
+        return np.arange(entry)
+    return np.rint(np.linspace(0, size - 1, entry)).astype(np.int64)
 
 
 def check_factors(factors, sizes: tuple[int, ...]) -> np.ndarray:
@@ -107,52 +181,17 @@ def to_uint8(images: torch.Tensor) -> torch.Tensor:
     return levels.to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 
-def open_dataset(spec: str | os.PathLike, image_size: int | None = None) -> Dataset:
-    """The data set that `spec` names, told by content, not by file name.
+def open_dataset(spec: str | os.PathLike, image_size: int | None = None, progress: Progress | None = None) -> Dataset:
+    """The data set that `spec` names, told by content, not by file name; `docs/data.md` lists the formats.
 
-    `procedural` or `procedural:5,5,5,4,4,5` (values per factor) renders, 64x64 unless `image_size` says otherwise; a
-    file is read as `3dshapes.h5` or an `.npz` of its images, reduced to `image_size` if given; a folder holds images,
-    resized to `image_size`. A relative path that does not exist is looked up in the folder that the environment's
-    ENCDIFF_DATA names. InputError for anything else.
+    `procedural` (a room) and `sprites` are rendered, 64x64 unless `image_size` says otherwise. Anything else is the
+    path of a file or folder, or, in the folder that the environment's ENCDIFF_DATA names, a relative path or one of
+    the names shapes3d, mpi3d_toy, mpi3d_realistic, mpi3d_real, mpi3d_real_complex, cars3d, dsprites, smallnorb and
+    celeba. A part is selected after a colon: values per factor of a grid (`procedural:5,5,5,4,4,5`), or the train,
+    valid or test images of CelebA. `published-cars3d[:PATH]` is Cars3D as the published evaluation misreads it.
+    Images are reduced to `image_size` if it is given; a folder of images needs it. `progress(done, total)` is called
+    where a file must be unpacked or read whole first. InputError for anything else.
     """
-    if str(spec).partition(":")[0] == "procedural":
-        dataset, dataset_spec = _open_procedural(str(spec), image_size), str(spec)
-    else:
-        path = _find(spec)
-        dataset, dataset_spec = _open_path(path, image_size), str(path.resolve())
-    dataset.spec = dataset_spec
-    return dataset
+    from encdiff.data.formats import open_spec  # each format's module imports this one
 
-
-ACCEPTED = "must be procedural[:5,5,5,4,4,5], a 3dshapes .h5 file, an .npz file with `images`, or a folder of images"
-
-
-def _open_path(path: Path, image_size: int | None) -> Dataset:
-    # Imported here: each format's module imports this one, and h5py loads only when a file needs it.
-    if path.is_dir():
-        from encdiff.data.folder import ImageFolder
-
-        return ImageFolder(path, image_size)
-    from encdiff.data.shapes3d import Shapes3D
-
-    return Shapes3D(path, image_size)
-
-
-def _open_procedural(spec: str, image_size: int | None) -> Dataset:
-    from encdiff.data.procedural import FACTOR_SIZES, ProceduralShapes3D
-
-    _, colon, counts = spec.partition(":")
-    try:
-        grid = [int(count) for count in counts.split(",")] if colon else FACTOR_SIZES
-    except ValueError:
-        raise InputError(f"data {spec!r}: {ACCEPTED}") from None
-    return ProceduralShapes3D(64 if image_size is None else image_size, grid)
-
-
-def _find(spec: str | os.PathLike) -> Path:
-    path, folder = Path(spec).expanduser(), os.environ.get("ENCDIFF_DATA")
-    for candidate in [path] + ([Path(folder).expanduser() / path] if folder else []):
-        if candidate.exists():
-            return candidate
-    also = f" nor in ENCDIFF_DATA={folder}" if folder else ""
-    raise InputError(f"data {str(spec)!r}: not found here{also}; {ACCEPTED}")
+    return open_spec(os.fspath(spec), image_size, progress)

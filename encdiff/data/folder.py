@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -39,7 +40,7 @@ class ImageFolder(Dataset):
     def images(self, indices) -> np.ndarray:
         out = np.empty((len(indices), self.image_size, self.image_size, 3), np.uint8)
         for row, index in enumerate(self.check_indices(indices)):
-            out[row] = load_square(self.files[index], self.image_size)
+            out[row] = load_square(self.files[index], self.image_size, self.files[index])
         return out
 
     def _wanted(self, file: Path) -> bool:
@@ -51,15 +52,19 @@ class ImageFolder(Dataset):
         return tuple([int(s) if s.isdecimal() else s for s in re.split(r"(\d+)", part)] for part in parts), parts
 
 
-def load_square(file: Path, size: int) -> np.ndarray:
-    """The centre of one image file as uint8 (size, size, 3); InputError naming a file that cannot be read."""
+def load_square(source: Path | BinaryIO, size: int, name: str | Path) -> np.ndarray:
+    """The centre of one image as uint8 (size, size, 3); InputError with `name` if it cannot be read."""
+    return np.asarray(ImageOps.fit(load_rgb(source, name), (size, size), Image.Resampling.BICUBIC))
+
+
+def load_rgb(source: Path | BinaryIO, name: str | Path) -> Image.Image:
+    """One image file, upright and RGB; InputError with `name` if it cannot be read."""
     try:
-        with Image.open(file) as image:
+        with Image.open(source) as image:
             if image.mode[0] in "IF":
-                raise InputError(f"{file}: pixels of mode {image.mode}; must have 8 bits per channel")
-            upright = ImageOps.exif_transpose(image).convert("RGB")
+                raise InputError(f"{name}: pixels of mode {image.mode}; must have 8 bits per channel")
+            return ImageOps.exif_transpose(image).convert("RGB")
     except InputError:
         raise
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise InputError(f"{file}: not a readable image ({error}); repair or remove it") from error
-    return np.asarray(ImageOps.fit(upright, (size, size), Image.Resampling.BICUBIC))
+        raise InputError(f"{name}: not a readable image ({error}); repair or remove it") from error

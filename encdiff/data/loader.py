@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
@@ -21,9 +21,10 @@ class Batches:
     """Shuffled batches of a data set, without an end.
 
     Every epoch visits each image once, in the order of `np.random.default_rng((seed, epoch)).permutation(n)`; the
-    epochs are one stream cut into batches, so nothing is dropped and a batch may span epochs. Images stay in memory as
-    uint8 if they fit in `resident_gib` GiB (read at construction; `progress(done, total)` is called meanwhile);
-    otherwise a thread reads the batch after the one just asked for.
+    epochs are one stream cut into batches, so nothing is dropped and a batch may span epochs. Images stay on `device`
+    as uint8 if they fit in `resident_gib` GiB, by default 4 of a CPU's memory or 0.4 of what a GPU has free (read at
+    construction; `progress(done, total)` is called meanwhile); otherwise a thread reads the batch after the one just
+    asked for, for a GPU into pinned memory, so that it is copied beside the work.
     InputError for an empty set, a batch below 1, or a negative seed.
     """
 
@@ -32,7 +33,8 @@ class Batches:
         dataset: Dataset,
         batch_size: int,
         seed: int = 0,
-        resident_gib: float = 4.0,
+        resident_gib: float | None = None,
+        device: torch.device | str = "cpu",
         progress: Callable[[int, int], None] | None = None,
     ):
         if batch_size < 1:
@@ -41,12 +43,13 @@ class Batches:
             raise InputError(f"seed: {seed}; must be at least 0")
         if not len(dataset):
             raise InputError(f"{dataset.name}: holds no images")
-        self.dataset, self.batch_size, self.seed = dataset, batch_size, seed
+        self.dataset, self.batch_size, self.seed, self.device = dataset, batch_size, seed, torch.device(device)
+        resident_gib = _resident_gib(self.device) if resident_gib is None else resident_gib
         self._permutations: dict[int, np.ndarray] = {}
         self._next: tuple[int, Future] | None = None
         self._pool = self._data = None
         if len(dataset) * dataset.image_size**2 * 3 <= resident_gib * 2**30:
-            self._data = read_all(dataset, progress)
+            self._data = read_all(dataset, progress).to(self.device)
         else:
             if dataset.images_per_chunk > batch_size:
                 log.warning(
@@ -69,17 +72,34 @@ class Batches:
         epochs, offsets = np.divmod(position, len(self.dataset))
         return np.concatenate([self._permutation(e)[offsets[epochs == e]] for e in np.unique(epochs).tolist()])
 
-    def images(self, step: int) -> torch.Tensor:
-        """uint8 (batch_size, H, W, 3), the images of `batch_indices(step)`."""
+    def batch(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The images uint8 (batch_size, H, W, 3) of `batch_indices(step)` and these indices int64, on the device."""
+        indices = self._to_device(self._host(self.batch_indices(step)))
         if self._data is not None:
-            return self._data[torch.from_numpy(self.batch_indices(step))]
+            return self._data[indices], indices
         ready, self._next = self._next, None
         images = ready[1].result() if ready and ready[0] == step else self._submit(step).result()
         self._next = step + 1, self._submit(step + 1)
-        return torch.from_numpy(images)
+        return self._to_device(images), indices
+
+    def images(self, step: int) -> torch.Tensor:
+        """The images of `batch(step)`."""
+        return self.batch(step)[0]
+
+    def everything(self) -> Iterator[torch.Tensor]:
+        """All images of a resident set in order, uint8 (n, H, W, 3) at a time, on the device."""
+        yield from self._data.split(READ)
 
     def _submit(self, step: int) -> Future:
-        return self._pool.submit(self.dataset.images, self.batch_indices(step))
+        indices = self.batch_indices(step)
+        return self._pool.submit(lambda: self._host(self.dataset.images(indices)))
+
+    def _host(self, array: np.ndarray) -> torch.Tensor:
+        tensor = torch.from_numpy(array)
+        return tensor.pin_memory() if self.device.type == "cuda" else tensor
+
+    def _to_device(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(self.device, non_blocking=True)
 
     def _permutation(self, epoch: int) -> np.ndarray:
         if epoch not in self._permutations:
@@ -87,6 +107,10 @@ class Batches:
                 del self._permutations[min(self._permutations)]
             self._permutations[epoch] = np.random.default_rng((self.seed, epoch)).permutation(len(self.dataset))
         return self._permutations[epoch]
+
+
+def _resident_gib(device: torch.device) -> float:
+    return 0.4 * torch.cuda.mem_get_info(device)[0] / 2**30 if device.type == "cuda" else 4.0
 
 
 def read_all(dataset: Dataset, progress: Callable[[int, int], None] | None = None) -> torch.Tensor:

@@ -13,7 +13,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from encdiff.data import Dataset, check_factors
+from encdiff.data import Dataset, check_factors, grid_values
 from encdiff.errors import InputError
 
 FACTOR_NAMES = ("floor_hue", "wall_hue", "object_hue", "scale", "shape", "orientation")
@@ -192,21 +192,19 @@ def _at(origin, rays, t):
 class ProceduralShapes3D(Dataset):
     """The renderer as a data set of `factor_sizes` images, by default all 480,000 of the full grid.
 
-    `grid` holds for each factor either how many of its values to take or a tuple of indices into its full range. k hues
-    are spread over the circle (floor(i * 10 / k)), k scales or orientations over their range with both ends, and k
-    shapes are the first k, so every value is one of the full grid's. InputError for an impossible grid.
+    `grid` holds for each factor either how many of its values to take or a tuple of indices into its full range, as in
+    `SubGrid`: every value is one of the full grid's. InputError for an impossible grid.
     """
 
     name = "procedural"
     factor_names = FACTOR_NAMES
+    cyclic, categories = FACTOR_NAMES[:3], ("shape",)
 
     def __init__(self, image_size: int = 64, grid: Sequence[int | Sequence[int]] = FACTOR_SIZES):
         if image_size < 1:
             raise InputError(f"image_size: {image_size}; must be at least 1")
-        if len(grid) != len(FACTOR_SIZES):
-            raise InputError(f"grid: {len(grid)} entries; must be 6, one for each of {', '.join(FACTOR_NAMES)}")
         self.image_size = image_size
-        self.values = tuple(_grid_values(i, entry) for i, entry in enumerate(grid))
+        self.values = grid_values(self, FACTOR_SIZES, grid)
         self.factor_sizes = tuple(len(v) for v in self.values)
         self.label_values = tuple(full[v] for full, v in zip(factor_labels(), self.values, strict=True))
 
@@ -214,27 +212,3 @@ class ProceduralShapes3D(Dataset):
         values = self.factors(indices)
         full = np.stack([v[f] for v, f in zip(self.values, values.T, strict=True)], axis=1)
         return render(full, self.image_size)
-
-
-def _grid_values(factor: int, entry: int | Sequence[int]) -> np.ndarray:
-    """Indices int64 (k,) into the full range of one factor that a grid entry stands for."""
-    name, size = FACTOR_NAMES[factor], FACTOR_SIZES[factor]
-    if not isinstance(entry, int | np.integer):
-        values = np.asarray(entry)
-        if (
-            values.ndim != 1
-            or not values.size
-            or values.dtype.kind not in "iu"
-            or len(set(values.tolist())) < len(values)
-        ):
-            raise InputError(f"grid: {entry!r} for {name}; must be a count or a tuple of different indices")
-        if values.min() < 0 or values.max() >= size:
-            raise InputError(f"grid: {entry!r} for {name}; indices must lie in 0..{size - 1}")
-        return values.astype(np.int64)
-    if not 1 <= entry <= size:
-        raise InputError(f"grid: {entry} values of {name}; must be 1..{size}")
-    if factor < 3:
-        return np.arange(entry) * size // entry
-    if name == "shape":
-        return np.arange(entry)
-    return np.rint(np.linspace(0, size - 1, entry)).astype(np.int64)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch.nn as nn
 import torch.nn.functional as F
@@ -62,29 +62,39 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """[x += SelfAttn(LN(x));] x += CrossAttn(LN(x), S); x += FF(LN(x))."""
+    """[x += SelfAttn(LN(x));] [x += CrossAttn(LN(x), S);] x += FF(LN(x)); without `context_width` no CrossAttn."""
 
-    def __init__(self, width: int, context_width: int, heads: int, self_attention: bool, feedforward: int):
+    def __init__(self, width: int, context_width: int | None, heads: int, self_attention: bool, feedforward: int):
         super().__init__()
         if self_attention:
             self.attn1 = Attention(width, width, heads)
             self.norm1 = nn.LayerNorm(width)
         self.self_attention = self_attention
         self.ff = FeedForward(width, feedforward)
-        self.attn2 = Attention(width, context_width, heads)
-        self.norm2 = nn.LayerNorm(width)
+        self.cross_attention = context_width is not None
+        if context_width is not None:
+            self.attn2 = Attention(width, context_width, heads)
+            self.norm2 = nn.LayerNorm(width)
         self.norm3 = nn.LayerNorm(width)
         self.folded: tuple[Tensor, Folded] | None = None  # the tokens of `fold_tokens` and what they became
+        self.gate: Literal["compute", "keep", "reuse"] = "compute"  # cross-attention: its output is kept, then reused
+        self.kept: Tensor | None = None
 
     def forward(self, x: Tensor, cond: Conditioning) -> Tensor:
         if self.self_attention:
             x = ops.self_attention(x, *self.attn1.weights(), heads=self.attn1.heads, residual=True, **_norm(self.norm1))
-        x = self._cross_attend(x, cond)
+        if self.cross_attention:
+            x = self._cross_attend(x, cond) if self.gate == "compute" else self._gated(x, cond)
         return x + self.ff(self.norm3(x))
 
-    def _cross_attend(self, x: Tensor, cond: Conditioning) -> Tensor:
+    def _gated(self, x: Tensor, cond: Conditioning) -> Tensor:
+        if self.gate == "keep":
+            self.kept = self._cross_attend(x, cond, residual=False)
+        return x + self.kept
+
+    def _cross_attend(self, x: Tensor, cond: Conditioning, residual: bool = True) -> Tensor:
         maps = None if cond.maps is None else "mean"
-        options = dict(residual=True, token_bias=cond.token_bias, maps=maps, **_norm(self.norm2))
+        options = dict(residual=residual, token_bias=cond.token_bias, maps=maps, **_norm(self.norm2))
         if self.folded is not None and self.folded[0] is cond.tokens:
             y = cross_attention_folded(x, self.folded[1], self.attn2.to_out[0].bias, **options)
         else:
@@ -98,7 +108,7 @@ class TransformerBlock(nn.Module):
 @contextmanager
 def fold_tokens(module: nn.Module, tokens: Tensor) -> Iterator[None]:
     """Inside, the module's cross-attentions to exactly this tensor use what is folded now, where that is faster."""
-    blocks = [block for block in module.modules() if isinstance(block, TransformerBlock)]
+    blocks = [block for block in module.modules() if isinstance(block, TransformerBlock) and block.cross_attention]
     try:
         for block in blocks:
             *weights, bias = block.attn2.weights()
@@ -119,7 +129,7 @@ class SpatialTransformer(nn.Module):
     def __init__(
         self,
         channels: int,
-        context_width: int,
+        context_width: int | None,
         heads: int,
         depth: int = 1,
         groups: int = 32,

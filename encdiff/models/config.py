@@ -16,9 +16,11 @@ class EncDiffConfig(Checked):
     concepts: Count = 20  # N
     encoder_width: Count = 128
     normalize_scalars: bool = False  # zero mean and unit variance over the batch, as the encoder's last layer
+    concept_width: Count = 1  # m, numbers per concept: 1 is the paper's scalar, more make it a vector
     token_width: Count = 16  # d
     bank_widths: tuple[Count, ...] = (64, 128)
     bank_activation: Literal["elu", "silu", "gelu", "relu"] = "elu"
+    bank_shared: bool = False  # one MLP for all concepts
     # first stage: "vq" (learnt, frozen) or "space_to_depth" (no parameters)
     first_stage: Literal["vq", "space_to_depth"] = "vq"
     vq_width: Count = 32
@@ -37,6 +39,7 @@ class EncDiffConfig(Checked):
     self_attention: bool = True
     feedforward: Count = 4  # hidden width of a transformer's feed-forward layer, as a multiple
     scale_shift: bool = True
+    conditioning: Literal["cross_attention", "adagn"] = "cross_attention"  # adagn: tokens join the timestep's embedding
     resample: Literal["residual", "conv"] = "residual"
     groups: Count = 32
     # diffusion
@@ -54,11 +57,18 @@ class EncDiffConfig(Checked):
         stride = self.downsampling * 2 ** (len(self.multipliers) - 1)
         if self.image_size % stride:
             raise InputError(f"image_size is {self.image_size}, must be a multiple of {stride} for these levels")
+        if self.conditioning == "adagn" and not self.scale_shift:
+            raise InputError("conditioning is 'adagn', needs scale_shift: tokens scale and shift normalised features")
 
     @property
     def downsampling(self) -> int:
         """Image pixels per latent position along each side."""
         return 2 ** (len(self.vq_multipliers) - 1) if self.first_stage == "vq" else self.patch
+
+    @property
+    def code_shape(self) -> tuple[int, ...]:
+        """Of what the encoder makes of one image: (N,), or (N, m) where a concept is a vector."""
+        return (self.concepts,) if self.concept_width == 1 else (self.concepts, self.concept_width)
 
     @classmethod
     def from_preset(cls, name: str) -> "EncDiffConfig":

@@ -12,8 +12,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
-from huggingface_hub import ModelHubMixin, hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from huggingface_hub import ModelHubMixin
 from torch import Tensor
 
 from encdiff import ops
@@ -21,16 +20,17 @@ from encdiff.checkpoint import (
     atomic_path,
     load_state,
     load_tensors,
+    locate,
     read_published,
     save_tensors,
     write_published,
 )
 from encdiff.diffusion import losses, samplers, schedules
 from encdiff.errors import InputError
-from encdiff.models.attention import fold_tokens
 from encdiff.models.autoencoder import SpaceToDepth, VQAutoencoder
 from encdiff.models.config import EncDiffConfig
 from encdiff.models.encoder import ImageEncoder
+from encdiff.models.sample import sample_latents
 from encdiff.models.tokens import MLPBank
 from encdiff.models.unet import UNet
 
@@ -70,9 +70,7 @@ class EncDiff(
         })  # fmt: skip
         self.cond_stage_model = nn.ModuleDict({
             "encoder": ImageEncoder(c.image_size, c.concepts * c.concept_width, c.encoder_width, c.normalize_scalars),
-            "net": MLPBank(
-                c.concepts, c.token_width, c.bank_widths, c.bank_activation, c.concept_width, c.bank_shared
-            ),
+            "net": MLPBank(c.concepts, c.token_width, c.bank_widths, c.bank_activation, c.concept_width, c.bank_shared),
         })  # fmt: skip
         self.first_stage_model = first_stage.requires_grad_(False)
         with torch.device("cpu"):  # checked by value, also where the parameters are made on "meta"
@@ -153,6 +151,7 @@ class EncDiff(
         self,
         images: Tensor,
         *,
+        x0: Tensor | None = None,
         t: Tensor | None = None,
         noise: Tensor | None = None,
         weight: Tensor | None = None,
@@ -162,13 +161,14 @@ class EncDiff(
     ) -> Tensor:
         """The training loss, a scalar: noise the latents, predict from them and the image's own concepts, compare.
 
-        t (B,) int64, noise (B, c, h, w) and the per-sample weight (B,) can be given; else t is uniform, the noise
-        normal, both keyed by (seed, sample_ids (B,), draw) as in `ops.normal`, and the weights are 1. Without a seed
-        torch's global generator gives one.
+        x0 (B, c, h, w), the images' latents, t (B,) int64, noise (B, c, h, w) and the per-sample weight (B,) can be
+        given; else the first stage encodes, t is uniform, the noise normal, both keyed by (seed, sample_ids (B,), draw)
+        as in `ops.normal`, and the weights are 1. Without a seed torch's global generator gives one.
         """
         images = self._check_images(images)
         tokens = self.tokens(self.encode(images))
-        x0 = self.to_latents(images)
+        if x0 is None:
+            x0 = self.to_latents(images)
         if seed is None and (t is None or noise is None):
             seed = torch.randint(2**63 - 1, ()).item()
         if sample_ids is None:
@@ -188,45 +188,44 @@ class EncDiff(
         scalars: Tensor,
         *,
         x_T: Tensor | None = None,
-        steps: int = 50,
+        sampler: str = "dpm-solver++",
+        steps: int = 20,
         eta: float = 0.0,
+        gate: int | None = None,
         seed: int = 0,
         token_bias: Tensor | None = None,
         progress: Progress | None = None,
     ) -> Tensor:
-        """Images (B, 3, S, S) from scalars (B, N) by DDIM.
+        """Images (B, 3, S, S) from scalars (B, N).
 
-        Every image starts from one and the same noise, drawn from `seed`, so that (with eta 0) images differ by their
-        concepts alone; pass x_T (B, c, h, w) for other starts. token_bias (B, N) emphasises or (-inf) erases concepts.
+        Every image starts from one and the same noise, drawn from `seed`, so that images differ by their concepts
+        alone; pass x_T (B, c, h, w) for other starts. token_bias (B, N) emphasises or (-inf) erases concepts.
+        `sampler` is one of `models.sample.SAMPLERS`: "ddim" with 200 steps is what the paper shows, and what `invert`
+        inverts; eta belongs to it. From evaluation `gate` of the U-Net on, the cross-attentions repeat what they gave
+        there (T-GATE, arXiv 2404.02747): less work, and not exact.
         """
         with self._evaluating():
             tokens = self.tokens(scalars)
             shape = (len(scalars), *self.latent_shape)
             sample_ids = torch.zeros(len(scalars), dtype=torch.int64, device=scalars.device)  # one noise for all
             if x_T is None:
-                x_T = ops.normal((1, *self.latent_shape), seed, sample_ids[:1]).expand(shape)
+                x_T = ops.normal((1, *self.latent_shape), seed, sample_ids.new_zeros(1)).expand(shape)
             if tuple(x_T.shape) != shape:
                 raise InputError(f"x_T is {tuple(x_T.shape)}, must be {shape}")
-            with fold_tokens(self.unet, tokens):
-                latents = samplers.ddim(
-                    lambda x_t, t: self.denoise(x_t, t, tokens, token_bias),
-                    x_T.to(scalars.device, torch.float32).contiguous(),
-                    self.alphas_cumprod,
-                    steps=steps,
-                    eta=eta,
-                    prediction=self.config.prediction,
-                    seed=seed,
-                    sample_ids=sample_ids,
-                    callback=progress and (lambda i, *_: progress(i + 1, steps)),
+            x_T = x_T.to(scalars.device, torch.float32).contiguous()
+            return self.to_images(
+                sample_latents(
+                    self, tokens, x_T, sampler=sampler, steps=steps, eta=eta, gate=gate, seed=seed,
+                    sample_ids=sample_ids, token_bias=token_bias, progress=progress,
                 )
-            return self.to_images(latents)
+            )  # fmt: skip
 
     def reconstruct(self, images: Tensor, **options) -> Tensor:
         """Encode, then sample from the scalars alone; options as for `sample`."""
         return self.sample(self._codes(images), **options)
 
     def invert(self, images: Tensor, steps: int = 50) -> Tensor:
-        """The x_T from which DDIM comes back to these images under their own concepts: for faithful edits."""
+        """The x_T from which `sampler="ddim"` in as many steps comes back to these images by their own concepts."""
         with self._evaluating():
             tokens = self.tokens(self._codes(images))
             return samplers.ddim_invert(
@@ -337,14 +336,15 @@ class EncDiff(
         """Read a model, in eval mode.
 
         Args:
-            name: a folder that `save_pretrained` wrote, or the name of a model on the Hub.
+            name: a folder that `save_pretrained` wrote, `quickstart`, which comes with the package, or a model's name
+                on the Hub.
             device: where to put it.
             hub: for a model on the Hub: revision, cache_dir, force_download, token, local_files_only.
 
         Raises:
             InputError: no such folder or model, a file missing or truncated, or tensors of another configuration.
         """
-        config_path, weights_path = (_locate(name, file, hub) for file in ("config.json", "model.safetensors"))
+        config_path, weights_path = (locate(name, file, hub) for file in ("config.json", "model.safetensors"))
         try:
             values = json.loads(config_path.read_text())
         except ValueError as error:
@@ -394,16 +394,3 @@ class EncDiff(
             if not (low >= -1.001 and high <= 1.001):  # false for NaN
                 raise InputError(f"images span {low:.4g} to {high:.4g}, must lie in [-1, 1] without NaN")
         return images.to(self.encoder[0].weight.dtype)
-
-
-def _locate(name: str | Path, file: str, hub: dict) -> Path:
-    folder = Path(name)
-    if folder.is_dir():
-        if not (folder / file).is_file():
-            raise InputError(f"{folder}: no {file} in it; must be a folder written by save_pretrained")
-        return folder / file
-    try:
-        return Path(hf_hub_download(str(name), file, **hub))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"{name}: neither a folder here nor a model that the Hub gave ({reason})") from None

@@ -7,6 +7,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from encdiff.errors import InputError
 from encdiff.models.attention import Conditioning, SpatialTransformer, zero_init
@@ -29,6 +30,8 @@ class UNet(nn.Module):
         scale_shift: the timestep scales and shifts the normalised features; otherwise it is added before the norm.
         resample: "residual" (a residual block with pooling or nearest upsampling inside) or "conv".
         groups: of every GroupNorm; divides every channel count.
+        adagn_tokens: N where the concepts condition as the timestep does (AdaGN) and nothing cross-attends: their
+            tokens side by side, through a linear layer, are added to its embedding. 0: cross-attention, the paper's.
 
     Parameter names are those of the published checkpoints (without prefix).
 
@@ -50,18 +53,22 @@ class UNet(nn.Module):
         scale_shift: bool = True,
         resample: str = "residual",
         groups: int = 32,
+        adagn_tokens: int = 0,
     ):
         super().__init__()
         _check(width, multipliers, attention_levels, heads, resample, groups)
         self.width = width
+        self.checkpoint_activations = False  # in training: keep each stage's input only, and compute it anew
         emb = 4 * width
         self.time_embed = nn.Sequential(nn.Linear(width, emb), nn.SiLU(), nn.Linear(emb, emb))
+        self.concept_embed = nn.Linear(adagn_tokens * context_width, emb) if adagn_tokens else None
+        context = None if adagn_tokens else context_width
 
         def res(c_in: int, c_out: int, sample: str | None = None) -> ResBlock:
             return ResBlock(c_in, c_out, emb, scale_shift, groups, sample)
 
         def attend(c: int) -> SpatialTransformer:
-            return SpatialTransformer(c, context_width, heads, transformer_depth, groups, self_attention, feedforward)
+            return SpatialTransformer(c, context, heads, transformer_depth, groups, self_attention, feedforward)
 
         def resampled(c: int, kind: str) -> nn.Module:
             return res(c, c, kind) if resample == "residual" else Resample(c, kind)
@@ -107,18 +114,27 @@ class UNet(nn.Module):
         """Predict from x_t (B, C, H, W), timesteps t (B,) and concept tokens (B, N, D); returns (B, C, H, W).
 
         token_bias (B, N) is added to every attention logit of a token; a list given as `maps` receives the attention
-        of every layer, averaged over heads, as (B, h, w, N).
+        of every layer, averaged over heads, as (B, h, w, N). Raises InputError for either where nothing cross-attends.
         """
+        if self.concept_embed is not None and not (token_bias is None and maps is None):
+            raise InputError("conditioning is 'adagn': there is no attention to concepts to bias or to show")
         cond = Conditioning(tokens, token_bias, maps)
         emb = self.time_embed(timestep_embedding(t, self.width).to(self.time_embed[0].weight.dtype))
+        if self.concept_embed is not None:
+            emb = emb + self.concept_embed(tokens.flatten(1))
         h, skips = x, []
         for stage in self.input_blocks:
-            h = stage(h, emb, cond)
+            h = self._apply_stage(stage, h, emb, cond)
             skips.append(h)
-        h = self.middle_block(h, emb, cond)
+        h = self._apply_stage(self.middle_block, h, emb, cond)
         for stage in self.output_blocks:
-            h = stage(torch.cat([h, skips.pop()], dim=1), emb, cond)
+            h = self._apply_stage(stage, torch.cat([h, skips.pop()], dim=1), emb, cond)
         return self.out(h)
+
+    def _apply_stage(self, stage: "Stage", *inputs) -> Tensor:
+        if self.checkpoint_activations and self.training:
+            return checkpoint(stage, *inputs, use_reentrant=False, preserve_rng_state=False)  # nothing in it is random
+        return stage(*inputs)
 
 
 class Stage(nn.Sequential):

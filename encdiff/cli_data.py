@@ -1,0 +1,90 @@
+"""The commands `encdiff data ...`."""
+
+from contextlib import ExitStack
+from enum import StrEnum
+from functools import cache
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from encdiff.cli_support import DATA_HELP, console
+from encdiff.errors import InputError
+
+# Modules that load torch are imported inside the commands, so that --help answers at once.
+
+data_app = typer.Typer(help="Make, rewrite and look at data sets.", no_args_is_help=True)
+
+Data = Annotated[str, typer.Argument(help=DATA_HELP, show_default=False)]
+Out = Annotated[Path, typer.Argument(help="The .h5 file to write.", show_default=False)]
+ImageSize = Annotated[int | None, typer.Option(help="Reduce images to this size.", min=4)]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")]
+
+
+class Kind(StrEnum):
+    room = "room"
+    sprites = "sprites"
+
+
+@data_app.command()
+def render(
+    out: Out,
+    kind: Annotated[Kind, typer.Option(help="room: Shapes3D's factors. sprites: those of dSprites.")] = Kind.room,
+    image_size: Annotated[int, typer.Option(min=4)] = 64,
+    grid: Annotated[str | None, typer.Option(help="Values per factor, such as 5,5,5,4,4,5. Default: all.")] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Render a room with floor, wall and object, or white sprites on black, into the file format of 3dshapes.h5."""
+    from encdiff.data import open_dataset
+
+    name = {Kind.room: "procedural", Kind.sprites: "sprites"}[kind]
+    _write(open_dataset(name if grid is None else f"{name}:{grid}", image_size), out, overwrite)
+
+
+@data_app.command()
+def convert(data: Data, out: Out, image_size: ImageSize = None, overwrite: Overwrite = False) -> None:
+    """Rewrite any grid of factors as a 3dshapes file: smaller, or in chunks that random batches read fast."""
+    _write(_open(data, image_size), out, overwrite)
+
+
+@data_app.command()
+def info(data: Data, image_size: ImageSize = None) -> None:
+    """What a data set is: images, factors with their numbers of values, and the fingerprint that runs store."""
+    from encdiff.data import describe
+
+    dataset = _open(data, image_size)
+    found = describe(dataset)
+    table = Table("factor", "values", "from", "to", box=None, pad_edge=False)
+    for name, size, values in zip(found["factor_names"], found["factor_sizes"], dataset.label_values, strict=True):
+        table.add_row(name, str(size), f"{values[0]:g}", f"{values[-1]:g}")
+    several = f", {dataset.instances} of each combination" if dataset.instances > 1 else ""
+    console.print(f"{found['name']}: {len(dataset):,} images of {dataset.image_size}x{dataset.image_size}{several}")
+    console.print(table if dataset.factor_names else "no labels")
+    if dataset.factor_names and not dataset.is_grid:
+        console.print("attributes, no complete grid of factors")
+    console.print(f"sha256 of 8 images: {found['sha256']}", soft_wrap=True)
+
+
+def _open(data: str, image_size: int | None):
+    from encdiff.data import open_dataset
+    from encdiff.runs import progress_bar
+
+    with ExitStack() as stack:
+
+        @cache  # only a file that must be unpacked or read whole shows a bar
+        def bar():
+            return stack.enter_context(progress_bar("opening"))
+
+        return open_dataset(data, image_size, lambda done, total: bar()(done, total))
+
+
+def _write(dataset, out: Path, overwrite: bool) -> None:
+    from encdiff.data.shapes3d import write_shapes3d
+    from encdiff.runs import progress_bar
+
+    if out.exists() and not overwrite:
+        raise InputError(f"{out}: exists already; use --overwrite to replace it")
+    with progress_bar("writing") as report:
+        write_shapes3d(out, dataset, max(256, dataset.images_per_chunk), progress=report)
+    console.print(f"{len(dataset):,} images: {out}")

@@ -1,0 +1,163 @@
+"""From what a user types to a data set: where the file lies, and what its content shows it to be."""
+
+from __future__ import annotations
+
+import os
+import tarfile
+import zipfile
+from pathlib import Path
+
+import h5py
+
+from encdiff.data import Dataset, Progress
+from encdiff.errors import InputError
+
+# Each format's module is imported where it is opened, so that a folder of images needs neither SciPy nor lmdb.
+
+RENDERED = ("procedural", "sprites")
+PUBLISHED_CARS = "published-cars3d"
+FILES = {  # what each bare name stands for in the folder ENCDIFF_DATA, the first that exists
+    "shapes3d": ("3dshapes.h5", "3dshapes.npz", "shapes3d"),
+    "mpi3d_toy": ("mpi3d_toy.npz",),
+    "mpi3d_realistic": ("mpi3d_realistic.npz",),
+    "mpi3d_real": ("mpi3d_real.npz",),
+    "mpi3d_real_complex": ("real3d_complicated_shapes_ordered.npz", "mpi3d_real_complex.npz"),
+    "cars3d": ("nips2015-analogy-data.tar.gz", "data/cars", "cars", "cars3d"),
+    "dsprites": ("dsprites_ndarray_co1sh3sc6or40x32y32_64x64.npz", "dsprites.npz"),
+    "smallnorb": ("smallnorb", *(f"smallnorb-5x46789x9x18x6x2x96x96-training-dat.mat{end}" for end in (".gz", ""))),
+    "celeba": ("celeba", "CelebA", "list_attr_celeba.txt"),
+}
+ACCEPTED = (
+    "must be procedural[:5,5,5,4,4,5] or sprites[:3,6,40,32,32]; a 3dshapes .h5 file; an .npz file of Shapes3D "
+    "(`images`), MPI3D or dSprites; the files of Cars3D, SmallNORB or CelebA; an LMDB of images; or a folder of images"
+)
+
+
+def open_spec(spec: str, image_size: int | None, progress: Progress | None) -> Dataset:
+    """What `encdiff.data.open_dataset` promises."""
+    kind, colon, selection = spec.partition(":")
+    if kind in RENDERED:
+        dataset = _render(kind, 64 if image_size is None else image_size, selection if colon else None)
+        dataset.spec = spec
+        return dataset
+    published = kind == PUBLISHED_CARS
+    path, selection = _find((selection if colon else "cars3d") if published else spec)
+    dataset = _open_cars(path, image_size, progress, True) if published else open_path(path, image_size, progress)
+    if selection is not None:
+        dataset = dataset.select(selection)
+    prefix, suffix = f"{PUBLISHED_CARS}:" * published, "" if selection is None else f":{selection}"
+    dataset.spec = f"{prefix}{path.resolve()}{suffix}"
+    return dataset
+
+
+def open_path(path: Path, image_size: int | None = None, progress: Progress | None = None) -> Dataset:
+    """The data set in a file or folder, told by its content."""
+    if path.is_dir():
+        return _open_folder(path, image_size, progress)
+    if h5py.is_hdf5(path):
+        return _open_shapes3d(path, image_size, progress)
+    if zipfile.is_zipfile(path):
+        return _open_zip(path, image_size, progress)
+    from encdiff.data.celeba import ATTRIBUTES, CelebA
+    from encdiff.data.lmdb_images import LmdbImages, is_lmdb
+    from encdiff.data.smallnorb import SmallNORB, is_smallnorb
+
+    if path.name == ATTRIBUTES:  # of CelebA's files the one that has a name of its own
+        return CelebA(path.parent, image_size)
+    if is_smallnorb(path):
+        return SmallNORB(path.parent, image_size, progress)
+    if is_lmdb(path):
+        return LmdbImages(path, image_size)
+    if tarfile.is_tarfile(path):
+        return _open_cars(path, image_size, progress, False)
+    return _open_shapes3d(path, image_size, progress)  # names what is wrong
+
+
+def _open_folder(path: Path, image_size: int | None, progress: Progress | None) -> Dataset:
+    from encdiff.data.cars3d import cars_folder
+    from encdiff.data.celeba import ATTRIBUTES, CelebA
+    from encdiff.data.folder import ImageFolder
+    from encdiff.data.lmdb_images import LmdbImages, is_lmdb
+    from encdiff.data.smallnorb import SmallNORB, smallnorb_files
+
+    if cars_folder(path):
+        return _open_cars(path, image_size, progress, False)
+    if (path / ATTRIBUTES).is_file():
+        return CelebA(path, image_size)
+    if smallnorb_files(path):
+        return SmallNORB(path, image_size, progress)
+    if is_lmdb(path):
+        return LmdbImages(path, image_size)
+    return ImageFolder(path, image_size)
+
+
+def _open_zip(path: Path, image_size: int | None, progress: Progress | None) -> Dataset:
+    from encdiff.data.arrays import npz_errors, npz_header
+
+    with npz_errors(path), zipfile.ZipFile(path) as archive:
+        members = set(archive.namelist())
+    if "imgs.npy" in members:
+        from encdiff.data.dsprites import DSprites
+
+        return DSprites(path, image_size, progress)
+    if "images.npy" in members and "labels.npy" not in members:
+        from encdiff.data.mpi3d import FAMILIES, MPI3D
+
+        shape, _ = npz_header(path, "images")
+        if shape[:1] and shape[0] in FAMILIES:
+            return MPI3D(path, image_size, progress)
+    if any(name.lower().endswith(".jpg") for name in members):
+        from encdiff.data.celeba import CelebA
+
+        return CelebA(path, image_size)
+    return _open_shapes3d(path, image_size, progress)
+
+
+def _open_shapes3d(path: Path, image_size: int | None, progress: Progress | None) -> Dataset:
+    from encdiff.data.shapes3d import Shapes3D
+
+    return Shapes3D(path, image_size, progress)
+
+
+def _open_cars(path: Path, image_size: int | None, progress: Progress | None, published: bool) -> Dataset:
+    from encdiff.data.cars3d import Cars3D
+
+    return Cars3D(path, image_size, published_misalignment=published, progress=progress)
+
+
+def _render(kind: str, image_size: int, counts: str | None) -> Dataset:
+    from encdiff.data.procedural import ProceduralShapes3D
+    from encdiff.data.sprites import ProceduralSprites
+
+    if kind == "sprites":
+        full = ProceduralSprites(image_size)
+        return full if counts is None else full.select(counts)
+    if counts is None:
+        return ProceduralShapes3D(image_size)
+    try:
+        return ProceduralShapes3D(image_size, [int(count) for count in counts.split(",")])
+    except InputError:
+        raise
+    except ValueError:
+        raise InputError(f"data 'procedural:{counts}': {ACCEPTED}") from None
+
+
+def _find(spec: str) -> tuple[Path, str | None]:
+    """The file or folder that a spec names, and the selection behind its last colon."""
+    text, _, selection = spec.rpartition(":")
+    for name, part in ((spec, None), (text, selection)):
+        found = name and next((path for path in _candidates(name) if path.exists()), None)
+        if found:
+            return found, part
+    folder = os.environ.get("ENCDIFF_DATA")
+    also = f" nor in ENCDIFF_DATA={folder}" if folder else ""
+    named = FILES.get(spec) or FILES.get(text)
+    must = f"ENCDIFF_DATA must name the folder of its files ({named[0]})" if named else ACCEPTED
+    raise InputError(f"data {spec!r}: not found here{also}; {must}")
+
+
+def _candidates(name: str) -> list[Path]:
+    folder = os.environ.get("ENCDIFF_DATA")
+    data = [Path(folder).expanduser()] if folder else []
+    files = FILES.get(name, ())
+    return [Path(name).expanduser(), *(root / name for root in data), *(root / f for root in data for f in files)]

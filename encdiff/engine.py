@@ -1,0 +1,121 @@
+"""How training steps and sampling run: call by call, compiled, or as one CUDA graph."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from encdiff.errors import InputError
+from encdiff.models import EncDiff
+
+ENGINES = ("auto", "eager", "compile", "graph")
+Work = Callable[..., tuple[Tensor, ...]]
+
+
+def choose(engine: str, device: torch.device) -> str:
+    """The engine that `auto` means on a device; InputError for one that cannot run there.
+
+    A GPU waits for the host in every small layer, so there `auto` is the graph. On a CPU it is eager: compiling the
+    quickstart model takes minutes and saves a fifth of a step (docs/performance.md).
+    """
+    if engine not in ENGINES:
+        raise InputError(f"engine is {engine!r}, must be one of {', '.join(ENGINES)}")
+    if engine == "graph" and device.type != "cuda":
+        raise InputError(f"engine is 'graph', which is a CUDA graph, but the model is on {device}")
+    if engine == "auto":
+        return "graph" if device.type == "cuda" else "eager"
+    return engine
+
+
+class Graph:
+    """`work(**inputs) -> outputs`, replayed as one launch.
+
+    Inputs are tensors of fixed shapes, outputs are overwritten by the next call. `work` must read nothing back to the
+    host, and keep its state (weights, moments, averages) in tensors that it updates in place. The first `warm_up` calls
+    run as they are, on a side stream: libraries choose their algorithms and allocate. Nothing is run twice.
+    """
+
+    def __init__(self, work: Work, warm_up: int = 3):
+        self.work, self.warm_up, self.calls = work, warm_up, 0
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    def __call__(self, **inputs: Tensor) -> tuple[Tensor, ...]:
+        self.calls += 1
+        if self.calls <= self.warm_up:
+            return self._aside(inputs)
+        if self.graph is None:
+            self._capture(inputs)
+        for name, tensor in inputs.items():
+            self.inputs[name].copy_(tensor, non_blocking=True)
+        self.graph.replay()
+        return self.outputs
+
+    def _aside(self, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        main, side = torch.cuda.current_stream(), torch.cuda.Stream()
+        side.wait_stream(main)
+        with torch.cuda.stream(side):
+            outputs = self.work(**inputs)
+        main.wait_stream(side)
+        for tensor in (*inputs.values(), *outputs):  # not to be handed out again before the other stream is done
+            tensor.record_stream(side)
+            tensor.record_stream(main)
+        return outputs
+
+    def _capture(self, inputs: dict[str, Tensor]) -> None:
+        self.inputs = {name: tensor.clone() for name, tensor in inputs.items()}
+        self.graph = torch.cuda.CUDAGraph()
+        # thread_local: the thread that reads the next batch may pin memory meanwhile
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+            self.outputs = self.work(**self.inputs)
+
+
+class SamplingEngine:
+    """Images from scalars, batch after batch, at full speed.
+
+        draw = SamplingEngine(model, steps=20)
+        images = draw(scalars)
+
+    On a GPU all of it, from the bank over every step to the decoder, is one CUDA graph for each batch size, captured at
+    the second call of that size; batches are filled up to a power of two, so that few graphs serve all. Elsewhere it is
+    `EncDiff.sample`. The parameters must stay where they are: make a new engine after `model.to(...)`.
+
+    `options` are those of `EncDiff.sample`, without x_T and token_bias, which are given to the call, and progress.
+    """
+
+    def __init__(self, model: EncDiff, **options):
+        if unknown := {"x_T", "token_bias", "progress"} & options.keys():
+            raise InputError(f"{min(unknown)} is no option of the engine; x_T and token_bias are given to its calls")
+        self.model, self.options = model, options
+        self.graphs: dict[tuple, Graph] = {}
+
+    def __call__(self, scalars: Tensor, x_T: Tensor | None = None, token_bias: Tensor | None = None) -> Tensor:
+        """scalars (B, N), and x_T (B, c, h, w) and token_bias (B, N) or None -> images (B, 3, S, S)."""
+        given = {"scalars": scalars, "x_T": x_T, "token_bias": token_bias}
+        given = {name: tensor for name, tensor in given.items() if tensor is not None}
+        if scalars.device.type != "cuda" or not len(scalars):
+            return self._sample(**given)[0]
+        bucket = 1 << (len(scalars) - 1).bit_length()
+        graph = self.graphs.setdefault((bucket, *given), Graph(self._sample, warm_up=1))
+        images = graph(**{name: _fill_up(tensor, bucket) for name, tensor in given.items()})[0]
+        return images[: len(scalars)].clone()  # the graph's own memory is written again by its next call
+
+    def _sample(self, **given: Tensor) -> tuple[Tensor]:
+        return (self.model.sample(**given, **self.options),)
+
+
+def _fill_up(tensor: Tensor, rows: int) -> Tensor:
+    """The tensor with its last row repeated, up to so many rows."""
+    return torch.cat([tensor, tensor[-1:].expand(rows - len(tensor), *tensor.shape[1:])])
+
+
+@contextmanager
+def float32_precision(tf32: bool) -> Iterator[None]:
+    """Inside, float32 products and convolutions on a GPU are rounded to TF32 (10 bits of mantissa), or are exact."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    matmul.allow_tf32 = cudnn.allow_tf32 = tf32
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before

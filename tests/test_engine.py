@@ -1,0 +1,106 @@
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from _tiny import TINY
+from test_train import CONFIG
+
+from encdiff import EncDiff, InputError, SamplingEngine
+from encdiff.data import open_dataset
+from encdiff.engine import Graph, choose
+from encdiff.train import train
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph needs a GPU")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def losses(tmp_path, engine: str, **changes) -> list[float]:
+    """The loss of every step of a short training."""
+    torch.manual_seed(0)
+    seen, model = [], EncDiff(TINY).to(DEVICE)
+    data = open_dataset("procedural:2,2,2,2,2,2", TINY.image_size)
+    config = replace(CONFIG, engine=engine, log_every=1, **changes)
+    train(model, data, tmp_path / engine, config, overwrite=True)
+    rows = (tmp_path / engine / "log.csv").read_text().splitlines()[1:]
+    seen = [float(row.split(",")[1]) for row in rows]
+    assert len(seen) == config.steps
+    return seen
+
+
+def test_checkpointed_activations_change_nothing(tmp_path):
+    assert losses(tmp_path, "eager", checkpoint_activations=True) == losses(tmp_path, "eager")
+
+
+def test_compiled_and_eager_steps_agree(tmp_path, monkeypatch):
+    # traced and differentiated as for Inductor, whose C++ compiler would take minutes
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager", fullgraph=True))
+    compiled, eager = losses(tmp_path, "compile", steps=20), losses(tmp_path, "eager", steps=20)
+    assert compiled == pytest.approx(eager, rel=1e-3) and eager[-1] < eager[0]
+
+
+@needs_gpu
+def test_graph_and_eager_steps_agree_without_a_host_synchronisation(tmp_path):
+    torch.cuda.set_sync_debug_mode("warn")
+    graph, eager = losses(tmp_path, "graph", steps=200), losses(tmp_path, "eager", steps=200)
+    torch.cuda.set_sync_debug_mode("default")
+    assert graph[:20] == pytest.approx(eager[:20], rel=1e-3)
+    assert graph == pytest.approx(eager, rel=0.1)
+
+
+class Replayed:
+    """Stands for a CUDA graph where there is no GPU: what was captured is run again on the captured tensors."""
+
+    def replay(self):
+        for into, new in zip(self.outputs, self.work(**self.inputs), strict=True):
+            into.copy_(new)
+
+
+def test_a_graph_runs_each_call_once_on_its_own_inputs(monkeypatch):
+    runs = []
+
+    def work(x, y):
+        runs.append(x.clone())
+        return (x + y,)
+
+    def capture(graph, inputs):
+        graph.inputs = {name: tensor.clone() for name, tensor in inputs.items()}
+        graph.outputs = tuple(torch.empty_like(out) for out in work(**graph.inputs))
+        runs.pop()  # a capture runs nothing
+        graph.graph = Replayed()
+        graph.graph.work, graph.graph.inputs, graph.graph.outputs = work, graph.inputs, graph.outputs
+
+    monkeypatch.setattr(Graph, "_aside", lambda graph, inputs: graph.work(**inputs))
+    monkeypatch.setattr(Graph, "_capture", capture)
+    graph = Graph(work)
+    for i in range(6):
+        (out,) = graph(x=torch.full((2,), float(i)), y=torch.ones(2))
+        assert out.tolist() == [i + 1.0] * 2 and len(runs) == i + 1
+
+
+def test_the_engine_of_a_device():
+    assert choose("auto", torch.device("cpu")) == "eager" and choose("auto", torch.device("cuda")) == "graph"
+    assert choose("compile", torch.device("cpu")) == "compile"
+    with pytest.raises(InputError, match="engine is 'graph', which is a CUDA graph, but the model is on cpu"):
+        choose("graph", torch.device("cpu"))
+    with pytest.raises(InputError, match="engine is 'fast', must be one of auto, eager, compile, graph"):
+        choose("fast", torch.device("cpu"))
+
+
+@pytest.mark.parametrize("size", [0, 1, 3, 4])
+def test_a_sampling_engine_gives_what_sample_gives(size):
+    torch.manual_seed(0)
+    model, options = EncDiff(TINY).eval().to(DEVICE), {"steps": 3, "seed": 5}
+    draw = SamplingEngine(model, **options)
+    for _ in range(3):
+        scalars = torch.randn(size, TINY.concepts, device=DEVICE)
+        bias = torch.randn(size, TINY.concepts, device=DEVICE)
+        tolerance = {"rtol": 0, "atol": 1e-4 if DEVICE == "cuda" else 0}
+        torch.testing.assert_close(draw(scalars), model.sample(scalars, **options), **tolerance)
+        expected = model.sample(scalars, token_bias=bias, **options)
+        torch.testing.assert_close(draw(scalars, token_bias=bias), expected, **tolerance)
+
+
+def test_a_sampling_engine_refuses_what_belongs_to_its_calls():
+    with pytest.raises(InputError, match="x_T is no option of the engine"):
+        SamplingEngine(EncDiff(TINY), x_T=torch.zeros(1))

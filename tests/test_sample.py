@@ -1,0 +1,90 @@
+"""The menu of `EncDiff.sample`; each sampler's own tests are in test_samplers.py and test_solvers.py."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from _tiny import TINY
+
+from encdiff import EncDiff, InputError
+from encdiff.models.attention import TransformerBlock
+from encdiff.models.sample import SAMPLERS
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(3)
+    model = EncDiff(replace(TINY, prediction="x0"))  # samples stay within what the network says
+    for p in model.unet.parameters():
+        if not p.any():  # at the start the network says nothing: its last layers are zero
+            torch.nn.init.normal_(p, std=0.05)
+    return model.eval()
+
+
+@pytest.fixture
+def scalars():
+    return torch.randn(3, TINY.concepts)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_sample_is_the_same_in_any_batch_and_its_seed_matters(model, scalars, sampler):
+    options = {"sampler": sampler, "steps": 4}
+    whole = model.sample(scalars, **options, seed=1)
+    parts = torch.cat([model.sample(part, **options, seed=1) for part in scalars.split(2)])
+    torch.testing.assert_close(whole, parts, rtol=0, atol=1e-5)
+    assert (whole - model.sample(scalars, **options, seed=2)).abs().max() > 1e-3
+    assert whole.shape == (3, 3, 16, 16) and whole.abs().max() <= 1
+
+
+def test_every_sampler_is_another(model, scalars):
+    images = [model.sample(scalars, sampler=sampler, steps=4) for sampler in SAMPLERS]
+    for i, one in enumerate(images):
+        assert all((one - other).abs().max() > 1e-4 for other in images[:i]), SAMPLERS[i]
+
+
+def calls(model, scalars, **options):
+    """How often each cross-attention ran, and the images."""
+    count, original = 0, TransformerBlock._cross_attend
+
+    def counted(block, *args, **kwargs):
+        nonlocal count
+        count += 1
+        return original(block, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TransformerBlock, "_cross_attend", counted)
+        images = model.sample(scalars, steps=6, **options)
+    return count / sum(isinstance(m, TransformerBlock) for m in model.unet.modules()), images
+
+
+def test_the_gate_stops_cross_attention(model, scalars):
+    count, exact = calls(model, scalars)
+    assert count == 6
+    for gate, differs in ((1, True), (4, True), (6, False)):
+        count, gated = calls(model, scalars, gate=gate)
+        assert count == gate
+        assert ((gated - exact).abs().max() > 1e-4) == differs
+    assert all(m.gate == "compute" and m.kept is None for m in model.unet.modules() if isinstance(m, TransformerBlock))
+    torch.testing.assert_close(model.sample(scalars, steps=6), exact, rtol=0, atol=0)
+
+
+def test_progress_counts_the_evaluations(model, scalars):
+    seen = []
+    model.sample(scalars, sampler="heun", steps=3, progress=lambda *state: seen.append(state))
+    assert seen == [(i, 5) for i in range(1, 6)]
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"sampler": "plms"}, "sampler is 'plms', must be one of dpm-solver\\+\\+, unipc, euler, heun, ddim, ddpm"),
+        ({"eta": 0.5}, "eta is 0.5, must be 0 for sampler 'dpm-solver\\+\\+'"),
+        ({"gate": 0}, "gate is 0, must lie in 1 to 4"),
+        ({"gate": 8, "sampler": "heun"}, "gate is 8, must lie in 1 to 7"),
+        ({"steps": 0}, "steps is 0"),
+        ({"steps": 1001}, "steps is 1001"),
+    ],
+)
+def test_bad_options(model, scalars, options, message):
+    with pytest.raises(InputError, match=message):
+        model.sample(scalars, **({"steps": 4} | options))
