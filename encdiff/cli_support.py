@@ -7,6 +7,8 @@ from rich.console import Console
 
 from encdiff.errors import InputError
 
+PRETRAINED = Path(__file__).parent / "pretrained"  # models that come with the package
+
 # Modules that load torch are imported inside the functions, so that --help answers at once.
 
 console = Console()
@@ -24,6 +26,18 @@ def resumed(run: Path, config_class, given: dict):
 
     begun = read_config(run)
     return begun, config_class.from_dict(begun["training"] | given, f"{run}/config.json")
+
+
+def metric_names(given: str) -> list[str]:
+    """The names in "a,b"; "all" are all that take any factors and are no estimates."""
+    from encdiff.metrics import METRICS
+
+    if given == "all":
+        return [name for name in METRICS if name not in ("dci_quick", "tad")]
+    names = [name.strip() for name in given.split(",")]
+    if unknown := [name for name in names if name not in METRICS]:
+        raise InputError(f"--metrics: {unknown[0]!r} is unknown, must be among {', '.join(METRICS)}, or all")
+    return names
 
 
 def parse_concepts(concepts: str) -> list[int]:
@@ -64,15 +78,28 @@ def open_data(data: str | None, image_size: int):
 
 
 def open_model(run: Path, data: str | None, device: str):
-    """The trained model of a run or model folder, and the data to show it on."""
+    """The trained model of a run or model folder, or one that comes with the package, and the data to show it on."""
     from encdiff.models import EncDiff
     from encdiff.runs import read_config
 
-    if not run.is_dir():
-        raise InputError(f"{run}: no such folder; must be a run, or a folder that save_pretrained wrote")
-    of_run = (run / "checkpoint.safetensors").is_file()
-    model = EncDiff.from_pretrained(run / "model" if of_run else run, device=choose_device(device))
-    return model, open_data(data or (read_config(run)["data"] if of_run else None), model.config.image_size)
+    folder = held(run)
+    if not folder.is_dir():
+        raise InputError(f"{run}: no such folder; must be a run, a folder that save_pretrained wrote, or quickstart")
+    of_run = (folder / "checkpoint.safetensors").is_file()
+    model = EncDiff.from_pretrained(folder / "model" if of_run else folder, device=choose_device(device))
+    if data is None and (of_run or folder != run):
+        data = read_config(folder if of_run else folder / "run")["data"]
+    return model, open_data(data, model.config.image_size)
+
+
+def held(run: Path) -> Path:
+    """Where the files of a run are: its name may be that of a model that comes with the package."""
+    return run if run.is_dir() or not (PRETRAINED / run).is_dir() else PRETRAINED / run
+
+
+def results(run: Path) -> Path:
+    """Where to write what is made of a run: into it, but beside the other runs if it comes with the package."""
+    return run if held(run) == run else Path("runs") / run
 
 
 def draw_images(dataset, indices: list[int] | None, count: int, seed: int, model):
@@ -94,7 +121,7 @@ def factor_groups(run: Path, model) -> dict[str, list[int]]:
 
     from encdiff.visualize import concept_groups
 
-    path = run / "metrics.json"
+    path = held(run) / "metrics.json"
     if not path.is_file():
         return {}
     try:

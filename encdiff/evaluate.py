@@ -1,10 +1,14 @@
 """Score an encoder on a labelled data set: encode every image once, then let the metrics index the codes."""
 
+import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,42 +20,32 @@ from encdiff import __version__
 from encdiff.checkpoint import atomic_path
 from encdiff.data import Dataset, describe, to_float
 from encdiff.errors import InputError
-from encdiff.metrics import dci, factor_vae_score, sample_factors
-from encdiff.metrics.factor_vae import check_at_least, check_factor_sizes
+from encdiff.metrics import METRICS
+from encdiff.metrics.factor_vae import check_at_least
 from encdiff.models import EncDiff
+from encdiff.protocol import (
+    DEFAULT,
+    Protocol,
+    Report,
+    check_grid,
+    named,
+    score_grid,
+    score_rows,
+    settings_of,
+    summarize,
+)
 
 Encode = Callable[[torch.Tensor], torch.Tensor]  # float32 (B,3,H,W) in [-1,1] -> (B,N)
-Report = Callable[[str, int, int], None]  # stage, done, total
 
-DCI_DRAW = 16  # factors are drawn this many at a time: it fixes which samples a seed means
-SCORES = {  # row of the table -> path in the result
+SCORES = {  # what the paper reports: row of a table -> path in the result
     "FactorVAE score": ("factor_vae", "eval_accuracy"),
     "DCI disentanglement": ("dci", "disentanglement"),
     "DCI completeness": ("dci", "completeness"),
     "DCI informativeness": ("dci", "informativeness_test"),
 }
-
-
-@dataclass(frozen=True)
-class Protocol:
-    """Everything besides codes and factors that a score depends on; the defaults are those of the published figures."""
-
-    seed: int = 0
-    code: str = "scalars"  # the encoder's N raw scalars, no PCA
-    factor_vae_variance: int = 10_000
-    factor_vae_train: int = 10_000
-    factor_vae_eval: int = 5_000
-    factor_vae_batch: int = 64
-    factor_vae_threshold: float = 0.05  # on the standard deviation of a code
-    dci_train: int = 10_000
-    dci_test: int = 5_000
-
-
-PROTOCOLS = {
-    "paper": Protocol(),
-    "quick": Protocol(
-        factor_vae_variance=2_000, factor_vae_train=2_000, factor_vae_eval=1_000, dci_train=1_000, dci_test=500
-    ),
+FURTHER = {  # scores beside the headline, field -> title
+    "dci": {"completeness": "DCI completeness", "informativeness_test": "DCI informativeness"},
+    "infomec": {"infoc": "InfoC", "infoe": "InfoE"},
 }
 
 
@@ -59,62 +53,140 @@ def evaluate(
     encode: Encode,
     dataset: Dataset,
     *,
+    metrics: Sequence[str] = DEFAULT,
     protocol: str = "paper",
     seed: int = 0,
+    seeds: int = 1,
     batch_size: int = 256,
     n_jobs: int | None = None,
     progress: Report | None = None,
     **overrides: int | float,
 ) -> dict:
-    """FactorVAE score and DCI of `encode` on the whole of a labelled `dataset`.
+    """Scores of any encoder on the whole of a labelled `dataset`.
 
-    encode: see `encode_dataset`. protocol: a name in PROTOCOLS; `overrides` replace fields of it. n_jobs: processes
-    for DCI, default every core. `progress(stage, done, total)` follows the stages "encode", "factor_vae" and "dci".
+    encode: see `encode_dataset`. metrics: names in `encdiff.metrics.METRICS`. protocol: a name in `PROTOCOLS`;
+    `overrides` replace fields of it. seeds: how many, from `seed` up; the codes are the same. n_jobs: processes for the
+    slow metrics, default every core. `progress(stage, done, total)` follows the stages "encode" and the metrics.
 
-    Returns a dict that JSON can hold: `factor_vae`, `dci` (with `importance`, N rows of F), `protocol` (with its name,
-    "custom" once overridden), `data`, `version` and `seconds`. Raises InputError for unlabelled data, an unknown
-    protocol or field, and codes that are not finite.
+    Returns a dict that JSON can hold: each metric's result at `seed` (DCI's with `importance`, N rows of F), `protocol`
+    (with its name, "custom" once overridden), `data`, `version`, `seconds` and, for several seeds, `summary`: see
+    `protocol.summarize`. Raises InputError for unlabelled data, an unknown metric, protocol or field, and codes that
+    are not finite.
     """
-    settings = _settings(protocol, seed, overrides)
-    _need_grid(dataset)
+    settings = settings_of(protocol, seed, **overrides)
+    if not dataset.factor_sizes:
+        raise InputError(f"{dataset.name} has no factors; the scores need a labelled data set")
+    one_per_cell = dataset.is_grid and dataset.instances == 1
+    if one_per_cell:
+        check_grid(len(dataset), dataset.factor_sizes)
+    elif settings.subset == "all":
+        raise InputError(f"{dataset.name} is no complete grid of factors with one image each: use protocol 'heldout'")
     report = progress or (lambda stage, done, total: None)
     began = time.perf_counter()
     codes = encode_dataset(encode, dataset, batch_size, lambda done, total: report("encode", done, total))
     encoded = time.perf_counter()
-    report("factor_vae", 0, 1)
-    factor_vae = _factor_vae(codes, dataset, settings)
-    report("factor_vae", 1, 1)
-    scored = time.perf_counter()
-    report("dci", 0, len(dataset.factor_sizes))
-    importance = _dci(codes, dataset, settings, n_jobs, lambda done, total: report("dci", done, total))
-    ended = time.perf_counter()
-    return {
-        "factor_vae": factor_vae,
-        "dci": importance | {"importance": importance["importance"].tolist()},
-        "protocol": {"name": protocol if settings == replace(PROTOCOLS[protocol], seed=seed) else "custom"}
-        | asdict(settings),
+
+    def score(settings: Protocol) -> dict[str, dict]:
+        if one_per_cell:
+            return score_grid(codes, dataset.factor_sizes, settings, metrics, n_jobs=n_jobs, report=report)
+        factors = dataset.factors(np.arange(len(dataset)))
+        return score_rows(codes, factors, settings, metrics, n_jobs=n_jobs, report=report)
+
+    return _over_seeds(score, protocol, settings, seeds, metrics) | {
         "data": describe(dataset),
         "version": __version__,
-        "seconds": {"encode": encoded - began, "factor_vae": scored - encoded, "dci": ended - scored},
+        "seconds": {"encode": encoded - began, "score": time.perf_counter() - encoded},
     }
 
 
+def evaluate_codes(
+    path: str | os.PathLike,
+    *,
+    metrics: Sequence[str] = DEFAULT,
+    seed: int = 0,
+    seeds: int = 1,
+    n_jobs: int | None = None,
+    progress: Report | None = None,
+    **overrides: int | float,
+) -> dict:
+    """Scores of the codes of any model, by the protocol "heldout": as `evaluate`, from a file.
+
+    path: an `.npz` with `codes` (n, N) floats, `factors` (n, F) integers and, if you like, `factor_names` (F,). Raises
+    InputError, naming the file, for what is not so.
+    """
+    codes, factors, names = read_codes(path)
+    settings = settings_of("heldout", seed, **overrides)
+    began = time.perf_counter()
+
+    def score(settings: Protocol) -> dict[str, dict]:
+        return score_rows(codes, factors, settings, metrics, factor_names=names, n_jobs=n_jobs, report=progress)
+
+    digest = hashlib.sha256(codes.tobytes() + factors.tobytes()).hexdigest()
+    return _over_seeds(score, "heldout", settings, seeds, metrics) | {
+        "data": {"name": Path(path).name, "rows": len(codes), "factor_names": names, "sha256": digest},
+        "version": __version__,
+        "seconds": {"score": time.perf_counter() - began},
+    }
+
+
+def read_codes(path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """`codes`, `factors` and `factor_names` of an `.npz`; nothing in it is unpickled."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            held = {name: file[name] for name in ("codes", "factors", "factor_names") if name in file}
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise InputError(f"{path}: not an .npz of arrays ({str(error).splitlines()[0]})") from None
+    for name in ("codes", "factors"):
+        if name not in held:
+            raise InputError(f"{path}: has no array {name!r}; it must hold codes (n, N) and factors (n, F)")
+    codes, factors = held["codes"], held["factors"]
+    if codes.ndim != 2 or factors.ndim != 2 or len(codes) != len(factors):
+        raise InputError(f"{path}: codes are {codes.shape} and factors {factors.shape}; must be (n, N) and (n, F)")
+    names = [str(name) for name in held.get("factor_names", [f"factor {i}" for i in range(factors.shape[1])])]
+    if len(names) != factors.shape[1]:
+        raise InputError(f"{path}: {len(names)} factor_names for {factors.shape[1]} factors")
+    return codes, factors, names
+
+
+def _over_seeds(score, protocol: str, settings: Protocol, seeds: int, metrics: Sequence[str]) -> dict:
+    """The first seed's results, plain enough for JSON, its protocol, and what all seeds say together."""
+    check_at_least(1, seeds=seeds)
+    results = [score(replace(settings, seed=settings.seed + i)) for i in range(seeds)]
+    first = {name: _plain(result) for name, result in results[0].items()}
+    together = {"summary": {"seeds": seeds, **summarize(results, metrics)}} if seeds > 1 else {}
+    return first | together | {"protocol": named(protocol, settings)}
+
+
+def _plain(result: Mapping) -> dict:
+    return {k: v.tolist() if isinstance(v, (np.ndarray, np.generic)) else v for k, v in result.items()}
+
+
 def evaluate_model(
-    model: EncDiff, dataset: Dataset, *, protocol: str = "paper", seed: int = 0, baseline: bool = True
+    model: EncDiff, dataset: Dataset, *, protocol: str = "paper", seed: int = 0, baseline: bool = True, **options
 ) -> dict[str, dict]:
     """`evaluate` a trained model and, as the baseline, an untrained one of its configuration, with progress bars.
 
-    Returns the results under "trained" and "untrained".
+    `options` are those of `evaluate`. Returns the results under "trained" and "untrained".
     """
     models = {"trained": model}
     if baseline:
         models["untrained"] = untrained(model, dataset, seed)
     results = {}
     for name, scored in models.items():
-        with Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()) as bar:
-            encode = _encoder(scored)
-            results[name] = evaluate(encode, dataset, protocol=protocol, seed=seed, progress=_Stages(bar, name))
+        with stages(name) as report:
+            results[name] = evaluate(
+                _encoder(scored), dataset, protocol=protocol, seed=seed, progress=report, **options
+            )
     return results
+
+
+@contextmanager
+def stages(name: str) -> Iterator[Report]:
+    """A progress bar for each stage of an evaluation."""
+    with Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()) as bar:
+        yield _Stages(bar, name)
 
 
 @torch.no_grad()
@@ -183,11 +255,36 @@ def format_table(results: Mapping[str, dict]) -> Table:
     table.add_column("score")
     for name in results:
         table.add_column(name, justify="right")
-    for row, (metric, field) in SCORES.items():
-        table.add_row(row, *(f"{result[metric][field]:.3f}" for result in results.values()))
-    table.add_row("active dimensions", *(str(r["factor_vae"]["num_active_dims"]) for r in results.values()))
-    table.add_row("protocol", *(f"{r['protocol']['name']}, seed {r['protocol']['seed']}" for r in results.values()))
+    for metric, field, row in _rows(results.values()):
+        table.add_row(row, *(_cell(result, metric, field) for result in results.values()))
+    if all("factor_vae" in result for result in results.values()):
+        table.add_row("active dimensions", *(str(r["factor_vae"]["num_active_dims"]) for r in results.values()))
+    table.add_row("protocol", *(_protocol(result) for result in results.values()))
     return table
+
+
+def _rows(results: Iterable[Mapping]) -> list[tuple[str, str, str]]:
+    """(metric, field, title) of every score that some result has."""
+    held = [name for name in METRICS if any(name in result for result in results)]
+    rows = []
+    for name in held:
+        rows.append((name, METRICS[name].headline, METRICS[name].title))
+        rows += [(name, field, title) for field, title in FURTHER.get(name, {}).items()]
+    return rows
+
+
+def _cell(result: Mapping, metric: str, field: str) -> str:
+    if (value := result.get(metric, {}).get(field)) is None:
+        return "undefined" if metric in result else "-"
+    summary = result.get("summary", {}).get(metric)
+    if summary is None or field != METRICS[metric].headline or summary["std"] is None:
+        return f"{value:.3f}"
+    return f"{summary['mean']:.3f} +- {summary['std']:.3f}"
+
+
+def _protocol(result: Mapping) -> str:
+    seed, count = result["protocol"]["seed"], result.get("summary", {}).get("seeds", 1)
+    return f"{result['protocol']['name']}, " + (f"seed {seed}" if count == 1 else f"seeds {seed} to {seed + count - 1}")
 
 
 def write_metrics(path: str | os.PathLike, results: Mapping) -> None:
@@ -214,47 +311,3 @@ def plot_importance(result: Mapping, path: str | os.PathLike) -> None:
     figure.colorbar(image, ax=axes)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
-
-
-def _settings(protocol: str, seed: int, overrides: Mapping) -> Protocol:
-    if protocol not in PROTOCOLS:
-        raise InputError(f"protocol is {protocol!r}; it must be one of {', '.join(PROTOCOLS)}")
-    known = {field.name for field in fields(Protocol)} - {"seed", "code"}
-    if unknown := sorted(set(overrides) - known):
-        raise InputError(f"{unknown[0]} is no field of the protocol; fields are {', '.join(sorted(known))}")
-    if not 0 <= seed < 2**32:
-        raise InputError(f"seed is {seed}; it must be in 0..2**32-1")
-    settings = replace(PROTOCOLS[protocol], seed=seed, **overrides)
-    check_at_least(1, dci_train=settings.dci_train, dci_test=settings.dci_test)
-    return settings
-
-
-def _need_grid(dataset: Dataset) -> None:
-    if not dataset.factor_sizes:
-        raise InputError(f"{dataset.name} has no factors; the scores need a labelled data set")
-    sizes = check_factor_sizes(dataset.factor_sizes)
-    if np.prod(sizes) != len(dataset):
-        raise InputError(f"{dataset.name} has {len(dataset)} images; a complete grid of factors {sizes} is needed")
-
-
-def _factor_vae(codes: np.ndarray, dataset: Dataset, settings: Protocol) -> dict:
-    return factor_vae_score(
-        lambda factors: codes[dataset.indices(factors)],
-        dataset.factor_sizes,
-        num_variance=settings.factor_vae_variance,
-        num_train=settings.factor_vae_train,
-        num_eval=settings.factor_vae_eval,
-        batch_size=settings.factor_vae_batch,
-        threshold=settings.factor_vae_threshold,
-        seed=settings.seed,
-    )
-
-
-def _dci(codes: np.ndarray, dataset: Dataset, settings: Protocol, n_jobs: int | None, progress) -> dict:
-    rng = np.random.RandomState(settings.seed)
-    samples = []
-    for size in (settings.dci_train, settings.dci_test):
-        draws = [min(DCI_DRAW, size - start) for start in range(0, size, DCI_DRAW)]
-        factors = np.concatenate([sample_factors(rng, dataset.factor_sizes, draw) for draw in draws])
-        samples += [codes[dataset.indices(factors)], factors]
-    return dci(*samples, seed=settings.seed, n_jobs=n_jobs, progress=progress)

@@ -72,7 +72,7 @@ def test_version(encdiff):
 
 
 def test_evaluate_swap_traverse_attend(encdiff, run):
-    assert encdiff("evaluate", run, "--protocol", "quick")[0] == 0
+    assert encdiff("evaluate", run, "--protocol", "quick", "--metrics", "factor_vae,dci,mig")[0] == 0
     results = json.loads((run / "metrics.json").read_text())
     assert results.keys() == {"trained", "untrained"}
     assert results["trained"]["protocol"]["name"] == "quick" and results["trained"]["data"]["images"] == 64
@@ -158,6 +158,8 @@ def test_train_and_resume(encdiff, tmp_path):
         (["swap", "{run}", "--device", "cuda:7"], "--device cuda:7: no GPU"),
         (["swap", "{run}", "--device", "gpu"], "--device 'gpu' must be auto, cpu, cuda"),
         (["evaluate", "{run}", "--protocol", "best"], "best"),
+        (["evaluate", "{run}", "--metrics", "luck"], "--metrics: 'luck' is unknown"),
+        (["evaluate", "none.npz"], "none.npz"),
         (["data", "render", "x.h5", "--grid", "a,b"], "procedural:a,b"),
         (["data", "render", "no/such/folder/x.h5"], "x.h5"),
         (["demonstrate"], "demonstrate"),

@@ -3,9 +3,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from encdiff.errors import InputError
-from encdiff.metrics import completeness, dci, disentanglement
+from encdiff.metrics import completeness, dci, dci_quick, disentanglement
 
 GOLDEN = Path(__file__).parent / "golden"
 ARRAYS = ("codes_train", "factors_train", "codes_test", "factors_test")
@@ -100,3 +102,38 @@ def test_bad_input(parts, names):
 def test_bad_n_jobs():
     with pytest.raises(InputError, match="^n_jobs"):
         dci(CODES, FACTORS, CODES_TEST, FACTORS_TEST, n_jobs=0)
+
+
+@settings(max_examples=2)
+@given(st.permutations(range(4)), st.lists(st.integers(-3, 9), min_size=4, max_size=4))
+def test_invariant_to_permuted_and_rescaled_dimensions(order, powers):
+    """Scale by powers of two to the bit; an order of the dimensions breaks ties among trees otherwise."""
+    x, y, x_test, y_test = sample(lambda z: z @ np.random.RandomState(2).uniform(-1, 1, (3, 4)), n=90, seed=1)
+    plain = dci(x, y, x_test, y_test, n_jobs=1)
+    scaled = dci(x * np.exp2(powers), y, x_test * np.exp2(powers), y_test, n_jobs=1)
+    np.testing.assert_array_equal(scaled["importance"], plain["importance"])
+    moved = dci(x[:, order], y, x_test[:, order], y_test, n_jobs=1)
+    assert moved["disentanglement"] == pytest.approx(plain["disentanglement"], abs=0.02)
+    np.testing.assert_allclose(moved["importance"], plain["importance"][order], atol=0.1)
+
+
+def test_quick_is_near_and_never_mistaken_for_the_exact_one():
+    arrays = np.load(GOLDEN / "metrics.npz")
+    told = []
+    for name in ("identity", "mixed"):
+        parts = [arrays[f"{name}:{part}"] for part in ARRAYS]
+        quick = dci_quick(*parts, n_jobs=1, progress=lambda done, total: told.append(done))
+        exact = json.loads((GOLDEN / "metrics.json").read_text())[name]["dci"]
+        assert not quick.keys() & {"disentanglement", "completeness", "importance", *exact}
+        assert quick["quick_disentanglement"] == pytest.approx(exact["disentanglement"][0], abs=0.15)
+    assert told == [1, 2, 3, 4] * 2
+    fewer = dci_quick(*parts, rows=300, n_jobs=1)
+    np.testing.assert_array_equal(
+        fewer["quick_importance"], dci_quick(parts[0][:300], parts[1][:300], *parts[2:], n_jobs=1)["quick_importance"]
+    )
+
+
+def test_fewer_samples_than_classes():
+    factors = np.c_[FACTORS[:20], np.arange(20)]
+    with pytest.raises(InputError, match="^factors_train: factor 3 has 20 values in 20 samples"):
+        dci(CODES[:20], factors, CODES[:20], factors)

@@ -1,6 +1,5 @@
 import io
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,10 +7,9 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from encdiff import evaluate as module
 from encdiff.data import Dataset, describe
 from encdiff.errors import InputError
-from encdiff.evaluate import encode_dataset, evaluate, format_table, plot_importance, write_metrics
+from encdiff.evaluate import encode_dataset, evaluate, evaluate_codes, format_table, plot_importance, write_metrics
 
 QUICK = dict(
     factor_vae_variance=300, factor_vae_train=200, factor_vae_eval=100, factor_vae_batch=32, dci_train=80, dci_test=40
@@ -74,12 +72,13 @@ def test_result_says_what_it_was_measured_on(results):
         "name": "custom",
         "seed": 3,
         "code": "scalars",
+        "subset": "all",
         "factor_vae_threshold": 0.05,
+        **{"beta_vae_train": 10_000, "beta_vae_eval": 5_000, "beta_vae_batch": 64},
         **QUICK,
     }
     assert result["data"]["factor_sizes"] == [3, 2, 4]
-    assert set(result["seconds"]) == {"encode", "factor_vae", "dci"}
-    assert module._settings("paper", 1, {}) == module.Protocol(seed=1)
+    assert set(result["seconds"]) == {"encode", "score"}
 
     class Brighter(Pixels):
         def images(self, indices):
@@ -87,30 +86,6 @@ def test_result_says_what_it_was_measured_on(results):
 
     assert describe(Brighter())["sha256"] != result["data"]["sha256"]
     assert describe(Pixels()) == result["data"]
-
-
-def test_paper_protocol_is_named_so(monkeypatch):
-    monkeypatch.setattr(module, "dci", lambda *parts, **kw: {"sizes": [len(p) for p in parts], "importance": parts[0]})
-    monkeypatch.setattr(module, "factor_vae_score", lambda codes, sizes, **kw: kw)
-    result = evaluate(read_colours, Pixels())
-    assert result["protocol"]["name"] == "paper"
-    assert result["dci"]["sizes"] == [10_000, 10_000, 5_000, 5_000]
-    expected = dict(num_variance=10_000, num_train=10_000, num_eval=5_000, batch_size=64, threshold=0.05, seed=0)
-    assert result["factor_vae"] == expected
-
-
-def test_dci_samples_follow_the_published_stream(monkeypatch):
-    """The golden arrays are 1,000 training and then 500 test samples of RandomState(0)."""
-
-    class Grid(Pixels):
-        factor_sizes = (6, 4, 5, 3)
-
-    monkeypatch.setattr(module, "dci", lambda *parts, **kw: parts)
-    settings = module.Protocol(dci_train=1_000, dci_test=500)
-    _, train, _, test = module._dci(np.zeros((360, 2)), Grid(), settings, 1, None)
-    golden = np.load(Path(__file__).parent / "golden/metrics.npz")
-    np.testing.assert_array_equal(train, golden["mixed:factors_train"])
-    np.testing.assert_array_equal(test, golden["mixed:factors_test"])
 
 
 def test_table_shows_both_encoders(results):
@@ -169,7 +144,61 @@ def test_incomplete_and_flat_grids_are_refused():
     class Flat(Pixels):
         factor_sizes = (3, 1, 4)
 
-    with pytest.raises(InputError, match="20 images"):
+    with pytest.raises(InputError, match="there are 20 images"):
         evaluate(read_colours, Incomplete())
     with pytest.raises(InputError, match="factor_sizes"):
         evaluate(read_colours, Flat())
+
+
+def test_held_out_rows_are_scored_by_what_the_others_taught():
+    class Many(Pixels):
+        factor_sizes = (6, 5, 7)
+
+    result = evaluate(read_colours, Many(), protocol="heldout", metrics=("factor_vae", "dci", "mig"), n_jobs=1)
+    assert result["protocol"]["name"] == "heldout" and result["protocol"]["subset"] == "80/20"
+    assert result["factor_vae"]["eval_accuracy"] == 1 and result["dci"]["disentanglement"] > 0.99
+    assert result["mig"]["mig"] > 0.9
+
+
+@pytest.fixture
+def codes_file(tmp_path):
+    factors = np.stack(np.unravel_index(np.arange(210), (6, 5, 7)), axis=1)
+    codes = factors @ np.diag([1.0, -2.0, 0.5]) + 0.01 * np.random.default_rng(0).normal(size=(210, 3))
+    path = tmp_path / "codes.npz"
+    np.savez(path, codes=codes, factors=factors, factor_names=["a", "b", "c"])
+    return path
+
+
+def test_codes_of_any_model(codes_file):
+    result = evaluate_codes(codes_file, metrics=("factor_vae", "dci", "sap"), seeds=3, n_jobs=1, **QUICK)
+    assert result["data"]["rows"] == 210 and result["data"]["factor_names"] == ["a", "b", "c"]
+    assert result["dci"]["disentanglement"] > 0.95 and result["factor_vae"]["eval_accuracy"] > 0.95
+    summary = result["summary"]
+    assert summary["seeds"] == 3 and len(summary["dci"]["values"]) == 3
+    assert summary["dci"]["values"][0] == result["dci"]["disentanglement"]
+    assert summary["dci"]["mean"] == pytest.approx(np.mean(summary["dci"]["values"]))
+    low, high = summary["dci"]["interval"]
+    assert min(summary["dci"]["values"]) - 1e-9 <= low <= summary["dci"]["mean"] <= high
+    json.dumps(result, allow_nan=False)
+    console = Console(width=100, record=True, file=io.StringIO())
+    console.print(format_table({"other": result}))
+    text = console.export_text()
+    assert "+-" in text and "seeds 0 to 2" in text and "codes.npz" in text
+
+
+@pytest.mark.parametrize(
+    "arrays, message",
+    [
+        ({"codes": np.zeros((4, 2))}, "has no array 'factors'"),
+        ({"codes": np.zeros((4, 2)), "factors": np.zeros((3, 2), int)}, r"codes are \(4, 2\) and factors \(3, 2\)"),
+        ({"codes": np.array([{}, {}]), "factors": np.zeros((2, 2), int)}, "not an .npz of arrays"),
+        ({"codes": np.zeros((4, 2)), "factors": np.zeros((4, 2), int), "factor_names": ["a"]}, "1 factor_names for 2"),
+        ({"codes": np.zeros((4, 2)), "factors": np.zeros((4, 2), int)}, "factor factor 0 is constant"),
+    ],
+    ids=["absent", "lengths", "pickled", "names", "constant"],
+)
+def test_bad_files_of_codes(tmp_path, arrays, message):
+    path = tmp_path / "codes.npz"
+    np.savez(path, **arrays)
+    with pytest.raises(InputError, match=message):
+        evaluate_codes(path)

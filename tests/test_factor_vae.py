@@ -3,11 +3,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from _codes import BAD_IDS, BAD_ROWS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from encdiff.errors import InputError
-from encdiff.metrics import factor_vae, factor_vae_score
+from encdiff.metrics import factor_vae_score, sampling
+from encdiff.metrics.factor_vae import factor_vae_score_rows
 
 GOLDEN = Path(__file__).parent / "golden"
 SIZES = (6, 4, 5, 3)
@@ -76,7 +78,7 @@ def test_pruning_threshold_is_on_the_standard_deviation(std, dims):
 def test_function_of_factors_equals_grid_and_chunks_do_not_matter(monkeypatch):
     codes = np.random.default_rng().standard_normal((360, 5)).astype(np.float32)
     expected = factor_vae_score(codes, SIZES, **SMALL)
-    monkeypatch.setattr(factor_vae, "ENCODE_ROWS", 7 * 16)
+    monkeypatch.setattr(sampling, "BATCH_ROWS", 7 * 16)
     assert factor_vae_score(lambda f: codes[np.ravel_multi_index(f.T, SIZES)], SIZES, **SMALL) == expected
 
 
@@ -123,3 +125,21 @@ def test_bad_input(codes, sizes, options, names):
     with pytest.raises(InputError, match=f"^{names}") as error:
         factor_vae_score(codes, sizes, **options)
     assert "\n" not in str(error.value)
+
+
+def test_rows_need_no_grid_and_are_held_out():
+    odd = GRID.sum(axis=1) % 2 == 1
+    result = factor_vae_score_rows(CENTRED[odd], GRID[odd], CENTRED[~odd], GRID[~odd], **SMALL)
+    assert result == {"train_accuracy": 1.0, "eval_accuracy": 1.0, "num_active_dims": 4}
+    swapped = factor_vae_score_rows(CENTRED[odd], GRID[odd], CENTRED[~odd][:, ::-1], GRID[~odd], **SMALL)
+    assert swapped["train_accuracy"] == 1 and swapped["eval_accuracy"] < 0.2
+    codes = np.tanh(CENTRED @ np.random.RandomState(2).standard_normal((4, 5)))
+    large = dict(num_train=3000, num_eval=3000)
+    rows = factor_vae_score_rows(codes, GRID, codes, GRID, **large)["eval_accuracy"]
+    assert rows == pytest.approx(factor_vae_score(codes, SIZES, **large)["eval_accuracy"], abs=0.05)
+
+
+@pytest.mark.parametrize("codes, factors, message", BAD_ROWS, ids=BAD_IDS)
+def test_bad_rows(codes, factors, message):
+    with pytest.raises(InputError, match=message):
+        factor_vae_score_rows(codes, factors, CENTRED, GRID)

@@ -17,7 +17,7 @@ LAYERS = [
     {"ops", "checkpoint", "fields", "sheet"},
     {"diffusion", "data", "metrics", "profiling"},
     {"models"},
-    {"runs", "visualize", "engine"},
+    {"runs", "visualize", "engine", "protocol"},
     {"fit", "evaluate"},
     {"train", "train_autoencoder"},
     {"demo", "cli_support"},

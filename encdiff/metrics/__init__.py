@@ -1,6 +1,39 @@
-"""Disentanglement metrics: pure functions of codes and factors, by the protocol of the published figures."""
+"""Disentanglement metrics: pure functions of codes and factors, by the protocols of the published figures.
 
-from encdiff.metrics.dci import completeness, dci, disentanglement
-from encdiff.metrics.factor_vae import factor_vae_score, sample_factors
+`METRICS` names those that need codes and factors only, `score` runs several of them; `fid` and `reconstruction`, which
+need images, are imported from their modules. `docs/metrics.md` says what each means.
+"""
 
-__all__ = ["completeness", "dci", "disentanglement", "factor_vae_score", "sample_factors"]
+from encdiff.metrics.beta_vae import beta_vae_score
+from encdiff.metrics.dci import completeness, dci, dci_quick, disentanglement
+from encdiff.metrics.downstream import downstream
+from encdiff.metrics.factor_vae import factor_vae_score
+from encdiff.metrics.infomec import infomec
+from encdiff.metrics.irs import irs
+from encdiff.metrics.mig import mig
+from encdiff.metrics.modularity import explicitness, modularity
+from encdiff.metrics.registry import METRICS, Metric, score
+from encdiff.metrics.sampling import sample_factors
+from encdiff.metrics.sap import sap
+from encdiff.metrics.tad import tad
+
+__all__ = [
+    "METRICS",
+    "Metric",
+    "beta_vae_score",
+    "completeness",
+    "dci",
+    "dci_quick",
+    "disentanglement",
+    "downstream",
+    "explicitness",
+    "factor_vae_score",
+    "infomec",
+    "irs",
+    "mig",
+    "modularity",
+    "sample_factors",
+    "sap",
+    "score",
+    "tad",
+]

@@ -5,8 +5,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from encdiff.errors import InputError
-
-ENCODE_ROWS = 65_536  # rows encoded at once: bounds memory, does not change the result
+from encdiff.metrics.samples import check_split
+from encdiff.metrics.sampling import Grid, Table
 
 
 def factor_vae_score(
@@ -31,30 +31,32 @@ def factor_vae_score(
     Raises InputError for codes that are not finite or do not match the grid.
     """
     sizes = check_factor_sizes(factor_sizes)
-    check_at_least(2, num_variance=num_variance, batch_size=batch_size)
-    check_at_least(1, num_train=num_train, num_eval=num_eval)
-    if not threshold >= 0:
-        raise InputError(f"threshold is {threshold!r}; it must be at least 0")
-    encode = codes if callable(codes) else _grid_lookup(codes, sizes)
-    rng = np.random.RandomState(seed)
-    z = _encode(encode, sample_factors(rng, sizes, num_variance))
-    variance = z.var(axis=0, ddof=1)
-    active = np.flatnonzero((np.sqrt(variance) >= threshold) & (np.ptp(z, axis=0) > 0))
-    if active.size == 0:
-        return {"train_accuracy": 0.0, "eval_accuracy": 0.0, "num_active_dims": 0}
-    train = _votes(encode, rng, sizes, num_train, batch_size, variance, active)
-    test = _votes(encode, rng, sizes, num_eval, batch_size, variance, active)
-    majority = train.argmax(axis=0), np.arange(active.size)  # the factor that each dimension stands for
-    return {
-        "train_accuracy": float(train[majority].sum() / num_train),
-        "eval_accuracy": float(test[majority].sum() / num_eval),
-        "num_active_dims": int(active.size),
-    }
+    rows = Grid(grid_encoder(codes, sizes), sizes)
+    return _score(rows, rows, num_variance, num_train, num_eval, batch_size, threshold, seed)
 
 
-def sample_factors(rng: np.random.RandomState, factor_sizes: Sequence[int], n: int) -> np.ndarray:
-    """int64 (n, F), uniform; factor by factor, which is the order of the field's standard library."""
-    return np.stack([rng.randint(size, size=n) for size in factor_sizes], axis=1).astype(np.int64, copy=False)
+def factor_vae_score_rows(
+    codes_train: np.ndarray,
+    factors_train: np.ndarray,
+    codes_test: np.ndarray,
+    factors_test: np.ndarray,
+    *,
+    num_variance: int = 10_000,
+    num_train: int = 10_000,
+    num_eval: int = 5_000,
+    batch_size: int = 64,
+    threshold: float = 0.05,
+    seed: int = 0,
+) -> dict:
+    """`factor_vae_score` on any rows, no grid needed: codes (n, N) floats, factors (n, F) integers, F >= 2.
+
+    The variances and training votes come from the train rows, the evaluation votes from the test rows, which may be
+    the same. A batch is drawn from the rows that share the fixed factor's value, with repetition. Result and errors as
+    there; also InputError as `check_split`.
+    """
+    x, y, x_test, y_test = check_split(codes_train, factors_train, codes_test, factors_test, least_factors=2)
+    train, test = Table(x, y), Table(x_test, y_test)
+    return _score(train, test, num_variance, num_train, num_eval, batch_size, threshold, seed)
 
 
 def check_factor_sizes(factor_sizes: Sequence[int]) -> tuple[int, ...]:
@@ -86,35 +88,41 @@ def check_at_least(least: int, **values: int) -> None:
             raise InputError(f"{name} is {value!r}; it must be an integer of at least {least}")
 
 
-def _grid_lookup(codes: np.ndarray, sizes: tuple[int, ...]) -> Callable[[np.ndarray], np.ndarray]:
+def grid_encoder(
+    codes: np.ndarray | Callable[[np.ndarray], np.ndarray], sizes: tuple[int, ...]
+) -> Callable[[np.ndarray], np.ndarray]:
+    """Factors int64 (m, F) to checked codes float64 (m, N): a lookup in the complete grid's codes, or the function."""
+    if callable(codes):
+        return lambda factors: check_codes("codes", codes(factors), len(factors)).astype(np.float64)
     codes = check_codes("codes", codes, int(np.prod(sizes)))
-    return lambda factors: codes[np.ravel_multi_index(factors.T, sizes)]
+    return lambda factors: codes[np.ravel_multi_index(factors.T, sizes)].astype(np.float64)
 
 
-def _encode(encode: Callable[[np.ndarray], np.ndarray], factors: np.ndarray) -> np.ndarray:
-    return check_codes("codes", encode(factors), len(factors)).astype(np.float64)
+def _score(train, test, num_variance, num_train, num_eval, batch_size, threshold, seed) -> dict:
+    check_at_least(2, num_variance=num_variance, batch_size=batch_size)
+    check_at_least(1, num_train=num_train, num_eval=num_eval)
+    if not threshold >= 0:
+        raise InputError(f"threshold is {threshold!r}; it must be at least 0")
+    rng = np.random.RandomState(seed)
+    z = train.sample(rng, num_variance)
+    variance = z.var(axis=0, ddof=1)
+    active = np.flatnonzero((np.sqrt(variance) >= threshold) & (np.ptp(z, axis=0) > 0))
+    if active.size == 0:
+        return {"train_accuracy": 0.0, "eval_accuracy": 0.0, "num_active_dims": 0}
+    votes = _votes(train, rng, num_train, batch_size, variance, active)
+    test_votes = _votes(test, rng, num_eval, batch_size, variance, active)
+    majority = votes.argmax(axis=0), np.arange(active.size)  # the factor that each dimension stands for
+    return {
+        "train_accuracy": float(votes[majority].sum() / num_train),
+        "eval_accuracy": float(test_votes[majority].sum() / num_eval),
+        "num_active_dims": int(active.size),
+    }
 
 
-def _votes(encode, rng, sizes, num_votes, batch_size, variance, active) -> np.ndarray:
+def _votes(rows: Grid | Table, rng, num_votes, batch_size, variance, active) -> np.ndarray:
     """int64 (F, active dims): how often a dimension varied least while a factor was fixed."""
-    counts = np.zeros((len(sizes), active.size), np.int64)
-    step = max(1, ENCODE_ROWS // batch_size)
-    for start in range(0, num_votes, step):
-        fixed, factors = _draw(rng, sizes, min(step, num_votes - start), batch_size)
-        z = _encode(encode, factors.reshape(-1, len(sizes))).reshape(len(fixed), batch_size, -1)
-        least = (z[..., active].var(axis=1, ddof=1) / variance[active]).argmin(axis=1)
+    counts = np.zeros((rows.num_factors, active.size), np.int64)
+    for fixed, z in rows.batches(rng, num_votes, batch_size):
+        least = (z[:, 0][..., active].var(axis=1, ddof=1) / variance[active]).argmin(axis=1)
         np.add.at(counts, (fixed, least), 1)
     return counts
-
-
-def _draw(rng, sizes, num_votes, batch_size) -> tuple[np.ndarray, np.ndarray]:
-    """Fixed factor (votes,) and factors (votes, batch_size, F) that share its value, that of their first row."""
-    fixed = np.empty(num_votes, np.int64)
-    factors = np.empty((num_votes, len(sizes), batch_size), np.int64)
-    for vote in range(num_votes):  # only the draws, in their published order; the arithmetic is batched
-        fixed[vote] = rng.randint(len(sizes))
-        for k, size in enumerate(sizes):
-            factors[vote, k] = rng.randint(size, size=batch_size)
-    votes = np.arange(num_votes)
-    factors[votes, fixed] = factors[votes, fixed, :1]
-    return fixed, factors.transpose(0, 2, 1)
