@@ -1,11 +1,13 @@
 # Needs Python >= 3.11, a C++ compiler and make; the rest is installed into .venv.
 # Every path is relative: make cannot quote a target, and the folder's own path may hold spaces.
 PYTHON ?= python3
+RESULT ?= bench/results/latest.json
+OUT ?= runs/gpu
 CHECK_PYTHON := import sys; sys.exit(sys.version_info < (3, 11) and "needs Python 3.11 or newer: make PYTHON=python3.12")
 PIP := .venv/bin/python -m pip install --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint gate sanitize bench clean
+.PHONY: help demo test lint gate sanitize bench gpu clean
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
@@ -27,10 +29,14 @@ gate: .venv/.installed-dev  ## compile every kernel for three generations of GPU
 sanitize: .venv/.installed-dev  ## the native noise engine's tests under the address and undefined-behaviour sanitizers
 	ENCDIFF_SANITIZE=1 ASAN_OPTIONS=detect_leaks=0 \
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
-	.venv/bin/python -m pytest tests/test_native.py -k "not compile and not opcheck and not ten_million"
+	.venv/bin/python -m pytest tests/test_native.py tests/test_noise_out.py -k "not compile and not opcheck and not ten_million"
 
-bench: .venv/.installed-dev  ## time the ops on this machine; ARGS="--benchmark-json=FILE" keeps the figures
-	.venv/bin/python -m pytest bench $(ARGS)
+bench: .venv/.installed-dev  ## time ops and whole models on this machine; RESULT=FILE.json, ARGS="-k unet" for a part
+	.venv/bin/python -m pytest bench --benchmark-json="$(RESULT)" $(ARGS)
+	.venv/bin/python -m bench.report "$(RESULT)" --against bench/results
+
+gpu:  ## with an NVIDIA GPU, in ten minutes, without network: build, test, sanitize, time, train; OUT=folder for results
+	@"$(PYTHON)" -m bench.gpu "$(OUT)" $(ARGS)
 
 clean:  ## remove .venv, builds and caches, but never a run
 	rm -rf .venv build dist encdiff.egg-info encdiff/_C*.so .pytest_cache .ruff_cache .hypothesis .benchmarks .coverage

@@ -27,7 +27,9 @@ class BuildNative(build_ext):
 def without_native(why: Exception) -> None:
     if native["wanted_cuda"]() == "1":
         raise SystemExit(f"encdiff: {why}")
-    print(f"encdiff: no native noise engine in this install ({why}); first use builds it if it can", file=sys.stderr)
+    if {"egg_info", "dist_info"}.isdisjoint(sys.argv):  # a build runs this file several times
+        says = f"no native noise engine in this install ({why}); first use builds it if it can"
+        print(f"encdiff: {says}", file=sys.stderr)
 
 
 def extensions() -> list[Extension]:
@@ -52,7 +54,7 @@ setup(
         "encdiff.ops",
     ],
     package_dir={"encdiff.kernels": "kernels", "encdiff.csrc": "csrc"},
-    package_data={"encdiff.csrc": ["*.cpp", "*.cu", "*.h"]},
+    package_data={"encdiff.csrc": ["*.cpp", "*.cu", "*.h"], "encdiff": ["pretrained/*/*", "pretrained/*/run/*"]},
     ext_modules=extensions(),
     cmdclass={"build_ext": BuildNative},
     options={"bdist_wheel": {"py_limited_api": "cp311"}},

@@ -1,10 +1,15 @@
 """The noise engine: noising a batch and one DDIM step, against eager and compiled PyTorch and diffusers.
 
-`percent_of_bound` is per cent of the copy bandwidth. Outputs are fresh tensors but for `ours_out` and `copy`, which
-write into given ones: on a CPU the pages of a fresh tensor can cost more than the arithmetic.
+`percent_of_bound` is per cent of the bandwidth of a copy past every cache. Outputs are fresh tensors but for
+`eager_out`, `ours_out` and `copy` (of a tensor of that shape), which write into given ones: on a CPU the pages of a
+fresh tensor can cost more than the arithmetic, depending on what the C library's malloc has seen before.
+
+    python bench/bench_noise.py [threads]    # the two figures that matter on a CPU, minima of interleaved runs
 """
 
 import math
+import sys
+import time
 
 import pytest
 import torch
@@ -15,7 +20,7 @@ from encdiff.ops.noise import q_sample, step
 
 ALPHA_BAR = alphas_cumprod(make_betas("scaled_linear"))
 SHAPES = {"4096x3x16x16": (4096, 3, 16, 16), "64x3x16x16": (64, 3, 16, 16)}
-IMPLS = ("eager", "compiled", "diffusers", "ours", "ours_out")
+IMPLS = ("eager", "eager_out", "compiled", "diffusers", "ours", "ours_out")
 CASES = [(shape, "float32", impl) for shape in SHAPES for impl in IMPLS]
 CASES += [("4096x3x16x16", "bfloat16", impl) for impl in ("eager", "ours", "ours_out")]
 cases = pytest.mark.parametrize("shape,dtype,impl", CASES)
@@ -44,28 +49,58 @@ def scheduler(steps=50):
 
 
 def q_sample_runs(x0, t):
-    alpha_bar, native = ALPHA_BAR.to(x0.device), torch.ops.encdiff_native
+    alpha_bar, out = ALPHA_BAR.to(x0.device), (torch.empty_like(x0), torch.empty_like(x0))
     signal, sigma = alpha_bar.sqrt().to(x0.dtype), (1 - alpha_bar).sqrt().to(x0.dtype)
-    ids, draw, out = torch.arange(len(x0), device=x0.device), torch.zeros(1, dtype=torch.int64, device=x0.device), {}
+    ids, draw = torch.arange(len(x0), device=x0.device), torch.zeros(1, dtype=torch.int64, device=x0.device)
 
     def diffusers_form():
         noise = torch.randn_like(x0)
         return scheduler_.add_noise(x0, noise, t), noise
 
-    def into():
-        if not out:
-            out["x_t"], out["target"] = torch.empty_like(x0), torch.empty_like(x0)
-        native.q_sample_out(x0, None, t, alpha_bar, None, 1, ids, draw, 0, 1, out["x_t"], out["target"], None)
-        return out["x_t"], out["target"]
+    def eager_out():
+        x_t, noise = out
+        torch.randn(x0.shape, out=noise)
+        torch.mul(signal[t].view(-1, 1, 1, 1), x0, out=x_t)
+        return x_t.addcmul_(sigma[t].view(-1, 1, 1, 1), noise), noise
+
+    def ours(out=None):
+        return q_sample(x0, None, t, alpha_bar, seed=1, sample_ids=ids, draw=draw, out=out)
 
     scheduler_, compiled = scheduler(), torch.compile(eager_q_sample)
     return {
         "eager": lambda: eager_q_sample(x0, t, signal, sigma),
+        "eager_out": eager_out,
         "compiled": lambda: compiled(x0, t, signal, sigma),
         "diffusers": diffusers_form,
-        "ours": lambda: q_sample(x0, None, t, alpha_bar, seed=1, sample_ids=ids, draw=draw),
-        "ours_out": into,
+        "ours": ours,
+        "ours_out": lambda: ours(out),
     }
+
+
+def step_runs(x_t, output, c, alpha, alpha_prev, t):
+    x_prev, scheduler_, compiled = torch.empty_like(x_t), scheduler(), torch.compile(eager_step)
+
+    def eager_out():
+        a, b = (alpha_prev / alpha).sqrt(), (1 - alpha_prev).sqrt() - (alpha_prev * (1 - alpha) / alpha).sqrt()
+        return torch.mul(a, x_t, out=x_prev).addcmul_(b, output)
+
+    return {
+        "eager": lambda: eager_step(x_t, output, alpha, alpha_prev),
+        "eager_out": eager_out,
+        "compiled": lambda: compiled(x_t, output, alpha, alpha_prev),
+        "diffusers": lambda: scheduler_.step(output, t, x_t).prev_sample,
+        "ours": lambda: step(x_t, output, c),
+        "ours_out": lambda: step(x_t, output, c, out=x_prev),
+    }
+
+
+def step_inputs(shape, device, dtype, same_row=False):
+    x_t, output = (torch.randn(shape, device=device, dtype=dtype) for _ in range(2))
+    timesteps = ddim_timesteps(50, len(ALPHA_BAR))
+    rows = torch.full((len(x_t),), 25) if same_row else torch.randint(1, 50, (len(x_t),))
+    c = ddim_coefficients(ALPHA_BAR, timesteps)[rows].to(device, torch.float32)
+    alpha, alpha_prev = (ALPHA_BAR[timesteps[r]].view(-1, 1, 1, 1).to(device, dtype) for r in (rows, rows - 1))
+    return x_t, output, c, alpha, alpha_prev, int(timesteps[25])
 
 
 @cases
@@ -90,29 +125,41 @@ def test_step(measure, benchmark, device, shape, dtype, impl):
     if impl == "compiled" and benchmark.disabled:
         pytest.skip("compiling takes longer than a smoke test may")
     torch.manual_seed(0)
-    x_t, output = (torch.randn(SHAPES[shape], device=device, dtype=getattr(torch, dtype)) for _ in range(2))
-    timesteps = ddim_timesteps(50, len(ALPHA_BAR))
-    rows = torch.randint(1, 50, (len(x_t),)) if impl != "diffusers" else torch.full((len(x_t),), 25)
-    c = ddim_coefficients(ALPHA_BAR, timesteps)[rows].to(device, torch.float32)
-    alpha, alpha_prev = (ALPHA_BAR[timesteps[r]].view(-1, 1, 1, 1).to(device, x_t.dtype) for r in (rows, rows - 1))
-    x_prev, scheduler_, compiled = torch.empty_like(x_t), scheduler(), torch.compile(eager_step)
-
-    def into():
-        none = None
-        torch.ops.encdiff_native.step_out(
-            x_t, output, none, c, none, none, none, none, none, none, 0, 0, math.inf, 1.0, x_prev, none
-        )
-        return x_prev
-
+    inputs = step_inputs(SHAPES[shape], device, getattr(torch, dtype), same_row=impl == "diffusers")
+    x_t, output, c = inputs[:3]
     expected = step(x_t.float(), output.float(), c, impl="reference")
     step(x_t, output, c, impl="native")
-    run = {
-        "eager": lambda: eager_step(x_t, output, alpha, alpha_prev),
-        "compiled": lambda: compiled(x_t, output, alpha, alpha_prev),
-        "diffusers": lambda: scheduler_.step(output, int(timesteps[25]), x_t).prev_sample,
-        "ours": lambda: step(x_t, output, c),
-        "ours_out": into,
-    }[impl]
+    run = step_runs(*inputs)[impl]
     assert (run().float() - expected).norm() <= (1e-4 if dtype == "float32" else 5e-2) * expected.norm()
     labels = {"op": "step", "impl": impl, "phase": "step", "shape": f"{shape} {dtype}"}
     measure(run, **labels, dtype=x_t.dtype, bytes=3 * x_t.nbytes, flops=0)
+
+
+def main() -> None:
+    """Milliseconds of each form at 4096x3x16x16 float32: the variants take turns, the least of many counts."""
+    torch.set_num_threads(int(sys.argv[1]) if len(sys.argv) > 1 else torch.get_num_threads())
+    x, past_cache = torch.randn(4096, 3, 16, 16), torch.ones(2**26)
+    inputs, same, copied = step_inputs(x.shape, "cpu", torch.float32), torch.empty_like(x), torch.empty_like(past_cache)
+    forms = {
+        "q_sample": q_sample_runs(x, torch.randint(len(ALPHA_BAR), (len(x),))),
+        "step": step_runs(*inputs),
+        "copy": {"same size": lambda: same.copy_(x), "past every cache": lambda: copied.copy_(past_cache)},
+    }
+    runs = {
+        (op, name): f for op, fs in forms.items() for name, f in fs.items() if name not in ("compiled", "diffusers")
+    }
+    best = dict.fromkeys(runs, math.inf)
+    for _ in range(60):
+        for key, run in runs.items():
+            begin = time.perf_counter()
+            made = run()
+            best[key] = min(best[key], time.perf_counter() - begin)
+            del made  # outside the timing, before the next allocates
+    print(f"{torch.get_num_threads()} threads, least of 60, milliseconds and GB/s")
+    for (op, name), seconds in best.items():
+        moved = 2 * past_cache.nbytes if name == "past every cache" else (2 if op == "copy" else 3) * x.nbytes
+        print(f"{op:9} {name:17} {1e3 * seconds:7.3f} {moved / seconds / 1e9:6.1f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -10,6 +10,7 @@
 #include <optional>
 #include <string>
 #include <tuple>
+#include <type_traits>
 
 #include "noise.h"
 
@@ -68,6 +69,14 @@ Table table_of(const char* name, const Tensor& x, const Tensor& like) {
   return {x.data_ptr(), is_double, x.size(0), x.dim() == 2 ? x.size(1) : 1};
 }
 
+// One row per sample, or one for all.
+Table coefficients_of(const Tensor& x, int64_t columns, const Tensor& like) {
+  const Table table = table_of("coefficients", x, like);
+  STD_TORCH_CHECK((table.rows == like.size(0) || table.rows == 1) && table.columns >= columns, "coefficients must be (",
+                  like.size(0), ", ", columns, ") or (1, ", columns, ")");
+  return table;
+}
+
 Key key_of(const MaybeTensor& ids, const MaybeTensor& draw_tensor, int64_t draw, int64_t seed, int64_t stream,
            const Tensor& like) {
   const int64_t batch = like.size(0);
@@ -103,8 +112,10 @@ const CpuKernels& cpu() {
 // A thread takes whole tiles, at least 16 (4096 elements), so small tensors stay on one thread.
 template <class Args>
 void run_cpu(void (*kernel)(const Args&, int64_t, int64_t), const Args& args) {
-  const int64_t tiles = args.batch * tiles_per_sample(args.size);
-  torch::stable::parallel_for(0, tiles, 16, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+  const int64_t tiles = tiles_per_sample(args.size);
+  const bool by_sample = std::is_same_v<Args, Threshold>;
+  const int64_t count = by_sample ? args.batch : args.batch * tiles, grain = by_sample ? (15 + tiles) / tiles : 16;
+  torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
 }
 
 template <class Args>
@@ -179,7 +190,29 @@ std::tuple<Tensor, Tensor, Tensor> q_sample(Tensor x0, MaybeTensor noise, Tensor
   return {x_t, target, weight};
 }
 
-void step_out(Tensor x, Tensor output, MaybeTensor unconditional, Tensor coefficients, MaybeTensor noise,
+Tensor threshold(Tensor x, Tensor output, MaybeTensor unconditional, Tensor coefficients, double clip, double guidance,
+                 double quantile) {
+  Threshold s{};
+  s.dtype = dtype_of(x);
+  set_shape("x_t", x, s.batch, s.size);
+  STD_TORCH_CHECK(s.size > 0 && quantile >= 0 && quantile <= 1, "quantile is ", quantile, " of ", s.size,
+                  " elements, must lie in 0 to 1, of at least one");
+  s.x = x.data_ptr();
+  s.output = data_like("model_output", output, x);
+  s.unconditional = data_like("unconditional", unconditional, x);
+  s.coefficients = coefficients_of(coefficients, 2, x);
+  s.clip = static_cast<float>(clip);
+  s.guidance = static_cast<float>(guidance);
+  const double position = quantile * static_cast<double>(s.size - 1);
+  s.rank = static_cast<int64_t>(position);
+  s.weight = static_cast<float>(position - static_cast<double>(s.rank));
+  Tensor limits = torch::stable::new_empty(x, {s.batch}, ScalarType::Float);
+  s.limits = static_cast<float*>(limits.data_ptr());
+  run(cpu().threshold, s, x);
+  return limits;
+}
+
+void step_out(Tensor x, Tensor output, MaybeTensor unconditional, Tensor coefficients, MaybeTensor limits, MaybeTensor noise,
               MaybeTensor history0, MaybeTensor history1, MaybeTensor history2, MaybeTensor sample_ids, MaybeTensor draw_tensor,
               int64_t draw, int64_t seed, double clip, double guidance, Tensor x_prev, MaybeTensor x0) {
   Step s{};
@@ -194,9 +227,15 @@ void step_out(Tensor x, Tensor output, MaybeTensor unconditional, Tensor coeffic
     if (!*history) break;
     s.history[columns++ - 5] = data_like("history", *history, x);
   }
-  s.coefficients = table_of("coefficients", coefficients, x);
-  STD_TORCH_CHECK(s.coefficients.rows == s.batch && s.coefficients.columns == columns,
-                  "coefficients must be (", s.batch, ", ", columns, ")");
+  s.coefficients = coefficients_of(coefficients, columns, x);
+  STD_TORCH_CHECK(s.coefficients.columns == columns, "coefficients has ", s.coefficients.columns, " columns, must have ",
+                  columns);
+  if (limits) {
+    const bool fits = limits->scalar_type() == ScalarType::Float && limits->numel() == s.batch;
+    STD_TORCH_CHECK(fits && limits->is_contiguous() && same_place(*limits, x), "limits must be ", s.batch,
+                    " contiguous float32 on the first tensor's device");
+    s.limits = static_cast<const float*>(limits->data_ptr());
+  }
   s.clip = static_cast<float>(clip);
   s.guidance = static_cast<float>(guidance);
   s.x_prev = data_like("x_prev", x_prev, x);
@@ -206,12 +245,12 @@ void step_out(Tensor x, Tensor output, MaybeTensor unconditional, Tensor coeffic
 }
 
 std::tuple<Tensor, Tensor> step(Tensor x, Tensor output, MaybeTensor unconditional, Tensor coefficients,
-                                MaybeTensor noise, MaybeTensor history0, MaybeTensor history1, MaybeTensor history2, MaybeTensor sample_ids,
+                                MaybeTensor limits, MaybeTensor noise, MaybeTensor history0, MaybeTensor history1, MaybeTensor history2, MaybeTensor sample_ids,
                                 MaybeTensor draw_tensor, int64_t draw, int64_t seed, double clip, double guidance,
                                 bool want_x0) {
   Tensor x_prev = torch::stable::empty_like(x);
   Tensor x0 = want_x0 ? torch::stable::empty_like(x) : torch::stable::new_empty(x, {0});
-  step_out(x, output, unconditional, coefficients, noise, history0, history1, history2, sample_ids, draw_tensor, draw, seed, clip,
+  step_out(x, output, unconditional, coefficients, limits, noise, history0, history1, history2, sample_ids, draw_tensor, draw, seed, clip,
            guidance, x_prev, want_x0 ? x0 : MaybeTensor());
   return {x_prev, x0};
 }
@@ -234,7 +273,7 @@ void random_out(int64_t kind, Tensor sample_ids, MaybeTensor draw_tensor, int64_
   "Tensor x0, Tensor? noise, Tensor t, Tensor schedule, Tensor? loss_weights, int kind, Tensor? sample_ids, "   \
   "Tensor? draw_tensor, int draw, int seed"
 #define STEP_IN                                                                                                 \
-  "Tensor x, Tensor output, Tensor? unconditional, Tensor coefficients, Tensor? noise, Tensor? history0, "      \
+  "Tensor x, Tensor output, Tensor? unconditional, Tensor coefficients, Tensor? limits, Tensor? noise, Tensor? history0, " \
   "Tensor? history1, Tensor? history2, Tensor? sample_ids, Tensor? draw_tensor, int draw, int seed, float clip, float guidance"
 
 STABLE_TORCH_LIBRARY(encdiff_native, m) {
@@ -242,6 +281,9 @@ STABLE_TORCH_LIBRARY(encdiff_native, m) {
   m.def("q_sample_out(" Q_SAMPLE_IN ", Tensor(a!) x_t, Tensor(b!)? target, Tensor(c!)? weight) -> ()");
   m.def("step(" STEP_IN ", bool want_x0) -> (Tensor, Tensor)");
   m.def("step_out(" STEP_IN ", Tensor(a!) x_prev, Tensor(b!)? x0) -> ()");
+  m.def(
+      "threshold(Tensor x, Tensor output, Tensor? unconditional, Tensor coefficients, float clip, float guidance, "
+      "float quantile) -> Tensor");
   m.def("random_out(int kind, Tensor sample_ids, Tensor? draw_tensor, int draw, int seed, int stream, Tensor(a!) out) -> ()");
 }
 
@@ -250,6 +292,7 @@ STABLE_TORCH_LIBRARY(encdiff_native, m) {
   m.impl("q_sample_out", TORCH_BOX(&encdiff::q_sample_out)); \
   m.impl("step", TORCH_BOX(&encdiff::step));           \
   m.impl("step_out", TORCH_BOX(&encdiff::step_out));   \
+  m.impl("threshold", TORCH_BOX(&encdiff::threshold)); \
   m.impl("random_out", TORCH_BOX(&encdiff::random_out))
 
 STABLE_TORCH_LIBRARY_IMPL(encdiff_native, CPU, m) { IMPLEMENT(m); }

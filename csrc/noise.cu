@@ -4,6 +4,8 @@
 // The draw counter is read on the device: a captured graph advances with it.
 #include <cuda_runtime.h>
 
+#undef NDEBUG
+#include <cassert>
 #include <initializer_list>
 #include <stdexcept>
 #include <string>
@@ -72,7 +74,7 @@ __global__ void __launch_bounds__(kThreads) q_sample_kernel(const QSample q, int
        i += gridDim.x * static_cast<int64_t>(kThreads)) {
     const Quad at_quad = quad_of(i, quads, q.size);
     const int64_t t = timestep(q, at_quad.sample);
-    if (t < 0 || t >= q.schedule.rows) __trap();  // as PyTorch's device-side index check: stop, never clamp
+    assert(t >= 0 && t < q.schedule.rows && "t must lie in 0 to T - 1, the schedule's last row");  // as PyTorch's indexing
     float signal, sigma, x[4], e[4], y[4];
     signal_and_sigma(q, t, signal, sigma);
     if (q.weight && at_quad.quad == 0) q.weight[at_quad.sample] = static_cast<float>(at(q.loss_weights, t, 0));
@@ -97,7 +99,8 @@ __global__ void __launch_bounds__(kThreads) step_kernel(const Step s, int64_t qu
     const Quad q = quad_of(i, quads, s.size);
     float x[4], x0[4], y[4], c[5];
 #pragma unroll
-    for (int k = 0; k < 5; ++k) c[k] = static_cast<float>(at(s.coefficients, q.sample, k));
+    for (int k = 0; k < 5; ++k) c[k] = coefficient(s.coefficients, q.sample, k);
+    const float limit = s.limits ? s.limits[q.sample] : s.clip, scale = s.limits ? s.clip / limit : 1.0f;
     read<T, kAligned>(s.x, q, x);
     read<T, kAligned>(s.output, q, x0);
     if (s.unconditional) {
@@ -107,8 +110,8 @@ __global__ void __launch_bounds__(kThreads) step_kernel(const Step s, int64_t qu
     }
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
-      const float a = c[0] * x[k] + c[1] * x0[k], b = a < -s.clip ? -s.clip : a;
-      x0[k] = b > s.clip ? s.clip : b;
+      const float a = c[0] * x[k] + c[1] * x0[k], b = a < -limit ? -limit : a;
+      x0[k] = (b > limit ? limit : b) * scale;
       y[k] = c[2] * x0[k] + c[3] * x[k];
     }
     if (s.noise || s.key.sample_ids) {
@@ -120,13 +123,57 @@ __global__ void __launch_bounds__(kThreads) step_kernel(const Step s, int64_t qu
 #pragma unroll
     for (int h = 0; h < kHistory; ++h) {
       if (!s.history[h]) continue;
-      const float c_h = static_cast<float>(at(s.coefficients, q.sample, 5 + h));
+      const float c_h = coefficient(s.coefficients, q.sample, 5 + h);
       read<T, kAligned>(s.history[h], q, x);
 #pragma unroll
       for (int k = 0; k < 4; ++k) y[k] = y[k] + c_h * x[k];
     }
     write<T, kAligned>(s.x_prev, q, y);
     if (s.x0) write<T, kAligned>(s.x0, q, x0);
+  }
+}
+
+template <class T>
+__device__ __forceinline__ uint32_t magnitude_at(const Threshold& s, float c0, float c1, int64_t i) {
+  float output = load(static_cast<const T*>(s.output)[i]);
+  if (s.unconditional) {
+    const float other = load(static_cast<const T*>(s.unconditional)[i]);
+    output = other + s.guidance * (output - other);
+  }
+  return magnitude(c0, c1, load(static_cast<const T*>(s.x)[i]), output);
+}
+
+// A block per sample. Counts are added in any order and come out the same.
+template <class T>
+__global__ void __launch_bounds__(kThreads) threshold_kernel(const Threshold s) {
+  __shared__ unsigned long long histogram[kThreads];
+  __shared__ Search search;
+  __shared__ uint32_t next;
+  for (int64_t sample = blockIdx.x; sample < s.batch; sample += gridDim.x) {
+    const float c0 = coefficient(s.coefficients, sample, 0), c1 = coefficient(s.coefficients, sample, 1);
+    const int64_t begin = sample * s.size + threadIdx.x, end = (sample + 1) * s.size;
+    if (threadIdx.x == 0) search = {s.rank, 0, 0, false}, next = 0xFFFFFFFFu;
+#pragma unroll 1
+    for (int shift = 24; shift >= 0; shift -= 8) {
+      histogram[threadIdx.x] = 0;
+      __syncthreads();
+#pragma unroll 1
+      for (int64_t i = begin; i < end; i += kThreads) {
+        const uint32_t bits = magnitude_at<T>(s, c0, c1, i);
+        if ((bits & search.known) == search.found) atomicAdd(&histogram[bits >> shift & 0xFFu], 1ull);
+      }
+      __syncthreads();
+      if (threadIdx.x == 0) narrow(search, histogram, shift);
+      __syncthreads();
+    }
+#pragma unroll 1
+    for (int64_t i = begin; i < end && !search.has_twin; i += kThreads) {
+      const uint32_t bits = magnitude_at<T>(s, c0, c1, i);
+      if (bits > search.found) atomicMin(&next, bits);
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) s.limits[sample] = limit_of(s, search.found, next == 0xFFFFFFFFu ? search.found : next);
+    __syncthreads();
   }
 }
 
@@ -189,6 +236,16 @@ void launch(const Step& s, int device, void* stream) {
   const bool is_aligned = aligned(
       s.dtype, s.size, {s.x, s.output, s.unconditional, s.noise, s.history[0], s.history[1], s.history[2], s.x_prev, s.x0});
   start<const Step>(kernels, s, is_aligned, device, stream);
+}
+
+void launch(const Threshold& s, int device, void* stream) {
+  check(cudaSetDevice(device));
+  const unsigned grid = static_cast<unsigned>(s.batch < (1 << 30) ? s.batch : (1 << 30));
+  const auto kernel = s.dtype == kFloat32    ? threshold_kernel<Float32>
+                      : s.dtype == kBFloat16 ? threshold_kernel<BFloat16>
+                                             : threshold_kernel<Float16>;
+  kernel<<<grid, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(s);
+  check(cudaGetLastError());
 }
 
 void launch(const Draw& d, int device, void* stream) {

@@ -39,17 +39,30 @@ struct QSample {
 };
 
 // x0 = c0 x + c1 output, clipped; x_prev = c2 x0 + c3 x + c4 noise + c5 history0 + c6 history1 + ..,
-// with output = unconditional + guidance (output - unconditional).
+// with output = unconditional + guidance (output - unconditional). A limit s clips to [-s, s] and multiplies by clip / s.
 constexpr int kHistory = 3;
 
 struct Step {
   DType dtype;
   int64_t batch, size;
   const void *x, *output, *unconditional, *noise, *history[kHistory];  // all but x and output can be null
-  Table coefficients;  // (B, 5 + histories)
+  Table coefficients;   // (B, 5 + histories), or one row for all
+  const float* limits;  // (B,), or null
   float clip, guidance;  // clip: infinity for none
   void *x_prev, *x0;     // x0 can be null
   Key key;
+};
+
+// limits = max(clip, quantile of |x0| over a sample), the quantile between the values of `rank` and of the next.
+struct Threshold {
+  DType dtype;
+  int64_t batch, size;
+  const void *x, *output, *unconditional;
+  Table coefficients;
+  float clip, guidance;
+  int64_t rank;
+  float weight;  // of the next value
+  float* limits;
 };
 
 struct Draw {
@@ -63,6 +76,36 @@ struct Draw {
 ENCDIFF_FN double at(const Table& table, int64_t row, int64_t column) {
   const int64_t i = row * table.columns + column;
   return table.is_double ? static_cast<const double*>(table.data)[i] : static_cast<const float*>(table.data)[i];
+}
+
+ENCDIFF_FN float coefficient(const Table& table, int64_t sample, int64_t column) {
+  return static_cast<float>(at(table, table.rows == 1 ? 0 : sample, column));
+}
+
+// The bits of |x0|: they order as the numbers do, a NaN last.
+ENCDIFF_FN uint32_t magnitude(float c0, float c1, float x, float output) {
+  return bits_of(c0 * x + c1 * output) & 0x7FFFFFFFu;
+}
+
+// A search for the value of a rank, eight bits of it per pass: the values that begin with `found` are still in question.
+struct Search {
+  int64_t rank;  // among those
+  uint32_t found, known;
+  bool has_twin;  // at the end: the next rank has the same value
+};
+
+template <class Count>
+ENCDIFF_FN void narrow(Search& search, const Count* histogram, int shift) {
+  uint32_t bin = 0;
+  for (; search.rank >= static_cast<int64_t>(histogram[bin]); ++bin) search.rank -= static_cast<int64_t>(histogram[bin]);
+  search.found |= bin << shift;
+  search.known |= 0xFFu << shift;
+  search.has_twin = search.rank + 1 < static_cast<int64_t>(histogram[bin]);
+}
+
+ENCDIFF_FN float limit_of(const Threshold& s, uint32_t value, uint32_t next) {
+  const float a = from_bits(value), quantile = a + s.weight * (from_bits(next) - a);
+  return quantile < s.clip ? s.clip : quantile;  // a NaN stays one
 }
 
 ENCDIFF_FN int64_t timestep(const QSample& q, int64_t sample) {
@@ -101,6 +144,7 @@ ENCDIFF_FN int64_t tiles_per_sample(int64_t size) { return (size + kTile - 1) / 
 struct CpuKernels {
   void (*q_sample)(const QSample&, int64_t begin, int64_t end);
   void (*step)(const Step&, int64_t begin, int64_t end);
+  void (*threshold)(const Threshold&, int64_t begin, int64_t end);  // over samples
   void (*draw)(const Draw&, int64_t begin, int64_t end);
 };
 namespace baseline {
@@ -115,6 +159,7 @@ extern const CpuKernels kernels;
 
 void launch(const QSample&, int device, void* stream);
 void launch(const Step&, int device, void* stream);
+void launch(const Threshold&, int device, void* stream);
 void launch(const Draw&, int device, void* stream);
 
 }  // namespace encdiff

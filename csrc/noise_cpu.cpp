@@ -20,11 +20,12 @@ struct Tile {
   int64_t sample, first, count, offset;  // first element within the sample, and within the tensor
 };
 
-Tile tile_of(int64_t index, int64_t size) {
+// The tile of an index, or as many as `tiles` in one, within the sample.
+Tile tile_of(int64_t index, int64_t size, int64_t tiles = 1) {
   const int64_t per_sample = tiles_per_sample(size), sample = index / per_sample;
   const int64_t first = index % per_sample * kTile;
   const int64_t left = size - first;
-  return {sample, first, left < kTile ? left : kTile, sample * size + first};
+  return {sample, first, left < tiles * kTile ? left : tiles * kTile, sample * size + first};
 }
 
 #if defined(__AVX512F__)
@@ -136,13 +137,17 @@ ENCDIFF_FN float clipped(float a, float clip) {
   return b > clip ? clip : b;
 }
 
+// Nothing to keep beside: one loop from memory to memory, over as many tiles as there are.
+bool is_plain(const Step& s) {
+  return !s.unconditional && !s.noise && !s.key.sample_ids && !s.history[0] && !s.x0 && !s.limits;
+}
+
 template <class T>
 void step_tile(const Step& s, const Tile& tile) {
   float c[5 + kHistory];
-  for (int64_t j = 0; j < s.coefficients.columns; ++j) c[j] = static_cast<float>(at(s.coefficients, tile.sample, j));
+  for (int64_t j = 0; j < s.coefficients.columns; ++j) c[j] = coefficient(s.coefficients, tile.sample, j);
   const float c0 = c[0], c1 = c[1], c2 = c[2], c3 = c[3], clip = s.clip;
-  const bool noisy = s.noise || s.key.sample_ids;
-  if (!s.unconditional && !noisy && !s.history[0] && !s.x0) {  // nothing to keep beside: one loop from memory to memory
+  if (is_plain(s)) {
     const T *x = in<T>(s.x, tile), *output = in<T>(s.output, tile);
     T* x_prev = out<T>(s.x_prev, tile);
     IVDEP for (int64_t i = 0; i < tile.count; ++i) {
@@ -158,11 +163,12 @@ void step_tile(const Step& s, const Tile& tile) {
     read<T>(s.unconditional, tile, y);
     for (int64_t i = 0; i < tile.count; ++i) x0[i] = y[i] + s.guidance * (x0[i] - y[i]);
   }
+  const float limit = s.limits ? s.limits[tile.sample] : clip, scale = s.limits ? clip / limit : 1.0f;
   for (int64_t i = 0; i < tile.count; ++i) {
-    x0[i] = clipped(c0 * x[i] + c1 * x0[i], clip);
+    x0[i] = clipped(c0 * x[i] + c1 * x0[i], limit) * scale;
     y[i] = c2 * x0[i] + c3 * x[i];
   }
-  if (noisy) {
+  if (s.noise || s.key.sample_ids) {
     s.noise ? read<T>(s.noise, tile, x) : normals(s.key, tile, x);
     for (int64_t i = 0; i < tile.count; ++i) y[i] = y[i] + c[4] * x[i];
   }
@@ -181,21 +187,66 @@ void draw_tile(const Draw& d, const Tile& tile) {
   write<T>(d.out, tile, z);
 }
 
-#define OVER_TILES(name, Args)                                                                       \
-  void name(const Args& args, int64_t begin, int64_t end) {                                          \
-    for (int64_t i = begin; i < end; ++i) {                                                          \
-      const Tile tile = tile_of(i, args.size);                                                       \
-      if (args.dtype == kFloat32) name##_tile<Float32>(args, tile);                                  \
-      if (args.dtype == kBFloat16) name##_tile<BFloat16>(args, tile);                                \
-      if (args.dtype == kFloat16) name##_tile<Float16>(args, tile);                                  \
-    }                                                                                                \
+// A sample's x0 is made anew in each pass: it lies in the cache, where a copy of it might not.
+template <class T>
+void threshold_sample(const Threshold& s, int64_t sample) {
+  const float c0 = coefficient(s.coefficients, sample, 0), c1 = coefficient(s.coefficients, sample, 1);
+  const auto for_each = [&](auto&& see) {
+    for (int64_t first = 0; first < s.size; first += kTile) {
+      const int64_t left = s.size - first;
+      const Tile tile{sample, first, left < kTile ? left : kTile, sample * s.size + first};
+      alignas(64) float x[kTile], output[kTile], other[kTile];
+      alignas(64) uint32_t bits[kTile];
+      read<T>(s.x, tile, x);
+      read<T>(s.output, tile, output);
+      if (s.unconditional) {
+        read<T>(s.unconditional, tile, other);
+        for (int64_t i = 0; i < tile.count; ++i) output[i] = other[i] + s.guidance * (output[i] - other[i]);
+      }
+      for (int64_t i = 0; i < tile.count; ++i) bits[i] = magnitude(c0, c1, x[i], output[i]);
+      for (int64_t i = 0; i < tile.count; ++i) see(bits[i]);
+    }
+  };
+  Search search{s.rank, 0, 0, false};
+  for (int shift = 24; shift >= 0; shift -= 8) {
+    int64_t histogram[256] = {};
+    for_each([&](uint32_t bits) { histogram[bits >> shift & 0xFFu] += (bits & search.known) == search.found; });
+    narrow(search, histogram, shift);
   }
-OVER_TILES(q_sample, QSample)
-OVER_TILES(step, Step)
-OVER_TILES(draw, Draw)
+  uint32_t next = search.has_twin ? search.found : 0xFFFFFFFFu;
+  if (!search.has_twin) for_each([&](uint32_t bits) { next = bits > search.found && bits < next ? bits : next; });
+  s.limits[sample] = limit_of(s, search.found, next == 0xFFFFFFFFu ? search.found : next);
+}
+
+#define FOR_DTYPE(name, args, where)                                  \
+  do {                                                                \
+    if ((args).dtype == kFloat32) name<Float32>(args, where);         \
+    if ((args).dtype == kBFloat16) name<BFloat16>(args, where);       \
+    if ((args).dtype == kFloat16) name<Float16>(args, where);         \
+  } while (false)
+
+void q_sample(const QSample& q, int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end; ++i) FOR_DTYPE(q_sample_tile, q, tile_of(i, q.size));
+}
+
+void step(const Step& s, int64_t begin, int64_t end) {
+  while (begin < end) {
+    const Tile tile = tile_of(begin, s.size, is_plain(s) ? end - begin : 1);
+    FOR_DTYPE(step_tile, s, tile);
+    begin += tiles_per_sample(tile.count);
+  }
+}
+
+void threshold(const Threshold& s, int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end; ++i) FOR_DTYPE(threshold_sample, s, i);
+}
+
+void draw(const Draw& d, int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end; ++i) FOR_DTYPE(draw_tile, d, tile_of(i, d.size));
+}
 
 }  // namespace
 
-extern const CpuKernels kernels = {q_sample, step, draw};
+extern const CpuKernels kernels = {q_sample, step, threshold, draw};
 
 }  // namespace encdiff::ENCDIFF_ISA

@@ -219,7 +219,8 @@ def check() -> bool:
         for architecture, rows in zip(ARCHITECTURES, pool.map(compile_for, ARCHITECTURES), strict=True):
             good = good and bool(rows)
             for kernel, registers, stack, spills in rows:
-                name = re.sub(r".*\d+(q_sample|step|draw)_kernelINS_\d+(\w+?)ELb([01]).*", r"\1 \2 aligned=\3", kernel)
+                pattern = r".*\d(q_sample|step|threshold|draw)_kernelINS_\d+(\w+?)E(?:Lb([01])|).*"
+                name = re.sub(pattern, r"\1 \2 \3", kernel)
                 clean = stack == spills == 0
                 good = good and clean
                 verdict = "ok" if clean else "FAIL"

@@ -1,15 +1,13 @@
 """The commands `encdiff data ...`."""
 
-from contextlib import ExitStack
 from enum import StrEnum
-from functools import cache
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.table import Table
 
-from encdiff.cli_support import DATA_HELP, console
+from encdiff.cli_support import DATA_HELP, console, open_data
 from encdiff.errors import InputError
 
 # Modules that load torch are imported inside the commands, so that --help answers at once.
@@ -45,7 +43,7 @@ def render(
 @data_app.command()
 def convert(data: Data, out: Out, image_size: ImageSize = None, overwrite: Overwrite = False) -> None:
     """Rewrite any grid of factors as a 3dshapes file: smaller, or in chunks that random batches read fast."""
-    _write(_open(data, image_size), out, overwrite)
+    _write(open_data(data, image_size), out, overwrite)
 
 
 @data_app.command()
@@ -53,7 +51,7 @@ def info(data: Data, image_size: ImageSize = None) -> None:
     """What a data set is: images, factors with their numbers of values, and the fingerprint that runs store."""
     from encdiff.data import describe
 
-    dataset = _open(data, image_size)
+    dataset = open_data(data, image_size)
     found = describe(dataset)
     table = Table("factor", "values", "from", "to", box=None, pad_edge=False)
     for name, size, values in zip(found["factor_names"], found["factor_sizes"], dataset.label_values, strict=True):
@@ -64,19 +62,6 @@ def info(data: Data, image_size: ImageSize = None) -> None:
     if dataset.factor_names and not dataset.is_grid:
         console.print("attributes, no complete grid of factors")
     console.print(f"sha256 of 8 images: {found['sha256']}", soft_wrap=True)
-
-
-def _open(data: str, image_size: int | None):
-    from encdiff.data import open_dataset
-    from encdiff.runs import progress_bar
-
-    with ExitStack() as stack:
-
-        @cache  # only a file that must be unpacked or read whole shows a bar
-        def bar():
-            return stack.enter_context(progress_bar("opening"))
-
-        return open_dataset(data, image_size, lambda done, total: bar()(done, total))
 
 
 def _write(dataset, out: Path, overwrite: bool) -> None:

@@ -1,6 +1,8 @@
 """What the commands share: options, devices, data, models, files."""
 
 import os
+from contextlib import ExitStack
+from functools import cache
 from pathlib import Path
 
 from rich.console import Console
@@ -12,7 +14,7 @@ PRETRAINED = Path(__file__).parent / "pretrained"  # models that come with the p
 # Modules that load torch are imported inside the functions, so that --help answers at once.
 
 console = Console()
-DATA_HELP = "A 3dshapes .h5 file, an .npz, a folder of images, or procedural:5,5,5,4,4,5 (values per factor)."
+DATA_HELP = "A file, folder or name (docs/data.md): 3dshapes.h5, mpi3d_toy, photos/, procedural:5,5,5,4,4,5, ..."
 
 
 def given_options(**options) -> dict:
@@ -69,12 +71,19 @@ def choose_device(name: str) -> str:
     return name
 
 
-def open_data(data: str | None, image_size: int):
+def open_data(data: str | None, image_size: int | None):
     from encdiff.data import open_dataset
+    from encdiff.runs import progress_bar
 
     if data is None:
         raise InputError("--data is missing: " + DATA_HELP)
-    return open_dataset(data, image_size)
+    with ExitStack() as stack:
+
+        @cache  # only a file that must be unpacked or read whole shows a bar
+        def bar():
+            return stack.enter_context(progress_bar("opening"))
+
+        return open_dataset(data, image_size, lambda done, total: bar()(done, total))
 
 
 def open_model(run: Path, data: str | None, device: str):

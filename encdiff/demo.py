@@ -1,5 +1,6 @@
-"""The whole method in one go, small enough for two cores: render, train, evaluate, draw."""
+"""The whole method in one go, small enough for two cores: look at a trained model, then train and evaluate one."""
 
+import json
 import signal
 import time
 from multiprocessing import get_context
@@ -10,6 +11,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 
+from encdiff.checkpoint import locate
 from encdiff.data import Dataset, open_dataset, to_float
 from encdiff.data.shapes3d import write_shapes3d
 from encdiff.evaluate import evaluate, evaluate_model, format_table, plot_importance, untrained, write_metrics
@@ -32,7 +34,10 @@ DATA = "procedural:5,5,5,4,4,5"  # docs/recipes.md says why
 def demo(
     run: Path, seed: int, device: str, console: Console, *, data: str = DATA, protocol: str = "paper", **changes
 ) -> dict[str, dict]:
-    """Write the data beside the run's folder, and scores and pictures into it; an earlier run there is replaced.
+    """Show the model that comes with the package, then train one and show that.
+
+    Pictures of the first go to `quickstart/pictures` beside the run's folder, and so does the data; scores and pictures
+    of the other go into the run's folder, where an earlier run is replaced.
 
     `changes` go to the recipe. Returns the scores, as `evaluate_model` does.
     """
@@ -44,15 +49,23 @@ def demo(
     def say(text: str) -> None:
         console.print(f"[bold]{text}[/bold] [dim]({time.monotonic() - began:.0f} s)[/dim]")
 
+    say("1/5 the model that comes with the package: these scores were stored with it, the pictures are drawn now")
+    shown = run.parent / "quickstart" / "pictures"
+    shown.mkdir(parents=True, exist_ok=True)
+    pretrained, stored = EncDiff.from_pretrained("quickstart", device=device), stored_scores("quickstart")
+    console.print(format_table(stored))
+    _save_all(_draw(pretrained, open_dataset(data, pretrained.config.image_size), stored["trained"], seed), shown)
+    _point_to(console, shown)
+
     torch.manual_seed(seed)
     model = EncDiff.from_preset("quickstart").to(device)
 
-    say("1/4 rendering the data")
+    say("2/5 rendering the data")
     with progress_bar("rendering") as report:
         write_shapes3d(file, open_dataset(data, model.config.image_size), progress=report)
     dataset = open_dataset(file)
 
-    say("2/4 training without labels: the model sees images only")
+    say("3/5 training without labels: the model sees images only")
     threads = torch.get_num_threads()
     with get_context("spawn").Pool(1, _leave_signals_to_the_parent) as pool:
         # an untrained encoder is scored beside it: the model is too small to gain from a further core
@@ -61,27 +74,40 @@ def demo(
         model = train(model, dataset, run, config, overwrite=True)
         torch.set_num_threads(threads)
 
-        say("3/4 evaluating" + (" by the paper's protocol" if protocol == "paper" else ""))
+        say("4/5 evaluating" + (" by the paper's protocol" if protocol == "paper" else ""))
         results = evaluate_model(model, dataset, protocol=protocol, seed=seed, baseline=False)
         results["untrained"] = untrained_scores.get()
     write_metrics(run / "metrics.json", results)
     plot_importance(results["trained"], run / "importance.png")
 
-    say("4/4 drawing")
+    say("5/5 drawing")
     pictures = run / "pictures"
     pictures.mkdir()
-    for name, picture in _draw(model, dataset, results["trained"], seed).items():
-        save_png(picture, pictures / f"{name}.png")
+    _save_all(_draw(model, dataset, results["trained"], seed), pictures)
 
     console.print(format_table(results))
-    console.print(f"swap one concept between images:      {pictures / 'swap.png'}")
-    console.print(f"move one concept from low to high:    {pictures / 'traverse.png'}")
-    console.print(f"where the model attends per concept:  {pictures / 'attend.png'}")
+    _point_to(console, pictures)
     console.print(f"which concept carries which factor:   {run / 'importance.png'}")
     console.print(f"scores with their protocol:           {run / 'metrics.json'}")
     console.print(f"the trained model:                    {run / 'model'}")
     say("done")
     return results
+
+
+def stored_scores(name: str) -> dict[str, dict]:
+    """The scores that were stored with a model of the package, in the form of `evaluate_model`."""
+    return json.loads(locate(name, "metrics.json", {}).read_text())
+
+
+def _save_all(drawn: dict[str, Image.Image], folder: Path) -> None:
+    for name, picture in drawn.items():
+        save_png(picture, folder / f"{name}.png")
+
+
+def _point_to(console: Console, pictures: Path) -> None:
+    console.print(f"swap one concept between images:      {pictures / 'swap.png'}")
+    console.print(f"move one concept from low to high:    {pictures / 'traverse.png'}")
+    console.print(f"where the model attends per concept:  {pictures / 'attend.png'}")
 
 
 def score_untrained(file: Path, seed: int, protocol: str) -> dict:

@@ -15,6 +15,7 @@ import torch
 from matplotlib.figure import Figure
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from torch import nn
 
 from encdiff import __version__
 from encdiff.checkpoint import atomic_path
@@ -23,6 +24,7 @@ from encdiff.errors import InputError
 from encdiff.metrics import METRICS
 from encdiff.metrics.factor_vae import check_at_least
 from encdiff.models import EncDiff
+from encdiff.models.vectors import as_scalars
 from encdiff.protocol import (
     DEFAULT,
     Protocol,
@@ -168,6 +170,7 @@ def evaluate_model(
 ) -> dict[str, dict]:
     """`evaluate` a trained model and, as the baseline, an untrained one of its configuration, with progress bars.
 
+    Concepts that are vectors are scored by their first principal components, and the result's protocol says so.
     `options` are those of `evaluate`. Returns the results under "trained" and "untrained".
     """
     models = {"trained": model}
@@ -176,9 +179,10 @@ def evaluate_model(
     results = {}
     for name, scored in models.items():
         with stages(name) as report:
-            results[name] = evaluate(
-                _encoder(scored), dataset, protocol=protocol, seed=seed, progress=report, **options
-            )
+            encode = _encoder(as_scalars(scored, dataset))
+            results[name] = evaluate(encode, dataset, protocol=protocol, seed=seed, progress=report, **options)
+        if (width := model.config.concept_width) > 1:
+            results[name]["protocol"]["code"] = f"first principal component of each concept's {width} numbers"
     return results
 
 
@@ -205,7 +209,7 @@ def untrained(model: EncDiff, dataset: Dataset, seed: int = 0, batches: int = 50
     return fresh.eval()
 
 
-def _encoder(model: EncDiff) -> Encode:
+def _encoder(model: nn.Module) -> Encode:
     device = next(model.parameters()).device
     return lambda images: model.encode(images.to(device))
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
 
 from encdiff import __version__, ops
 from encdiff.checkpoint import load_tensors
@@ -19,14 +18,13 @@ from encdiff.data import Dataset, describe, to_float, to_uint8
 from encdiff.errors import InputError, Stopped
 from encdiff.evaluate import SCORES, encode_dataset, evaluate_model, plot_importance, write_metrics
 from encdiff.metrics.fid import fid, inception_features
-from encdiff.metrics.principal import first_components
 from encdiff.metrics.registry import METRICS
 from encdiff.models import EncDiff, EncDiffConfig
+from encdiff.models.vectors import as_scalars
 from encdiff.runs import RunFolder, progress_bar
 from encdiff.train import TrainConfig, train
-from encdiff.visualize import encode_images
 
-PCA_IMAGES, FID_IMAGES, BATCH = 10_000, 10_000, 256
+FID_IMAGES, BATCH = 10_000, 256
 
 
 def once(run: Path, model: dict, config: Any, dataset: Dataset, start: Callable[..., object]) -> None:
@@ -89,12 +87,10 @@ def score_once(run: Path, dataset: Dataset, *, protocol: str = "paper", device: 
         return kept
     model = EncDiff.from_pretrained(run / "model", device=device)
     if dataset.factor_sizes and dataset.is_grid:
-        result = evaluate_model(as_scalars(model, dataset), dataset, protocol=protocol, baseline=False)["trained"]
+        result = evaluate_model(model, dataset, protocol=protocol, baseline=False)["trained"]
         plot_importance(result, run / "importance.png")
     else:
         result = score_attributes(model, dataset, protocol)
-    if (width := model.config.concept_width) > 1:
-        result["protocol"]["code"] = f"first principal component of each concept's {width} numbers"
     write_metrics(path, {"trained": result})
     return result
 
@@ -161,31 +157,6 @@ def scores(result: dict) -> dict[str, float | str]:
     return {
         name: entry["undefined"] if entry[field] is None else entry[field] for name, (entry, field) in found.items()
     }
-
-
-def as_scalars(model: EncDiff, dataset: Dataset) -> nn.Module:
-    """What `evaluate_model` scores: the model, or, where its concepts are vectors, their first components."""
-    return FirstComponents(model, dataset) if model.config.concept_width > 1 else model
-
-
-class FirstComponents(nn.Module):
-    """A model whose concepts are vectors (B, N, m), with codes (B, N): each vector's first principal component.
-
-    The components are those of PCA_IMAGES images, evenly spaced in the data, or of all where there are fewer.
-    """
-
-    def __init__(self, model: EncDiff, dataset: Dataset):
-        super().__init__()
-        self.model, device = model, next(model.parameters()).device
-        chosen = np.linspace(0, len(dataset) - 1, min(len(dataset), PCA_IMAGES)).astype(np.int64)
-        parts = [chosen[i : i + BATCH] for i in range(0, len(chosen), BATCH)]
-        codes = torch.cat([encode_images(model, to_float(dataset.images(part)).to(device)) for part in parts])
-        mean, axis = first_components(codes.cpu().numpy())
-        self.mean, self.axis = (torch.from_numpy(a).to(device, torch.float32) for a in (mean, axis))
-
-    def encode(self, images: Tensor) -> Tensor:
-        """Images (B, 3, S, S) -> (B, N)."""
-        return ((self.model.encode(images) - self.mean) * self.axis).sum(-1)
 
 
 @contextmanager

@@ -97,6 +97,8 @@ def reproduce(
     """
     if name not in PUBLISHED:
         raise InputError(f"{name!r} has no published figures, must be one of {', '.join(PUBLISHED)}")
+    if seeds < 1:
+        raise InputError(f"seeds is {seeds}, must be at least 1")
     config = replace(EncDiffConfig.from_preset(name), **(QUICK_MODEL if quick else {}))
     recipes = [
         TrainConfig.from_preset(name, **(QUICK_RECIPE if quick else {}) | changes, seed=seed) for seed in range(seeds)

@@ -73,7 +73,7 @@ class RunFolder:
             free.add("steps")
         for part in ("model", "training", "fingerprint"):
             for name, value in now[part].items():
-                was = before.get(part, {}).get(name)
+                was = before.get(part, {}).get(name, value)  # a field that is younger than the run is as it was
                 if name not in free and was != value:
                     raise InputError(f"{self.path}: was begun with {name} {was!r}, cannot be resumed with {value!r}")
 

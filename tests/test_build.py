@@ -75,7 +75,7 @@ print(ops.explain("step", x, x, c, x))
 assert ops.step(x, x, c, x).tolist() == [[4.0] * 3] * 2
 """
     process = run(code, PATH=str(tmp_path), CXX="", XDG_CACHE_HOME=str(tmp_path))
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     assert out.splitlines() == [
         "step: native: the native engine is not built: no C++ compiler on PATH, and CXX names none",

@@ -90,8 +90,27 @@ def test_step_equals_the_reference_to_the_bit(shape, dtype, noisy, rich):
     coefficients = draw((shape[0], 8 if rich else 5)).double()
     coefficients[:, 4] *= noisy
     options = {"unconditional": others[0], "guidance": 3.5, "history": others[1:], "return_x0": True} if rich else {}
-    for clip in (None, 0.7):
-        assert_equal(*both(step, x, output, coefficients, noise if noisy else None, clip, **options))
+    for clip, quantile in ((None, None), (0.7, None), (0.7, 0.93)):
+        assert_equal(*both(step, x, output, coefficients, noise if noisy else None, clip, quantile=quantile, **options))
+    row = coefficients[:1].float()
+    assert_equal(*both(step, x, output, row, noise if noisy else None, 0.7, **options))
+
+
+@pytest.mark.parametrize("quantile", [1e-9, 0.5, 0.995, 1.0])
+@pytest.mark.parametrize("size", [1, 2, 255, 256, 257, 3000])
+def test_dynamic_threshold_at_every_rank(size, quantile):
+    """Ties, infinities and NaN among the values: the limit is a quantile of what sort gives."""
+    x = draw((6, size))
+    x[0] = x[0].round()
+    x[1] = 0.25
+    x[2, torch.randint(size, (1,))] = math.inf
+    x[3, torch.randint(size, (1,))] = math.nan
+    x[4] *= 1e-42
+    c = torch.tensor([[0.0, 1.0, 1.0, 0.0, 0.0]])
+    assert_equal(*both(step, x, x, c, clip=1e-3, quantile=quantile, return_x0=True))
+    limit = torch.quantile(x[5].abs(), quantile).clamp(min=1e-3)
+    ours = step(x, x, c, clip=1e-3, quantile=quantile, impl="native")[5]
+    torch.testing.assert_close(ours, x[5].clamp(-limit, limit) * 1e-3 / limit)
 
 
 def test_step_with_keyed_noise():
@@ -179,23 +198,6 @@ def test_threads_change_nothing():
     torch.set_num_threads(before)
 
 
-def test_out_variants_write_every_element_and_step_runs_in_place():
-    native = torch.ops.encdiff_native
-    x, output, c, t, ids = draw((3, 70)), draw((3, 70)), draw((3, 5)), torch.tensor([1, 2, 999]), torch.arange(3)
-    x_t, v, weight = torch.full_like(x, math.nan), torch.full_like(x, math.nan), torch.full((3,), math.nan)
-    native.q_sample_out(x, None, t, ALPHA_BAR, ALPHA_BAR, 2, ids, None, 4, 1, x_t, v, weight)
-    expected = q_sample(x, None, t, ALPHA_BAR, "v", seed=1, draw=4, weights=ALPHA_BAR)
-    assert all(torch.equal(a, b) for a, b in zip((x_t, v, weight), expected, strict=True))
-    in_place = x.clone()
-    native.q_sample_out(in_place, None, t, ALPHA_BAR, None, 2, ids, None, 4, 1, in_place, v, None)
-    assert torch.equal(in_place, x_t) and torch.equal(v, expected[1])
-    for noise in (None, draw((3, 70))):
-        c[:, 4] = 0 if noise is None else 1
-        stepped = x.clone()
-        native.step_out(stepped, output, None, c, noise, None, None, None, None, None, 0, 0, 0.5, 1.0, stepped, None)
-        assert torch.equal(stepped, step(x, output, c, noise, 0.5, impl="reference"))
-
-
 def test_inputs_are_kept():
     x, output, c, t = draw((3, 70)), draw((3, 70)), draw((3, 5)), torch.tensor([1, 2, 999])
     kept = [a.clone() for a in (x, output, c, t)]
@@ -217,14 +219,15 @@ def test_gradients_equal_the_reference():
     def noised(prediction):
         return lambda impl, x, e: q_sample(x, e, t, ALPHA_BAR, prediction, weights=weights, impl=impl)
 
-    def stepped(impl, x, o, u, e, *history):
-        rich = {"unconditional": u, "guidance": 2.0, "history": history, "return_x0": True}
+    def stepped(impl, x, o, u, e, *history, quantile=None):
+        rich = {"unconditional": u, "guidance": 2.0, "history": history, "return_x0": True, "quantile": quantile}
         return step(x, o, c, e, 0.8, **rich, impl=impl)
 
     calls = [(noised(p), (x, other)) for p in TARGETS]
     calls += [(lambda impl, x: q_sample(x, None, t, ALPHA_BAR, "v", seed=1, impl=impl), (x,))]
     calls += [
         (stepped, (x, other, *past)),
+        (lambda impl, *inputs: stepped(impl, *inputs, quantile=0.8), (x, other, *past)),
         (lambda impl, x, o: (step(x, o, c[:, :5] * 1, seed=2, impl=impl),), (x, other)),
     ]
     for call, inputs in calls:
@@ -237,18 +240,22 @@ def test_opcheck():
     native = torch.ops.encdiff_native
     torch.library.opcheck(native.q_sample, (x, None, t, ALPHA_BAR, ALPHA_BAR, 2, ids, None, 4, 1))
     torch.library.opcheck(native.q_sample, (x.requires_grad_(), x.detach(), t, ALPHA_BAR, None, 0, None, None, 0, 0))
-    args = (x, x.detach() + 1, None, c, x.detach() - 1, x.detach() * 2, None, None, None, None, 0, 0, 0.7, 1.0, True)
+    y = x.detach()
+    limits = native.threshold(y, y + 1, None, c, 0.7, 1.0, 0.9)
+    args = (x, y + 1, None, c, limits, y - 1, y * 2, None, None, None, None, 0, 0, 0.7, 1.0, True)
     torch.library.opcheck(native.step, args)
+    torch.library.opcheck(native.threshold, (y, y + 1, y, c, 0.7, 2.0, 0.9))
     out = torch.empty(3, 5)
     torch.library.opcheck(native.random_out, (0, ids, torch.tensor([3]), 0, 1, 0, out))
-    y = x.detach().clone()
-    torch.library.opcheck(native.step_out, (*args[:4], None, *args[5:10], 0, 0, math.inf, 1.0, y, None))
+    out = x.detach().clone()
+    torch.library.opcheck(native.step_out, (*args[:5], None, *args[6:11], 0, 0, math.inf, 1.0, out, None))
 
 
 def test_one_graph_under_compile_for_any_batch():
     def both_ops(x, t, ids, draw, c):
         x_t, v = q_sample(x, None, t, ALPHA_BAR, "v", seed=1, sample_ids=ids, draw=draw)
-        return step(x_t, v, c, clip=1.0) + ops.normal((len(x), 6), 2, ids, draw).view_as(x)
+        x = step(x_t, v, c, clip=1.0, quantile=0.9, out=torch.empty_like(x_t))
+        return step(x, v, c, clip=1.0) + ops.normal((len(x), 6), 2, ids, draw).view_as(x)
 
     compiled = torch.compile(both_ops, backend="aot_eager", fullgraph=True, dynamic=True)
     for batch in (3, 8):
@@ -333,8 +340,9 @@ def test_the_gpu_gives_the_numbers_of_the_cpu(shape, dtype):
 
     def run(x, output, noise, t, ids, c, alpha_bar):
         given = q_sample(x, noise, t, alpha_bar, "v", impl="native")
+        thresholded = step(x, output, c[:, :5], noise, 0.7, quantile=0.9, impl="native")
         keyed = q_sample(x, None, t, alpha_bar, "flow", sample_ids=ids, **key, impl="native")
-        return *given, *keyed, step(x, output, c, noise, 0.7, history=(x,), impl="native")
+        return *given, *keyed, thresholded, step(x, output, c, noise, 0.7, history=(x,), impl="native")
 
     for ours, theirs in zip(run(*on_gpu), run(x, output, noise, t, ids, c, ALPHA_BAR), strict=True):
         torch.testing.assert_close(ours.cpu(), theirs, rtol=tol, atol=tol)
@@ -352,3 +360,14 @@ def test_a_captured_graph_advances_with_the_draw_counter():
     for i in range(3):
         graph.replay()
         assert torch.equal(z, ops.normal((4, 100), 1, ids, i, impl="native"))
+
+
+@needs_gpu
+def test_a_bad_timestep_stops_the_gpu_with_a_message():
+    code = (
+        "import torch; from encdiff import ops; x = torch.zeros(2, 4, device='cuda'); a = torch.rand(9, device='cuda')"
+    )
+    code += "; ops.q_sample(x, None, torch.tensor([0, 9], device='cuda'), a, seed=1, impl='native')"
+    code += "; torch.cuda.synchronize()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode != 0 and "t must lie in 0 to T - 1" in done.stderr

@@ -89,6 +89,28 @@ def test_step_equals_the_formula(shape, dtype, tol, clip, noisy):
     assert_near(x_prev, c2 * x0 + c3 * x + c4 * e, terms, 2 * tol)
 
 
+@pytest.mark.parametrize("quantile", [0.3, 0.995, 1.0])
+@pytest.mark.parametrize("shape", [(3, 5, 7, 3), (4, 1), (2,), (0, 3), (3, 0)], ids=str)
+def test_dynamic_threshold_equals_the_formula(shape, quantile):
+    x_t, output, c = draw(shape), 3 * draw(shape), draw((shape[0], 5))
+    c[:, 4] = 0
+    x_prev, x0 = step(x_t, output, c, clip=0.7, quantile=quantile, return_x0=True)
+    c0, c1, c2, c3, _ = c.double().numpy().T.reshape(5, -1, *[1] * (len(shape) - 1))
+    x, out = numpy64(x_t, output)
+    expected = c0 * x + c1 * out
+    if expected.size:
+        s = np.quantile(np.abs(expected).reshape(shape[0], -1), quantile, axis=1).clip(0.7)
+        s = s.reshape(-1, *[1] * (len(shape) - 1))
+        expected = np.clip(expected, -s, s) * 0.7 / s
+    np.testing.assert_allclose(x0, expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(x_prev, c2 * expected + c3 * x, rtol=1e-4, atol=1e-5)
+
+
+def test_one_row_of_coefficients_serves_all():
+    x, output, noise, row = draw((4, 3, 2)), draw((4, 3, 2)), draw((4, 3, 2)), draw((1, 5))
+    assert torch.equal(step(x, output, row, noise, 0.8), step(x, output, row.expand(4, 5), noise, 0.8))
+
+
 def test_gradients():
     x0, noise = (draw((3, 2, 3), torch.float64).requires_grad_() for _ in range(2))
     t = torch.tensor([7, 400, 990])
@@ -143,12 +165,15 @@ X, C, INTS = torch.zeros(3, 2, 2), torch.zeros(3, 5), torch.tensor([1, 2, 3])
         (lambda: step(X.int(), X, C), "x_t is torch.int32"),
         (lambda: step(X, X[..., :1], C), r"model_output .*\(3, 2, 1\).* x_t's shape \(3, 2, 2\)"),
         (lambda: step(X, X, C, X[:1]), r"noise .*\(1, 2, 2\)"),
-        (lambda: step(X, X, C[:2]), r"coefficients is torch.float32 \(2, 5\).*\(3, 5\)"),
+        (lambda: step(X, X, C[:2]), r"coefficients is torch.float32 \(2, 5\).*\(3, 5\) or \(1, 5\)"),
         (lambda: step(X, X, C[:, :4]), r"coefficients is torch.float32 \(3, 4\)"),
         (lambda: step(X, X, C.half()), "coefficients is torch.float16"),
         (lambda: step(X, X, C + 1), "noise is None"),
         (lambda: step(X, X, C, clip=0.0), "clip is 0.0"),
         (lambda: step(X, X, C, clip=float("nan")), "clip is nan"),
+        (lambda: step(X, X, C, quantile=0.9), "quantile, clip are 0.9, None"),
+        (lambda: step(X, X, C, clip=1.0, quantile=0.0), "quantile, clip are 0.0, 1.0"),
+        (lambda: step(X, X, C, clip=1.0, quantile=99.5), r"quantile, clip are 99.5, 1.0; must be in \(0, 1\]"),
     ],
 )
 def test_bad_input(call, says):

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from encdiff import ops
 from encdiff.diffusion.samplers import ddim, ddim_coefficients, ddim_invert, ddim_rows, ddpm, ddpm_coefficients
 from encdiff.diffusion.schedules import alphas_cumprod, ddim_timesteps, ddpm_timesteps, make_betas
 from encdiff.errors import InputError
@@ -34,6 +35,19 @@ def scheduler_of(name, prediction, clip, **options):
     )  # fmt: skip
 
 
+def key_noise(monkeypatch, seed):
+    """Make diffusers draw the noise that ours draws at the same step."""
+    calls = []
+
+    def keyed(shape, **options):
+        calls.append(shape)
+        return ops.normal(shape, seed, torch.arange(shape[0]), len(calls))
+
+    for name in ("ddim", "ddpm"):
+        module = pytest.importorskip(f"diffusers.schedulers.scheduling_{name}", reason="the oracle is diffusers")
+        monkeypatch.setattr(module, "randn_tensor", keyed)
+
+
 def run_diffusers(scheduler, x, steps=20, **options):
     scheduler.set_timesteps(steps)
     for t in scheduler.timesteps:
@@ -52,27 +66,22 @@ def test_ddim_rows_equal_golden(steps, eta):
 @CLIPS
 @predictions
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
-def test_ddim_equals_diffusers(prediction, eta, clip):
+def test_ddim_equals_diffusers(prediction, eta, clip, monkeypatch):
+    key_noise(monkeypatch, 5)
     scheduler = scheduler_of("DDIMScheduler", prediction, clip, steps_offset=1, set_alpha_to_one=False)
     x_T = noise_like_start()
-    ours = ddim(
-        model, x_T, ALPHA_BAR, steps=20, eta=eta, prediction=prediction, clip=clip,
-        generator=torch.Generator().manual_seed(5),
-    )  # fmt: skip
-    theirs = run_diffusers(
-        scheduler, x_T, eta=eta, use_clipped_model_output=True, generator=torch.Generator().manual_seed(5)
-    )
+    ours = ddim(model, x_T, ALPHA_BAR, steps=20, eta=eta, prediction=prediction, clip=clip, seed=5)
+    theirs = run_diffusers(scheduler, x_T, eta=eta, use_clipped_model_output=True)
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4 * theirs.abs().mean().item())
 
 
 @CLIPS
 @predictions
-def test_ddpm_equals_diffusers(prediction, clip):
+def test_ddpm_equals_diffusers(prediction, clip, monkeypatch):
+    key_noise(monkeypatch, 6)
     x_T = noise_like_start()
-    generator = torch.Generator().manual_seed(6)
-    ours = ddpm(model, x_T, ALPHA_BAR, steps=20, prediction=prediction, clip=clip, generator=generator)
-    scheduler = scheduler_of("DDPMScheduler", prediction, clip)
-    theirs = run_diffusers(scheduler, x_T, generator=torch.Generator().manual_seed(6))
+    ours = ddpm(model, x_T, ALPHA_BAR, steps=20, prediction=prediction, clip=clip, seed=6)
+    theirs = run_diffusers(scheduler_of("DDPMScheduler", prediction, clip), x_T)
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4 * theirs.abs().mean().item())
 
 
@@ -134,9 +143,8 @@ def test_noisy_samplers_draw_the_data_distribution(sample):
         gain = a**0.5 * std**2 / (a * std**2 + 1 - a)
         return mean + gain * (x - a**0.5 * mean)
 
-    generator = torch.Generator().manual_seed(3)
-    x_T = torch.randn(1, n, generator=generator)
-    x = sample(denoise, x_T, ALPHA_BAR, steps=1000, prediction="x0", generator=generator)
+    x_T = ops.normal((1, n), 3, torch.tensor([0]))
+    x = sample(denoise, x_T, ALPHA_BAR, steps=1000, prediction="x0", seed=3)
     assert x.mean().item() == pytest.approx(mean, abs=5 * std / n**0.5)
     assert x.std().item() == pytest.approx(std, rel=0.02)  # steps of finite length shrink it a little
 
@@ -153,23 +161,22 @@ def test_callback_sees_each_step_and_the_x0_it_predicts():
     x = ddim(model, x_T, ALPHA_BAR, steps=4, prediction="v", clip=0.6, callback=lambda *a: seen.append(a))
     assert [(i, t) for i, t, _, _ in seen] == [(0, 751), (1, 501), (2, 251), (3, 1)]
     assert torch.equal(seen[0][2], x_T)
-    for _, t, x_t, x0 in seen:
+    for _, t, x_t, x0 in seen:  # kept, so the loop must not have written over them
         a = ALPHA_BAR[t].item()
         output = model(x_t, torch.full((3,), t))
         torch.testing.assert_close(x0, (a**0.5 * x_t - (1 - a) ** 0.5 * output).clamp(-0.6, 0.6))
     assert torch.equal(x, ddim(model, x_T, ALPHA_BAR, steps=4, prediction="v", clip=0.6))
 
 
-def test_generator_fixes_the_noise_and_eta_0_draws_none():
+def test_without_a_seed_the_global_generator_gives_one():
     x_T = noise_like_start()
-    generator = torch.Generator().manual_seed(8)
-    state = generator.get_state()
-    ddim(model, x_T, ALPHA_BAR, steps=5, generator=generator)
-    assert torch.equal(generator.get_state(), state)
-    first = ddim(model, x_T, ALPHA_BAR, steps=5, eta=1.0, generator=generator)
-    again = ddim(model, x_T, ALPHA_BAR, steps=5, eta=1.0, generator=torch.Generator().manual_seed(8))
-    other = ddim(model, x_T, ALPHA_BAR, steps=5, eta=1.0, generator=generator)
-    assert torch.equal(first, again) and not torch.allclose(first, other)
+    torch.manual_seed(8)
+    first, other = (ddim(model, x_T, ALPHA_BAR, steps=5, eta=1.0) for _ in range(2))
+    torch.manual_seed(8)
+    assert torch.equal(first, ddim(model, x_T, ALPHA_BAR, steps=5, eta=1.0)) and not torch.allclose(first, other)
+    state = torch.get_rng_state()
+    assert torch.equal(ddim(model, x_T, ALPHA_BAR, steps=5), ddim(model, x_T, ALPHA_BAR, steps=5, seed=1))
+    assert torch.equal(torch.get_rng_state(), state), "eta 0 draws nothing"
 
 
 @pytest.mark.parametrize("sample", [ddpm, lambda *a, **k: ddim(*a, eta=1.0, **k)], ids=["ddpm", "ddim"])
@@ -179,8 +186,6 @@ def test_a_seed_keys_the_noise_by_sample_and_step(sample):
     parts = [sample(model, x_T[i : i + 1], ALPHA_BAR, steps=4, seed=3, sample_ids=ids[i : i + 1]) for i in range(3)]
     assert torch.equal(whole, torch.cat(parts))
     assert not torch.allclose(whole, sample(model, x_T, ALPHA_BAR, steps=4, seed=4, sample_ids=ids))
-    with pytest.raises(InputError, match="generator and seed are both given"):
-        sample(model, x_T, ALPHA_BAR, steps=4, seed=3, generator=torch.Generator())
 
 
 def test_no_gradients_input_kept_and_step_op_used():

@@ -2,15 +2,17 @@
 
 import io
 import resource
+import shutil
 import zipfile
 
 import h5py
 import numpy as np
 import pytest
 
-from encdiff.data import procedural
+from encdiff.data import SubGrid, procedural
 from encdiff.data.procedural import FACTOR_NAMES, FACTOR_SIZES, ProceduralShapes3D
 from encdiff.data.shapes3d import Shapes3D, write_shapes3d
+from encdiff.data.sprites import ProceduralSprites
 from encdiff.errors import InputError
 
 GRID = (3, 2, 2, 3, 2, 3)
@@ -110,6 +112,30 @@ def test_npz_is_mapped_not_loaded(room, tmp_path, keys):
     np.testing.assert_array_equal(data.images([200, 3, 3, 41]), arrays["images"][[200, 3, 3, 41]])
 
 
+def test_compressed_npz_is_unpacked_once(room, tmp_path):
+    everything, seen = np.arange(216), []
+    np.savez_compressed(tmp_path / "room.npz", images=room.images(everything), labels=room.labels(everything))
+    for _ in range(2):
+        data = Shapes3D(tmp_path / "room.npz", progress=lambda done, total: seen.append((done, total)))
+        np.testing.assert_array_equal(data.images(everything), room.images(everything))
+        assert isinstance(data._images, np.memmap) and data.factor_sizes == GRID
+    assert len(seen) == 1 and seen[0][0] == seen[0][1] > 216 * 9 * 9 * 3
+
+
+def test_other_factors_are_named_in_the_file(tmp_path):
+    sprites = SubGrid(ProceduralSprites(12), (3, 2, 4, 2, 2))
+    write_shapes3d(tmp_path / "sprites.h5", sprites)
+    data = Shapes3D(tmp_path / "sprites.h5")
+    assert data.factor_names == ("shape", "scale", "orientation", "x", "y") and data.factor_sizes == (3, 2, 4, 2, 2)
+    assert data.cyclic == ("orientation",) and data.categories == ("shape",)
+    np.testing.assert_array_equal(data.images(np.arange(96)), sprites.images(np.arange(96)))
+    shutil.copy(tmp_path / "sprites.h5", tmp_path / "bad.h5")
+    with h5py.File(tmp_path / "bad.h5", "a") as file:
+        file["labels"].attrs["factor_names"] = ["shape"] * 5
+    with pytest.raises(InputError, match=r"bad\.h5: the labels' factor_names are .* must be different names"):
+        Shapes3D(tmp_path / "bad.h5")
+
+
 def test_smaller_images_are_block_averages(tmp_path):
     images = np.random.default_rng().integers(0, 256, (2, 12, 12, 3), np.uint8)
     path = save(tmp_path / "two.h5", images, labels_of((1, 1, 1, 1, 2, 1)))
@@ -162,10 +188,11 @@ def test_writer_refuses(room, tmp_path):
         write_shapes3d(tmp_path, room)
     with pytest.raises(InputError, match="batch: 0"):
         write_shapes3d(tmp_path / "r.h5", room, batch=0)
-    plain = ProceduralShapes3D(4)
-    plain.factor_names, plain.factor_sizes = (), ()
-    with pytest.raises(InputError, match="schema holds"):
-        write_shapes3d(tmp_path / "r.h5", plain)
+    for change in ({"factor_names": (), "factor_sizes": ()}, {"is_grid": False}, {"instances": 2}):
+        other = ProceduralShapes3D(4)
+        vars(other).update(change)
+        with pytest.raises(InputError, match="schema holds a grid of factors with one image of each only"):
+            write_shapes3d(tmp_path / "r.h5", other)
     assert not list(tmp_path.iterdir())
 
 
@@ -231,9 +258,7 @@ def test_missing_and_foreign_files(tmp_path):
 
 
 def bad_npz(path, kind):
-    if kind == "compressed":
-        np.savez_compressed(path, images=IMAGES, labels=LABELS)
-    elif kind == "unlabelled":
+    if kind == "unlabelled":
         np.savez(path, images=IMAGES)
     elif kind == "no images":
         np.savez(path, pictures=IMAGES)
@@ -259,7 +284,6 @@ def _header():
 @pytest.mark.parametrize(
     "kind, words",
     [
-        ("compressed", "GiB of memory; unpack images.npy"),
         ("unlabelled", "8 images without labels"),
         ("no images", "key `images`"),
         ("objects", "images are object"),

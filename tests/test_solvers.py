@@ -2,11 +2,12 @@ import numpy as np
 import pytest
 import torch
 
+from encdiff import ops
+from encdiff.diffusion.edm import edm_denoiser
 from encdiff.diffusion.schedules import alphas_cumprod, make_betas, spaced_timesteps, zero_terminal_snr
 from encdiff.diffusion.solvers import (
     PREDICTIONS,
     dpm_solver_pp,
-    edm_denoiser,
     edm_path,
     euler,
     flow_path,
@@ -89,17 +90,26 @@ def test_edm_euler_equals_diffusers():
     assert_near(euler(edm_denoiser(model), x, edm_path(STEPS), prediction="x0"), run_diffusers(scheduler, x))
 
 
-def test_edm_heun_equals_algorithm_1():
+@pytest.mark.parametrize("churn", [0.0, 5.0, 40.0], ids=["algorithm 1", "algorithm 2", "much churn"])
+def test_edm_heun_equals_the_paper(churn):
     denoise, sigma = edm_denoiser(model), [*edm_path(STEPS).time, 0.0]
-    x = noise_like_start().double() * 80
+    x, ids, stage, least, most = noise_like_start().double() * 80, torch.tensor([4, 1, 7]), 0, 0.05, 50.0
     theirs = x
     for now, then in zip(sigma, sigma[1:], strict=False):
+        gamma = min(churn / STEPS, 2**0.5 - 1) if least <= now <= most else 0.0
+        if gamma:
+            stage += 1
+            e = ops.normal(x.shape, 3, ids, stage).double()
+            theirs = theirs + ((now * (1 + gamma)) ** 2 - now**2) ** 0.5 * 1.003 * e
+            now *= 1 + gamma
         slope = (theirs - denoise(theirs, torch.full((3,), now))) / now
         ahead = theirs + (then - now) * slope
         if then > 0:
             ahead = theirs + (then - now) * (slope + (ahead - denoise(ahead, torch.full((3,), then))) / then) / 2
         theirs = ahead
-    assert_near(heun(denoise, x, edm_path(STEPS), prediction="x0"), theirs)
+        stage += 2
+    stochastic = {"churn": churn, "churn_range": (least, most), "churn_noise": 1.003, "seed": 3, "sample_ids": ids}
+    assert_near(heun(denoise, x, edm_path(STEPS), prediction="x0", **stochastic), theirs)
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
@@ -173,7 +183,7 @@ def test_stages_and_calls():
     assert seen == [(0, 751), (1, 501), (2, 501), (3, 251), (4, 251), (5, 1), (6, 1)]
     assert [op for op, _ in ran] == ["step"] * 7
     assert unipc(model, x.bfloat16(), path, clip=1.0).dtype == torch.bfloat16
-    assert unipc(model, x, path._replace(), clip=0.5).abs().max() <= 0.5
+    assert unipc(model, x, path, clip=0.5).abs().max() <= 0.5
 
 
 def test_zero_terminal_snr_samples_from_pure_noise():
@@ -190,6 +200,8 @@ def test_bad_input(solve):
     for call, says in [
         (lambda: solve(model, noise_like_start(), path, prediction="score"), "prediction is 'score'"),
         (lambda: solve(model, noise_like_start(), path, prediction="epsilon"), "pure noise"),
+        (lambda: heun(model, noise_like_start(), PATHS["vp"], churn=1.0), "churn is 1.0, must be positive, on a path"),
+        (lambda: heun(model, noise_like_start(), PATHS["edm"], churn=-1.0), "churn is -1.0"),
         (lambda: flow_path(0), "steps is 0"),
         (lambda: flow_path(3, shift=0), "shift is 0"),
         (lambda: edm_path(3, sigma_min=0), "sigma_min"),

@@ -57,7 +57,10 @@ class Shapes3D(ArrayFile):
         if labels is not None:
             return grid_of(self.path, labels, count, len(self.factor_names))
         if count != math.prod(FACTOR_SIZES):
-            raise InputError(f"{self.path}: {count} images without labels; only the full grid of 480000 needs none")
+            raise InputError(
+                f"{self.path}: {count} images without labels; only the full grids of Shapes3D (480000) and MPI3D "
+                "(1036800 or 460800) need none"
+            )
         return factor_labels()
 
 

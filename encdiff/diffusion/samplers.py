@@ -1,20 +1,18 @@
-"""Samplers as plain functions: each fills a coefficient table for all its timesteps, then one short loop runs it.
+"""DDPM and DDIM as plain functions: each fills a coefficient table for all its timesteps, then `loop.run` runs it.
 
 Symbols: alpha_bar_t of DDPM (arXiv 2006.11239) throughout; DDIM (arXiv 2010.02502) writes it alpha_t. A table's row is
 (c0 .. c4) of `ops.noise.step`: x0 = c0 x_t + c1 output; x_prev = c2 x0 + c3 x_t + c4 noise. c0 and c1 turn the model's
 prediction into x0, so one loop serves epsilon, v and x0. Rows follow the timesteps in ascending order.
 """
 
-from collections.abc import Callable
+from typing import Unpack
 
 import torch
 
+from encdiff.diffusion.loop import Denoise, Options, Stage, run
 from encdiff.diffusion.schedules import ddim_timesteps, ddpm_timesteps
 from encdiff.errors import InputError
-from encdiff.ops.noise import check_prediction, compute_dtype, step
-
-Denoise = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-Callback = Callable[[int, int, torch.Tensor, torch.Tensor], None]
+from encdiff.ops.noise import check_prediction
 
 
 def ddim(
@@ -25,26 +23,19 @@ def ddim(
     steps: int = 50,
     eta: float = 0.0,
     prediction: str = "epsilon",
-    clip: float | None = None,
-    generator: torch.Generator | None = None,
-    seed: int | None = None,
-    sample_ids: torch.Tensor | None = None,
-    callback: Callback | None = None,
+    **options: Unpack[Options],
 ) -> torch.Tensor:
     """Sample with DDIM (eq. 12) at the published timesteps; eta 0 is deterministic, eta 1 has DDPM's variance.
 
     `denoise(x_t (B, ...), t (B,) int64) -> output` of x_t's shape, the `prediction`: `epsilon`, `v` or `x0`.
-    x_T (B, ...) floating, standard normal; alphas_cumprod (T,). `clip` bounds every x0 to [-clip, clip], and the noise
-    direction follows from the bounded x0. `generator` draws the noise of eta > 0, on its own device; or a `seed` keys
-    it: step i adds `ops.normal(x_T.shape, seed, sample_ids, i + 1)`, so a sample is the same in any batch, and draw 0
-    is free for x_T.
-    `callback(i, t, x_t, x0)` is called at step i = 0, 1, .. with x_t before the step and the x0 predicted from it.
+    x_T (B, ...) floating, standard normal; alphas_cumprod (T,). Options: `clip` (the noise direction follows from the
+    bounded x0), `quantile`, `guidance`, `seed`, `sample_ids` and `callback` as `loop.Options` says.
     Returns x0 of x_T's shape, dtype and device; runs without gradients. As in the published code the last step goes to
     alpha_bar_0, not 1. Raises InputError for steps outside 1..T, eta out of range or an unknown prediction.
     """
     timesteps = ddim_timesteps(steps, len(alphas_cumprod))
     table = ddim_coefficients(alphas_cumprod, timesteps, eta, prediction)
-    return _run(denoise, x_T, timesteps.flip(0), table.flip(0), clip, callback, generator, seed, sample_ids)
+    return run(denoise, x_T, _stages(timesteps.flip(0), table.flip(0)), **options)
 
 
 def ddim_invert(
@@ -54,7 +45,7 @@ def ddim_invert(
     *,
     steps: int = 50,
     prediction: str = "epsilon",
-    callback: Callback | None = None,
+    **options: Unpack[Options],
 ) -> torch.Tensor:
     """The x_T that `ddim` (eta 0, no clip) takes to x0, up to the discretisation; arguments as there.
 
@@ -62,8 +53,7 @@ def ddim_invert(
     """
     timesteps = ddim_timesteps(steps, len(alphas_cumprod))
     sigma, alpha, alpha_prev = ddim_rows(alphas_cumprod, timesteps)
-    table = _ddim_table(sigma, alpha_prev, alpha, prediction)
-    return _run(denoise, x0, timesteps, table, None, callback)
+    return run(denoise, x0, _stages(timesteps, _ddim_table(sigma, alpha_prev, alpha, prediction)), **options)
 
 
 def ddpm(
@@ -73,11 +63,7 @@ def ddpm(
     *,
     steps: int | None = None,
     prediction: str = "epsilon",
-    clip: float | None = None,
-    generator: torch.Generator | None = None,
-    seed: int | None = None,
-    sample_ids: torch.Tensor | None = None,
-    callback: Callback | None = None,
+    **options: Unpack[Options],
 ) -> torch.Tensor:
     """Ancestral sampling with DDPM (eqs. 6 and 7, the smaller variance); arguments and result as for `ddim`.
 
@@ -86,7 +72,11 @@ def ddpm(
     num_timesteps = len(alphas_cumprod)
     timesteps = ddpm_timesteps(num_timesteps if steps is None else steps, num_timesteps)
     table = ddpm_coefficients(alphas_cumprod, timesteps, prediction)
-    return _run(denoise, x_T, timesteps.flip(0), table.flip(0), clip, callback, generator, seed, sample_ids)
+    return run(denoise, x_T, _stages(timesteps.flip(0), table.flip(0)), **options)
+
+
+def _stages(timesteps: torch.Tensor, table: torch.Tensor) -> list[Stage]:
+    return [Stage(t, tuple(row)) for t, row in zip(timesteps.tolist(), table.tolist(), strict=True)]
 
 
 def ddim_rows(
@@ -147,40 +137,3 @@ def _float64(alphas_cumprod: torch.Tensor) -> torch.Tensor:
     if alpha_bar.ndim != 1 or not ((alpha_bar >= 0) & (alpha_bar < 1)).all():
         raise InputError(f"alphas_cumprod {tuple(alpha_bar.shape)} must be one-dimensional, every one in [0, 1)")
     return alpha_bar
-
-
-@torch.no_grad()
-def _run(
-    denoise: Denoise,
-    x: torch.Tensor,
-    timesteps: torch.Tensor,
-    table: torch.Tensor,
-    clip: float | None,
-    callback: Callback | None,
-    generator: torch.Generator | None = None,
-    seed: int | None = None,
-    sample_ids: torch.Tensor | None = None,
-) -> torch.Tensor:
-    if generator is not None and seed is not None:
-        raise InputError("generator and seed are both given, must be one of them: either draws the noise")
-    dtype = compute_dtype(x)
-    if not table.to(dtype).isfinite().all():
-        raise InputError("alphas_cumprod comes too near 0 to turn this prediction into x0; predict v or x0 instead")
-    only_x0 = torch.cat([table[:, :2], table.new_tensor([1, 0, 0]).expand(len(table), 3)], 1).to(x.device, dtype)
-    noisy, times = (table[:, 4] > 0).tolist(), timesteps.tolist()
-    table, timesteps = table.to(x.device, dtype), timesteps.to(x.device)
-    for i, t in enumerate(times):
-        output = denoise(x, timesteps[i].expand(len(x)))
-        if callback is not None:
-            callback(i, t, x, step(x, output, only_x0[i].expand(len(x), 5), clip=clip))
-        row, key = table[i].expand(len(x), 5), {}
-        if noisy[i] and seed is not None:
-            key = {"seed": seed, "sample_ids": sample_ids, "draw": i + 1}
-        noise = _randn_like(x, generator) if noisy[i] and seed is None else None
-        x = step(x, output, row, noise, clip, **key)
-    return x
-
-
-def _randn_like(x: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
-    device = x.device if generator is None else generator.device
-    return torch.randn(x.shape, generator=generator, device=device, dtype=compute_dtype(x)).to(x.device)

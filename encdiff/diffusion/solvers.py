@@ -1,22 +1,19 @@
 """Fast samplers for any noise path: Euler, Heun, DPM-Solver++(2M), UniPC.
 
 A path is a list of levels x = a x0 + s e, from noise to data. Each sampler fills a list of stages, rows of coefficients
-for `ops.noise.step`, and one loop runs them: a new sampler is a table. Symbols: r = s'/s from a level to the next,
+for `ops.noise.step`, and `loop.run` runs them: a new sampler is a table. Symbols: r = s'/s from a level to the next,
 lambda = log(a/s), h = lambda' - lambda, phi = a' - r a, which is -a' expm1(-h) and holds where s' is 0 too.
 """
 
 import math
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Unpack
 
 import torch
 
+from encdiff.diffusion.loop import Denoise, Options, Stage, run
 from encdiff.diffusion.schedules import karras_sigmas, shifted
 from encdiff.errors import InputError
-from encdiff.ops.noise import compute_dtype, step
 
-Denoise = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-Callback = Callable[[int, float, torch.Tensor, torch.Tensor], None]
 PREDICTIONS = ("epsilon", "v", "x0", "flow")
 
 
@@ -73,44 +70,23 @@ def flow_path(steps: int, num_timesteps: int = 1000, shift: float = 1.0) -> Path
     return Path(time, [*(1 - s).tolist(), 1.0], [*s.tolist(), 0.0], [1.0] * (steps + 1))
 
 
-def edm_denoiser(network: Denoise, sigma_data: float = 0.5) -> Denoise:
-    """EDM's preconditioning (arXiv 2206.00364, table 1): network(c_in x, log(sigma)/4) -> x0, for prediction `x0`."""
-
-    def denoise(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-        s = sigma.view(-1, *[1] * (x.ndim - 1))
-        total = s**2 + sigma_data**2
-        c_skip, c_out, c_in = sigma_data**2 / total, s * sigma_data / total.sqrt(), total.rsqrt()
-        return c_skip * x + c_out * network(c_in * x, sigma.log() / 4)
-
-    return denoise
-
-
-class Stage(NamedTuple):
-    """One pass of `ops.step`. `time` None does not call the model: its output is the last x0."""
-
-    time: float | None
-    row: tuple[float, ...]  # c0 .. c3, then those of `history`
-    history: tuple[str, ...] = ()  # "x": what the stage before began with; "x0", "older x0": of the last two calls
-
-
 def euler(
     denoise: Denoise,
     x: torch.Tensor,
     path: Path,
     *,
     prediction: str = "epsilon",
-    clip: float | None = None,
-    callback: Callback | None = None,
+    **options: Unpack[Options],
 ) -> torch.Tensor:
     """Euler in the coordinates x/a, which is DDIM with eta 0; for a flow, plain Euler.
 
     `denoise(x (B, ...), t (B,)) -> output` of x's shape; t is int64 if every time of the path is whole, else float32.
-    x is at the path's first level. Options: `prediction` (`epsilon`, `v`, `x0` or `flow`), `clip` for every x0,
-    `callback(i, t, x, x0)` at each call of the model. Returns x0 of x's shape and dtype; runs without gradients.
+    x is at the path's first level; `prediction` is `epsilon`, `v`, `x0` or `flow`. Options: `clip`, `quantile`,
+    `guidance` and `callback` as `loop.Options` says. Returns x0 of x's shape and dtype; runs without gradients.
     """
     to_x0 = _to_x0(path, prediction)
-    stages = [Stage(t, (*to_x0[i], *_first_order(path, i))) for i, t in enumerate(path.time)]
-    return _run(denoise, x, stages, clip, callback)
+    stages = [Stage(t, (*to_x0[i], *_first_order(path, i), 0.0)) for i, t in enumerate(path.time)]
+    return run(denoise, x, stages, **options)
 
 
 def heun(
@@ -119,25 +95,38 @@ def heun(
     path: Path,
     *,
     prediction: str = "epsilon",
-    clip: float | None = None,
-    callback: Callback | None = None,
+    churn: float = 0.0,
+    churn_range: tuple[float, float] = (0.0, math.inf),
+    churn_noise: float = 1.0,
+    **options: Unpack[Options],
 ) -> torch.Tensor:
-    """Heun's second order (EDM's algorithm 1 without churn): two calls per step, one at the last; as `euler`."""
-    to_x0, stages, k = _to_x0(path, prediction), [], path.scale
-    sigma = [s / scale for s, scale in zip(path.s, k, strict=True)]
-    a = [level / scale for level, scale in zip(path.a, k, strict=True)]
+    """Heun's second order: two calls of the model per step, one at the last; arguments as `euler`.
+
+    On `edm_path` with `prediction="x0"` it is EDM's algorithm 1, and with `churn` its stochastic algorithm 2: each step
+    from a sigma in `churn_range` first adds noise up to sigma (1 + min(churn / steps, sqrt(2) - 1)), `churn_noise`
+    times as much as that takes. `seed` and `sample_ids` key it.
+    """
+    steps, k = len(path.time), path.scale
+    sigma, a = ([level / scale for level, scale in zip(levels, k, strict=True)] for levels in (path.s, path.a))
     if any(abs(level - 1) > 1e-12 for level in a) and any(scale != 1 for scale in k):
         raise InputError("path.scale must be path.a or all ones")
+    if churn and (any(level != 1 for level in path.a) or not churn > 0):
+        raise InputError(f"churn is {churn}, must be positive, on a path x = x0 + s e, or 0")
+    to_x0, stages, gamma = _to_x0(path, prediction), [], min(churn / steps, math.sqrt(2) - 1)
     for i, t in enumerate(path.time):
-        h = sigma[i + 1] - sigma[i]
+        s, first = sigma[i], to_x0[i]
+        if gamma and churn_range[0] <= s <= churn_range[1]:
+            t = s = sigma[i] * (1 + gamma)
+            first = _to_x0_at(1.0, s, prediction)
+            stages.append(Stage(None, (0.0, 0.0, 0.0, 1.0, churn_noise * math.sqrt(s * s - sigma[i] ** 2))))
+        h = sigma[i + 1] - s
         # d = (x/k - x0)/sigma is the slope; a first Euler step, then the mean of the slopes at both ends
-        stages.append(Stage(t, (*to_x0[i], -h / sigma[i] * k[i + 1], (1 + h / sigma[i]) * k[i + 1] / k[i])))
-        if i + 1 < len(path.time):
-            begin, end = h / (2 * sigma[i]), h / (2 * sigma[i + 1])
+        stages.append(Stage(t, (*first, -h / s * k[i + 1], (1 + h / s) * k[i + 1] / k[i], 0.0)))
+        if i + 1 < steps:
+            begin, end = h / (2 * s), h / (2 * sigma[i + 1])
             past = ((1 + begin) * k[i + 1] / k[i], -begin * k[i + 1])
-            row = (*to_x0[i + 1], -end * k[i + 1], end, *past)
-            stages.append(Stage(path.time[i + 1], row, ("x", "x0")))
-    return _run(denoise, x, stages, clip, callback)
+            stages.append(Stage(path.time[i + 1], (*to_x0[i + 1], -end * k[i + 1], end, 0.0, *past), ("x", "x0")))
+    return run(denoise, x, stages, **options)
 
 
 def dpm_solver_pp(
@@ -146,8 +135,7 @@ def dpm_solver_pp(
     path: Path,
     *,
     prediction: str = "epsilon",
-    clip: float | None = None,
-    callback: Callback | None = None,
+    **options: Unpack[Options],
 ) -> torch.Tensor:
     """DPM-Solver++(2M) (arXiv 2211.01095, algorithm 2), the last step of first order. Arguments as `euler`."""
     to_x0, stages, n = _to_x0(path, prediction), [], len(path.time)
@@ -155,10 +143,10 @@ def dpm_solver_pp(
         phi, r = _first_order(path, i)
         if 0 < i < n - 1:
             half = phi * _step(path, i) / (2 * _step(path, i - 1))
-            stages.append(Stage(t, (*to_x0[i], phi + half, r, -half), ("x0",)))
+            stages.append(Stage(t, (*to_x0[i], phi + half, r, 0.0, -half), ("x0",)))
         else:
-            stages.append(Stage(t, (*to_x0[i], phi, r)))
-    return _run(denoise, x, stages, clip, callback)
+            stages.append(Stage(t, (*to_x0[i], phi, r, 0.0)))
+    return run(denoise, x, stages, **options)
 
 
 def unipc(
@@ -167,8 +155,7 @@ def unipc(
     path: Path,
     *,
     prediction: str = "epsilon",
-    clip: float | None = None,
-    callback: Callback | None = None,
+    **options: Unpack[Options],
 ) -> torch.Tensor:
     """UniPC of order 2 in its B2 form (arXiv 2302.04867), predicting x0, its last step of order 1; as `euler`.
 
@@ -179,18 +166,18 @@ def unipc(
         phi, r = _first_order(path, i)
         half = phi * _step(path, i) / (2 * _step(path, i - 1)) if 0 < i < n - 1 else 0.0
         if i == 0:
-            stages.append(Stage(t, (*to_x0[0], phi, r)))
+            stages.append(Stage(t, (*to_x0[0], phi, r, 0.0)))
             continue
         stages.append(_unipc_corrector(path, i, t, to_x0[i]))
         past = ((-half,), ("older x0",)) if half else ((), ())
-        stages.append(Stage(None, (0.0, 1.0, phi + half, r, *past[0]), past[1]))
-    return _run(denoise, x, stages, clip, callback)
+        stages.append(Stage(None, (0.0, 1.0, phi + half, r, 0.0, *past[0]), past[1]))
+    return run(denoise, x, stages, **options)
 
 
 def _unipc_corrector(path: Path, i: int, time: float, to_x0: tuple[float, float]) -> Stage:
     phi, r = _first_order(path, i - 1)
     if i == 1:
-        return Stage(time, (*to_x0, phi / 2, 0.0, r, phi / 2), ("x", "x0"))
+        return Stage(time, (*to_x0, phi / 2, 0.0, 0.0, r, phi / 2), ("x", "x0"))
     h = _step(path, i - 1)
     ratio = -_step(path, i - 2) / h  # of the level before the last, in steps of h
     phi_1 = math.expm1(-h)
@@ -199,7 +186,7 @@ def _unipc_corrector(path: Path, i: int, time: float, to_x0: tuple[float, float]
     older = (b2 - b1) / (ratio - 1)  # from older + newer = b1, ratio older + newer = b2
     newer = b1 - older
     past = (r, phi * (1 - newer - older / ratio), phi * older / ratio)
-    return Stage(time, (*to_x0, phi * newer, 0.0, *past), ("x", "x0", "older x0"))
+    return Stage(time, (*to_x0, phi * newer, 0.0, 0.0, *past), ("x", "x0", "older x0"))
 
 
 def _first_order(path: Path, i: int) -> tuple[float, float]:
@@ -215,49 +202,23 @@ def _step(path: Path, i: int) -> float:
 
 def _to_x0(path: Path, prediction: str) -> list[tuple[float, float]]:
     """c0, c1 of each level, with x0 = c0 x + c1 output."""
+    return [_to_x0_at(a, s, prediction) for a, s in list(zip(path.a, path.s, strict=True))[: len(path.time)]]
+
+
+def _to_x0_at(a: float, s: float, prediction: str) -> tuple[float, float]:
     if prediction not in PREDICTIONS:
         raise InputError(f"prediction is {prediction!r}, must be one of {', '.join(PREDICTIONS)}")
-    levels = list(zip(path.a, path.s, strict=True))[: len(path.time)]
     if prediction == "epsilon":
-        if any(a == 0 for a, _ in levels):
+        if a == 0:
             raise InputError("a level of the path is pure noise; predict v, x0 or flow instead")
-        return [(1 / a, -s / a) for a, s in levels]
+        return 1 / a, -s / a
     if prediction == "v":  # v = a e - s x0
-        return [(a / (a * a + s * s), -s / (a * a + s * s)) for a, s in levels]
+        return a / (a * a + s * s), -s / (a * a + s * s)
     if prediction == "flow":  # e - x0
-        return [(1 / (a + s), -s / (a + s)) for a, s in levels]
-    return [(0.0, 1.0)] * len(levels)
+        return 1 / (a + s), -s / (a + s)
+    return 0.0, 1.0
 
 
 def _vp(ratio: torch.Tensor, timesteps: torch.Tensor) -> Path:
     a = (1 + ratio**2).rsqrt()
     return Path(timesteps.tolist(), [*a.tolist(), 1.0], [*(ratio * a).tolist(), 0.0], [*a.tolist(), 1.0])
-
-
-@torch.no_grad()
-def _run(
-    denoise: Denoise,
-    x: torch.Tensor,
-    stages: list[Stage],
-    clip: float | None,
-    callback: Callback | None,
-) -> torch.Tensor:
-    whole = all(stage.time is None or float(stage.time).is_integer() for stage in stages)
-    time_dtype = torch.int64 if whole else torch.float32
-    past, calls = {}, 0
-    for time, row, names in stages:
-        row = (*row[:4], 0.0, *row[4:])  # no fresh noise
-        c = torch.tensor(row, dtype=compute_dtype(x), device=x.device).expand(len(x), len(row))
-        if time is None:
-            output = past["x0"]
-        else:
-            output = denoise(x, torch.full((len(x),), time, dtype=time_dtype, device=x.device))
-        limit = clip if time is not None else None
-        x_next, x0 = step(x, output, c, clip=limit, history=tuple(past[name] for name in names), return_x0=True)
-        if time is not None:
-            past["older x0"], past["x0"] = past.get("x0"), x0
-            if callback is not None:
-                callback(calls, time, x, x0)
-            calls += 1
-        past["x"], x = x, x_next
-    return x

@@ -1,7 +1,4 @@
-"""The native noise engine (csrc/): loaded at first use, its library ops with their fakes and gradients, and the calls.
-
-`torch.ops.encdiff_native` also holds `q_sample_out` and `step_out`, which write into given tensors, their input too.
-"""
+"""The native noise engine (csrc/): loaded at first use, its ops with their fakes and gradients, and the calls."""
 
 import ctypes
 import functools
@@ -58,44 +55,79 @@ def tensor_reasons(x: torch.Tensor, **others: torch.Tensor | None) -> list[str]:
     return against or reasons(x)
 
 
-def random(kind, shape, seed, sample_ids, draw, dtype, stream):
-    out = torch.empty(shape, dtype=dtype, device=sample_ids.device)
-    if out.numel():
+def random(kind, shape, seed, sample_ids, draw, dtype, stream, out=None):
+    """As `ops.philox.normal_reference` and `uniform_reference`."""
+    direct = out is not None and out.is_contiguous()
+    made = out if direct else torch.empty(shape, dtype=dtype, device=sample_ids.device)
+    if made.numel():
         draw, draw_tensor = _split(draw)
         ids = sample_ids.contiguous()
-        torch.ops.encdiff_native.random_out(_RANDOM[kind], ids, draw_tensor, draw, _signed(seed), stream, out)
-    return out
+        torch.ops.encdiff_native.random_out(_RANDOM[kind], ids, draw_tensor, draw, _signed(seed), stream, made)
+    return made if direct or out is None else out.copy_(made)
 
 
-def q_sample(x0, noise, t, schedule, prediction="epsilon", *, seed=None, sample_ids=None, draw=0, weights=None):
+def q_sample(
+    x0, noise, t, schedule, prediction="epsilon", *, seed=None, sample_ids=None, draw=0, weights=None, out=None
+):
     """As `ops.noise.q_sample_reference`."""
     draw, draw_tensor = _split(draw)
     order = _order(x0) if noise is not None else None
     given = prediction == "x0" or (prediction == "epsilon" and noise is not None)
-    x_t, target, weight = torch.ops.encdiff_native.q_sample(
+    inputs = (
         _dense(x0, order), _dense(noise, order), t.contiguous(), schedule.contiguous(), _contiguous(weights),
         0 if given else _KINDS[prediction], _contiguous(sample_ids) if noise is None else None, draw_tensor, draw,
         _signed(seed or 0),
     )  # fmt: skip
+    if _direct(out, order):
+        if given and out[1] is not (known := x0 if prediction == "x0" else noise):
+            out[1].copy_(known)  # before x_t, which may be the same tensor
+        weight = None if weights is None else x0.new_empty(len(x0), dtype=torch.float32)
+        targets = _dense(out[0], order), None if given else _dense(out[1], order), weight
+        torch.ops.encdiff_native.q_sample_out(*inputs, *targets)
+        return *out, weight
+    x_t, target, weight = torch.ops.encdiff_native.q_sample(*inputs)
     target = (x0 if prediction == "x0" else noise) if given else _restore(target, order, x0)
-    return _restore(x_t, order, x0), target, weight if weights is not None else None
+    return *into(out, _restore(x_t, order, x0), target), weight if weights is not None else None
 
 
 def step(
-    x_t, output, coefficients, noise=None, clip=None, *,
-    unconditional=None, guidance=1.0, history=(), seed=None, sample_ids=None, draw=0, return_x0=False,
+    x_t, output, coefficients, noise=None, clip=None, *, quantile=None,
+    unconditional=None, guidance=1.0, history=(), seed=None, sample_ids=None, draw=0, return_x0=False, out=None,
 ):  # fmt: skip
     """As `ops.noise.step_reference`."""
     draw, draw_tensor = _split(draw)
     keyed = seed is not None and noise is None
-    order = None if keyed else _order(x_t)
+    order = None if keyed else _order(x_t)  # a drawn number belongs to its place in the contiguous layout
     past = [_dense(h, order) for h in (*history, None, None, None)[:3]]
-    x_prev, x0 = torch.ops.encdiff_native.step(
-        _dense(x_t, order), _dense(output, order), _dense(unconditional, order), coefficients.contiguous(),
-        _dense(noise, order), *past, _contiguous(sample_ids) if keyed else None, draw_tensor, draw,
-        _signed(seed or 0), math.inf if clip is None else clip, guidance, return_x0,
+    model = _dense(x_t, order), _dense(output, order), _dense(unconditional, order), coefficients.contiguous()
+    limits = None
+    if quantile is not None:
+        detached = (None if x is None else x.detach() for x in model)
+        limits = torch.ops.encdiff_native.threshold(*detached, clip, guidance, quantile)
+    inputs = (
+        *model, limits, _dense(noise, order), *past, _contiguous(sample_ids) if keyed else None, draw_tensor, draw,
+        _signed(seed or 0), math.inf if clip is None else clip, guidance,
     )  # fmt: skip
-    return _restore(x_prev, order, x_t), _restore(x0, order, x_t) if return_x0 else None
+    if _direct(out, order):
+        torch.ops.encdiff_native.step_out(*inputs, *(_dense(y, order) for y in out))
+        return out
+    x_prev, x0 = torch.ops.encdiff_native.step(*inputs, return_x0)
+    return into(out, _restore(x_prev, order, x_t), _restore(x0, order, x_t) if return_x0 else None)
+
+
+def _direct(out, order) -> bool:
+    """Whether the library can write into `out` itself."""
+    return out is not None and all(y is None or (y if order is None else y.permute(order)).is_contiguous() for y in out)
+
+
+def into(out, *results):
+    """The results, or `out` with the results copied into it."""
+    if out is None:
+        return results
+    for y, result in reversed(list(zip(out, results, strict=True))):  # a target may be the input that x_t goes over
+        if y is not None and y is not result:
+            y.copy_(result)
+    return out
 
 
 def _split(draw):
@@ -140,6 +172,7 @@ def _register() -> None:
     library = torch.library
     library.register_fake("encdiff_native::q_sample", _q_sample_fake)
     library.register_fake("encdiff_native::step", _step_fake)
+    library.register_fake("encdiff_native::threshold", lambda x, *args: x.new_empty(len(x), dtype=torch.float32))
     for name in ("q_sample_out", "step_out", "random_out"):
         library.register_fake(f"encdiff_native::{name}", lambda *args: None)
     library.register_autograd("encdiff_native::q_sample", _q_sample_backward, setup_context=_q_sample_context)
@@ -178,15 +211,15 @@ def _q_sample_backward(ctx, g_x_t, g_target, _):
 
 
 def _step_context(ctx, inputs, output):
-    x, model_output, unconditional, coefficients, noise, *history, _, _, _, _, clip, guidance, _ = inputs
+    x, model_output, unconditional, coefficients, limits, noise, *history, _, _, _, _, clip, guidance, _ = inputs
     clipped = math.isfinite(clip)
-    ctx.save_for_backward(coefficients, *((x, model_output, unconditional) if clipped else (None,) * 3))
+    ctx.save_for_backward(coefficients, *((x, model_output, unconditional, limits) if clipped else (None,) * 4))
     ctx.given = [other is not None for other in (unconditional, noise, *history)]
     ctx.clip, ctx.guidance = clip if clipped else None, guidance
 
 
 def _step_backward(ctx, g_x_prev, g_x0):
-    coefficients, x, output, unconditional = ctx.saved_tensors
+    coefficients, x, output, unconditional, limits = ctx.saved_tensors
     c = [_per_sample(column, g_x_prev) for column in coefficients.unbind(1)]
     g, dtype = g_x_prev.float(), g_x_prev.dtype
     to_x0 = c[2] * g if g_x0.numel() == 0 else c[2] * g + g_x0.float()
@@ -194,12 +227,14 @@ def _step_backward(ctx, g_x_prev, g_x0):
         o = output.float()
         if unconditional is not None:
             o = unconditional.float() + ctx.guidance * (o - unconditional.float())
-        to_x0 = to_x0 * ((c[0] * x.float() + c[1] * o).abs() <= ctx.clip)
+        limit = ctx.clip if limits is None else _per_sample(limits, g_x_prev)
+        to_x0 = to_x0 * ((c[0] * x.float() + c[1] * o).abs() <= limit) * (ctx.clip / limit)
     to_output, mixed = c[1] * to_x0, ctx.given[0]
     grads = [
         c[0] * to_x0 + c[3] * g,
         (ctx.guidance if mixed else 1) * to_output,
         (1 - ctx.guidance) * to_output if mixed else None,
+        None,
         None,
         c[4] * g if ctx.given[1] else None,
         *(c[5 + i] * g if given else None for i, given in enumerate(ctx.given[2:])),

@@ -4,6 +4,8 @@ Every sample of the batch has its own timestep. Arithmetic is float32 whatever t
 tensors, which only the reference serves). Noise is given, or drawn in the same pass from a key: see `ops.philox`.
 """
 
+import math
+
 import torch
 
 from encdiff.errors import InputError
@@ -16,8 +18,9 @@ _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def q_sample_reference(
-    x0, noise, t, alphas_cumprod, prediction="epsilon", *, seed=None, sample_ids=None, draw=0, weights=None
-):
+    x0, noise, t, alphas_cumprod, prediction="epsilon", *,
+    seed=None, sample_ids=None, draw=0, weights=None, out=None,
+):  # fmt: skip
     """`q_sample` in plain PyTorch; returns (x_t, target, weight or None)."""
     dtype = compute_dtype(x0)
     row = alphas_cumprod.double().index_select(0, t)  # unlike [t], refuses negative timesteps on a GPU too
@@ -32,12 +35,12 @@ def q_sample_reference(
     else:
         target = {"epsilon": e, "x0": x}[prediction] if prediction != "flow" else e - x
     weight = None if weights is None else weights.index_select(0, t).float()
-    return x_t.to(x0.dtype), target.to(x0.dtype), weight
+    return *_native.into(out, x_t.to(x0.dtype), target.to(x0.dtype)), weight
 
 
 def step_reference(
-    x_t, model_output, coefficients, noise=None, clip=None, *,
-    unconditional=None, guidance=1.0, history=(), seed=None, sample_ids=None, draw=0, return_x0=False,
+    x_t, model_output, coefficients, noise=None, clip=None, *, quantile=None,
+    unconditional=None, guidance=1.0, history=(), seed=None, sample_ids=None, draw=0, return_x0=False, out=None,
 ):  # fmt: skip
     """`step` in plain PyTorch; returns (x_prev, x0 or None)."""
     dtype = compute_dtype(x_t)
@@ -46,7 +49,10 @@ def step_reference(
     if unconditional is not None:
         output = unconditional.to(dtype) + guidance * (output - unconditional.to(dtype))
     x0 = c0 * x + c1 * output
-    if clip is not None:
+    if quantile is not None and x0.numel():
+        limit = _per_sample(threshold_reference(x0, clip, quantile), x0)
+        x0 = x0.clamp(-limit, limit) * (torch.full_like(limit, clip) / limit)
+    elif clip is not None:
         x0 = x0.clamp(-clip, clip)
     x_prev = c2 * x0 + c3 * x
     if noise is None and seed is not None:
@@ -55,7 +61,16 @@ def step_reference(
         x_prev = x_prev + c4 * noise.to(dtype)
     for c, past in zip(c_history, history, strict=True):
         x_prev = x_prev + c * past.to(dtype)
-    return x_prev.to(x_t.dtype), x0.to(x_t.dtype) if return_x0 else None
+    return _native.into(out, x_prev.to(x_t.dtype), x0.to(x_t.dtype) if return_x0 else None)
+
+
+def threshold_reference(x0: torch.Tensor, clip: float, quantile: float) -> torch.Tensor:
+    """The limit of Imagen's dynamic threshold: max(clip, quantile of |x0|) of each sample, (B,), without gradient."""
+    values = x0.detach().abs().reshape(len(x0), math.prod(x0.shape[1:])).sort(1).values
+    position = quantile * (values.shape[1] - 1)
+    rank = int(position)
+    value, following = values[:, rank], values[:, min(rank + 1, values.shape[1] - 1)]
+    return (value + (position - rank) * (following - value)).clamp(min=clip)
 
 
 def _q_sample_reasons(x0, noise, *_, **__) -> list[str]:
@@ -95,6 +110,7 @@ def q_sample(
     sample_ids: torch.Tensor | None = None,
     draw: int | torch.Tensor = 0,
     weights: torch.Tensor | None = None,
+    out: tuple[torch.Tensor, torch.Tensor] | None = None,
     impl: str | None = None,
 ) -> tuple[torch.Tensor, ...]:
     """Draw x_t = sqrt(alpha_bar_t) x0 + sqrt(1 - alpha_bar_t) noise and the target of the regression.
@@ -105,9 +121,10 @@ def q_sample(
     factors themselves (`schedules.flow_table`); all on one device. `prediction` is the target: `epsilon` (the noise),
     `v` = sqrt(alpha_bar_t) noise - sqrt(1 - alpha_bar_t) x0 (arXiv 2202.00512), `x0`, or `flow` = noise - x0.
     Returns (x_t, target), both of x0's shape and dtype; target may be `noise` or `x0` itself. With `weights` (T,), one
-    per timestep, also weights[t], float32 (B,). Differentiable in x0 and noise.
+    per timestep, also weights[t], float32 (B,). Differentiable in x0 and noise; not with `out` = (x_t, target), tensors
+    to write into of x0's shape and dtype, of which one may be x0 or `noise` itself.
     Raises InputError for a wrong shape, dtype, device or name, and for t out of range where t is on the CPU; on a GPU
-    reading t would stall the device, and a device-side check stops the program instead.
+    reading t would stall the device, so a device-side assertion stops the program, as PyTorch's own indexing does.
     """
     if prediction not in TARGETS:
         raise InputError(f"prediction is {prediction!r}, must be one of {', '.join(TARGETS)}")
@@ -125,9 +142,11 @@ def q_sample(
         if seed is None:
             raise InputError("noise is None, must be given where seed is None")
         sample_ids = _key(x0, "x0", seed, sample_ids, draw)
+    if out is not None:
+        _check_out(out, 2, x0, "x0", noise)
     x_t, target, weight = q_sample_op(
         x0, noise, t, alphas_cumprod, prediction,
-        seed=seed, sample_ids=sample_ids, draw=draw, weights=weights, impl=impl,
+        seed=seed, sample_ids=sample_ids, draw=draw, weights=weights, out=out, impl=impl,
     )  # fmt: skip
     return (x_t, target) if weights is None else (x_t, target, weight)
 
@@ -139,6 +158,7 @@ def step(
     noise: torch.Tensor | None = None,
     clip: float | None = None,
     *,
+    quantile: float | None = None,
     unconditional: torch.Tensor | None = None,
     guidance: float = 1.0,
     history: tuple[torch.Tensor, ...] = (),
@@ -146,6 +166,7 @@ def step(
     sample_ids: torch.Tensor | None = None,
     draw: int | torch.Tensor = 0,
     return_x0: bool = False,
+    out: torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None = None,
     impl: str | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """One step of any sampler that is linear in x_t, the model's output, its past and fresh noise.
@@ -154,19 +175,23 @@ def step(
         x_prev = c2 x0 + c3 x_t + c4 noise + c5 history[0] + c6 history[1] + ..
 
     output = model_output, or with `unconditional` given unconditional + guidance (model_output - unconditional).
+    With a `quantile` (0.995, say) clipping is Imagen's dynamic threshold (arXiv 2205.11487, section 2.3): s = max(clip,
+    that quantile of |x0| over the sample), x0 is clipped to [-s, s] and multiplied by clip/s; s gets no gradient.
     x_t (B, ...) floating; model_output, unconditional, noise, history (three at most): x_t's shape, any floating dtype;
-    coefficients (B, 5 + len(history)) = c0, c1, .., float32 or float64; all on one device. Without `noise` but with a
-    `seed` it is `ops.normal(x_t.shape, seed, sample_ids, draw)`, drawn in the same pass.
-    Returns x_prev of x_t's shape and dtype; with `return_x0` (x_prev, x0). Differentiable.
-    Raises InputError for a wrong shape, dtype or device, clip <= 0, and, where the coefficients are on the CPU, for
-    c4 != 0 without noise.
+    coefficients (B, 5 + len(history)) = c0, c1, .., or one such row (1, ..) for all, float32 or float64; all on one
+    device. Without `noise` but with a `seed` it is `ops.normal(x_t.shape, seed, sample_ids, draw)`, drawn in the same
+    pass.
+    Returns x_prev of x_t's shape and dtype; with `return_x0` (x_prev, x0). Differentiable; not with `out`, tensors to
+    write the result into, of which one may be x_t or another input itself.
+    Raises InputError for a wrong shape, dtype or device, clip <= 0, a quantile without clip or outside (0, 1], and,
+    where the coefficients are on the CPU, for c4 != 0 without noise.
     """
     _check_tensor("x_t", x_t)
     _check_same("model_output", model_output, "x_t", x_t)
     _check_past(x_t, unconditional, history)
     columns = 5 + len(history)
-    fits = coefficients.shape == (len(x_t), columns)
-    _check_table("coefficients", coefficients, f"({len(x_t)}, {columns})", fits, "x_t", x_t)
+    fits = coefficients.ndim == 2 and coefficients.shape[1] == columns and len(coefficients) in (1, len(x_t))
+    _check_table("coefficients", coefficients, f"({len(x_t)}, {columns}) or (1, {columns})", fits, "x_t", x_t)
     if noise is not None:
         _check_same("noise", noise, "x_t", x_t)
         seed = None
@@ -176,9 +201,16 @@ def step(
         raise InputError("noise is None, must be given (or a seed) where a coefficient c4 is not zero")
     if clip is not None and not clip > 0:
         raise InputError(f"clip is {clip}, must be positive or None")
+    if quantile is not None and (clip is None or not 0 < quantile <= 1):
+        raise InputError(f"quantile, clip are {quantile}, {clip}; must be in (0, 1], with a positive clip")
+    if out is not None:
+        out = tuple(out) if return_x0 else (out,)
+        _check_out(out, 1 + return_x0, x_t, "x_t", model_output, noise, unconditional, *history)
+        out = (*out, None)[:2]
     x_prev, x0 = step_op(
-        x_t, model_output, coefficients, noise, clip, unconditional=unconditional, guidance=guidance,
-        history=tuple(history), seed=seed, sample_ids=sample_ids, draw=draw, return_x0=return_x0, impl=impl,
+        x_t, model_output, coefficients, noise, clip, quantile=quantile, unconditional=unconditional,
+        guidance=guidance, history=tuple(history), seed=seed, sample_ids=sample_ids, draw=draw, return_x0=return_x0,
+        out=out, impl=impl,
     )  # fmt: skip
     return (x_prev, x0) if return_x0 else x_prev
 
@@ -209,6 +241,17 @@ def _check_past(x_t: torch.Tensor, unconditional: torch.Tensor | None, history: 
         _check_same("unconditional", unconditional, "x_t", x_t)
     for i, past in enumerate(history):
         _check_same(f"history[{i}]", past, "x_t", x_t)
+
+
+def _check_out(out: tuple[torch.Tensor, ...], count: int, like: torch.Tensor, other: str, *inputs) -> None:
+    if len(out) != count or len({id(y) for y in out}) != count:
+        raise InputError(f"out has {len(out)} tensors, must have {count}, none of them twice")
+    for y in out:
+        _check_same("out", y, other, like)
+        if y.dtype != like.dtype:
+            raise InputError(f"out is {y.dtype}, must be of {other}'s {like.dtype}")
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (like, *inputs, *out)):
+        raise InputError(f"out is given, must be None where {other} or another input asks for a gradient")
 
 
 def _per_sample(c: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

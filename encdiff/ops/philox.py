@@ -45,14 +45,14 @@ def words(size: int, seed: int, sample_ids: torch.Tensor, draw: int | torch.Tens
     return torch.stack(philox(counter, (seed & WORD, seed >> 32 & WORD)), -1).flatten(1)
 
 
-def uniform_reference(shape, seed, sample_ids, draw, dtype=torch.float32, stream=0):
+def uniform_reference(shape, seed, sample_ids, draw, dtype=torch.float32, stream=0, out=None):
     """`uniform` in plain PyTorch: the upper 24 bits of each word."""
     size = math.prod(shape[1:])
     u = (words(size, seed, sample_ids, draw, stream)[:, :size] >> 8).float() * 2.0**-24
-    return u.reshape(shape).to(dtype)
+    return _native.into(out, u.reshape(shape).to(dtype))[0]
 
 
-def normal_reference(shape, seed, sample_ids, draw, dtype=torch.float32, stream=0):
+def normal_reference(shape, seed, sample_ids, draw, dtype=torch.float32, stream=0, out=None):
     """`normal` in plain PyTorch: Box-Muller, in float64 past the uniforms.
 
     The first word of a pair gives the radius: u = float32(word) 2^-32 + 2^-33 lies in (0, 1] and keeps all its bits
@@ -69,17 +69,17 @@ def normal_reference(shape, seed, sample_ids, draw, dtype=torch.float32, stream=
     cosine = torch.where(odd, s, c) * torch.where((q == 1) | (q == 2), -1.0, 1.0)
     sine = torch.where(odd, c, s) * torch.where(q >= 2, -1.0, 1.0)
     z = (radius[..., None] * torch.stack([cosine, sine], -1)).flatten(1)[:, :size]
-    return z.float().reshape(shape).to(dtype)
+    return _native.into(out, z.float().reshape(shape).to(dtype))[0]
 
 
 def _native_random(kind):
-    def run(shape, seed, sample_ids, draw, dtype=torch.float32, stream=0):
-        return _native.random(kind, shape, seed, sample_ids, draw, dtype, stream)
+    def run(shape, seed, sample_ids, draw, dtype=torch.float32, stream=0, out=None):
+        return _native.random(kind, shape, seed, sample_ids, draw, dtype, stream, out and out[0])
 
     return run
 
 
-def _native_reasons(shape, seed, sample_ids, draw, dtype=torch.float32, stream=0) -> list[str]:
+def _native_reasons(shape, seed, sample_ids, draw, dtype=torch.float32, stream=0, out=None) -> list[str]:
     if dtype not in _native.DTYPES:
         return [f"dtype is {dtype}"]
     return _native.reasons(sample_ids)
@@ -104,6 +104,8 @@ def normal(
     draw: int | torch.Tensor = 0,
     *,
     dtype: torch.dtype = torch.float32,
+    stream: int = 0,
+    out: torch.Tensor | None = None,
     impl: str | None = None,
 ) -> torch.Tensor:
     """Standard normal numbers of `shape` (B, ...), each a function of (seed, its sample's id, draw, its index).
@@ -111,11 +113,11 @@ def normal(
     sample_ids (B,) int64, 0 <= id < 2^32, on the device of the result; seed, 0 <= seed < 2^64; draw, the training or
     sampler step, 0 <= draw < 2^32: an int, or an int64 tensor of one element on the same device (a captured CUDA graph
     reads it anew). The index is that of the contiguous layout. |z| < 6.77. CPU and GPU agree to the bit in the integers
-    and to 4 ulp in the result. Raises InputError for a wrong shape, dtype, device or range; ids and draws on a GPU are
-    not read, their lower 32 bits count.
+    and to 4 ulp in the result. Stream 1 holds the numbers of `timesteps` in place of those of the noise; `out` is a
+    tensor of that shape and dtype to write into. Raises InputError for a wrong shape, dtype, device or range; ids and
+    draws on a GPU are not read, their lower 32 bits count.
     """
-    check_key(shape[:1], seed, sample_ids, draw, "shape")
-    return normal_op(tuple(shape), seed, sample_ids, draw, dtype=dtype, impl=impl)
+    return _random(normal_op, shape, seed, sample_ids, draw, dtype, stream, out, impl)
 
 
 def uniform(
@@ -125,11 +127,24 @@ def uniform(
     draw: int | torch.Tensor = 0,
     *,
     dtype: torch.dtype = torch.float32,
+    stream: int = 0,
+    out: torch.Tensor | None = None,
     impl: str | None = None,
 ) -> torch.Tensor:
     """Numbers k 2^-24 in [0, 1), as `normal`; to the bit the same everywhere. Narrower dtypes can round up to 1."""
+    return _random(uniform_op, shape, seed, sample_ids, draw, dtype, stream, out, impl)
+
+
+def _random(op, shape, seed, sample_ids, draw, dtype, stream, out, impl):
     check_key(shape[:1], seed, sample_ids, draw, "shape")
-    return uniform_op(tuple(shape), seed, sample_ids, draw, dtype=dtype, impl=impl)
+    if stream not in (0, 1):
+        raise InputError(f"stream is {stream}, must be 0 or 1")
+    if out is not None and (out.shape != tuple(shape) or out.dtype != dtype or out.device != sample_ids.device):
+        raise InputError(
+            f"out is {out.dtype} {tuple(out.shape)} on {out.device}, must be {dtype} {tuple(shape)} on sample_ids' "
+            f"{sample_ids.device}"
+        )
+    return op(tuple(shape), seed, sample_ids, draw, dtype, stream, None if out is None else (out,), impl=impl)
 
 
 def timesteps(

@@ -1,0 +1,125 @@
+"""The loop behind every sampler: a list of stages, each one pass of `ops.step`; a new sampler is a list."""
+
+from collections.abc import Callable
+from typing import NamedTuple, TypedDict
+
+import torch
+
+from encdiff.errors import InputError
+from encdiff.ops.noise import compute_dtype, step
+
+Denoise = Callable[[torch.Tensor, torch.Tensor], torch.Tensor | tuple[torch.Tensor, torch.Tensor]]
+Callback = Callable[[int, float, torch.Tensor, torch.Tensor], None]
+
+
+class Stage(NamedTuple):
+    """One pass of `ops.step`. `time` None does not call the model: its output is the last x0."""
+
+    time: float | None
+    row: tuple[float, ...]  # c0 .. c4, then those of `history`
+    history: tuple[str, ...] = ()  # "x": what the stage before began with; "x0", "older x0": of the last two calls
+
+
+class Options(TypedDict, total=False):
+    """What every sampler takes.
+
+    - `clip` bounds every x0 to [-clip, clip]; with `quantile` it is Imagen's dynamic threshold (`ops.step`);
+    - `guidance` w: `denoise` returns a pair, and the output is its second + w (its first - its second), that is
+      unconditional + w (conditional - unconditional); the two may come from one batch, by `chunk(2)`;
+    - `seed` and `sample_ids` (B,) key the noise of a stochastic sampler: stage i = 0, 1, .. adds `ops.normal(x.shape,
+      seed, sample_ids, i + 1)`, so a sample is the same in any batch, and draw 0 is free for the start. Without a seed
+      torch's global generator gives one, without ids they are 0 .. B-1;
+    - `generator` draws that noise from torch's own stream instead, on its own device, to compare with other code: a
+      sample then depends on its batch;
+    - `callback(i, t, x, x0)` is called at the model's call i = 0, 1, .. with the x it saw and the x0 predicted from it.
+
+    The loop writes over its own x, so `denoise` must not keep it; with a callback, every x and x0 is a fresh tensor.
+    """
+
+    clip: float | None
+    quantile: float | None
+    guidance: float | None
+    seed: int | None
+    sample_ids: torch.Tensor | None
+    generator: torch.Generator | None
+    callback: Callback | None
+
+
+@torch.no_grad()
+def run(
+    denoise: Denoise,
+    x: torch.Tensor,
+    stages: list[Stage],
+    *,
+    clip: float | None = None,
+    quantile: float | None = None,
+    guidance: float | None = None,
+    seed: int | None = None,
+    sample_ids: torch.Tensor | None = None,
+    generator: torch.Generator | None = None,
+    callback: Callback | None = None,
+) -> torch.Tensor:
+    """Take x (B, ...) through the stages, without gradients; `Options` says what the arguments mean."""
+    rows, times = _tables(stages, x)
+    if generator is not None and seed is not None:
+        raise InputError("generator and seed are both given, must be one of them: either draws the noise")
+    if generator is None and seed is None and any(stage.row[4] for stage in stages):
+        seed = torch.randint(2**63 - 1, ()).item()
+    keeps_x0 = callback is not None or any(stage.history or stage.time is None for stage in stages)
+    past, calls = {}, 0
+    for i, (time, row, names) in enumerate(stages):
+        called = time is not None
+        output, unconditional = past.get("x0", x), None
+        if called:
+            output, unconditional = _pair(denoise(x, times[i].expand(len(x))), guidance)
+        wants_x0 = called and keeps_x0
+        fresh = {}
+        if row[4]:
+            fresh = {"seed": seed, "sample_ids": sample_ids, "draw": i + 1}
+            fresh = fresh if generator is None else {"noise": _randn_like(x, generator)}
+        reuse = callback is None and i > 1  # no later stage reads these two; the very first x is the caller's
+        x_next = past["x"] if reuse else torch.empty_like(x)
+        x0 = None
+        if wants_x0:
+            x0 = past["older x0"] if reuse and "older x0" in past else torch.empty_like(x)
+        step(
+            x, output, rows[i], clip=clip if called else None, quantile=quantile if called else None,
+            unconditional=unconditional, guidance=1.0 if guidance is None else guidance,
+            history=tuple(past[name] for name in names), return_x0=wants_x0,
+            out=(x_next, x0) if wants_x0 else x_next, **fresh,
+        )  # fmt: skip
+        if callback is not None and called:
+            callback(calls, time, x, x0)
+        if wants_x0:
+            past |= {"older x0": past["x0"]} if "x0" in past else {}
+            past["x0"] = x0
+        calls += called
+        past["x"], x = x, x_next
+    return x
+
+
+def _randn_like(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    return torch.randn(x.shape, generator=generator, device=generator.device, dtype=compute_dtype(x)).to(x.device)
+
+
+def _pair(output, guidance: float | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The model's output and the unconditional one, or None."""
+    if guidance is None and isinstance(output, torch.Tensor):
+        return output, None
+    if guidance is None or isinstance(output, torch.Tensor) or len(output) != 2:
+        made = "a tensor" if isinstance(output, torch.Tensor) else f"{len(output)} tensors"
+        raise InputError(
+            f"denoise returned {made}, must return a tensor, or with guidance the pair (output, unconditional)"
+        )
+    return output
+
+
+def _tables(stages: list[Stage], x: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """The rows, each (1, columns), and the model's times, (stages,), on x's device before the loop begins."""
+    flat = torch.tensor([c for stage in stages for c in stage.row], dtype=compute_dtype(x))
+    if not flat.isfinite().all():
+        raise InputError("the schedule comes too near 0 to turn this prediction into x0; predict v or x0 instead")
+    rows = [row[None] for row in flat.to(x.device).split([len(stage.row) for stage in stages])]
+    times = [0 if stage.time is None else stage.time for stage in stages]
+    whole = all(float(time).is_integer() for time in times)
+    return rows, torch.tensor(times, dtype=torch.int64 if whole else torch.float32).to(x.device)
