@@ -19,6 +19,7 @@ from encdiff.errors import InputError
 from encdiff.fields import Checked, Count, Fraction, Natural, NotNegative, Positive, Range
 from encdiff.fit import fit
 from encdiff.models import EncDiff
+from encdiff.profiling import phase
 from encdiff.runs import load_optimizer, optimizer_tensors
 from encdiff.visualize import save_png, swap_grid
 
@@ -151,11 +152,14 @@ class Training:
     def _work(self, average: Tensor, **inputs: Tensor) -> tuple[Tensor, Tensor]:
         """The whole step on the device, nothing read back: loss, gradients, clipping, AdamW, EMA."""
         self.optimizer.zero_grad(set_to_none=True)
-        loss = self._loss(**inputs)
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.config.gradient_clip or math.inf)
-        self.optimizer.step()
-        with torch.no_grad():
+        with phase("forward"):
+            loss = self._loss(**inputs)
+        with phase("backward"):
+            loss.backward()
+        with phase("optimizer"):
+            norm = nn.utils.clip_grad_norm_(self.parameters, self.config.gradient_clip or math.inf)
+            self.optimizer.step()
+        with phase("average"), torch.no_grad():
             averages = list(self.ema.parameters())
             torch._foreach_lerp_(averages, list(self.model.unet.parameters()), [average] * len(averages))
         return loss.detach(), norm

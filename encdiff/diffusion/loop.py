@@ -1,6 +1,7 @@
 """The loop behind every sampler: a list of stages, each one pass of `ops.step`; a new sampler is a list."""
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import NamedTuple, TypedDict
 
 import torch
@@ -116,10 +117,17 @@ def _pair(output, guidance: float | None) -> tuple[torch.Tensor, torch.Tensor | 
 
 def _tables(stages: list[Stage], x: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
     """The rows, each (1, columns), and the model's times, (stages,), on x's device before the loop begins."""
-    flat = torch.tensor([c for stage in stages for c in stage.row], dtype=compute_dtype(x))
-    if not flat.isfinite().all():
+    numbers = tuple(c for stage in stages for c in stage.row)
+    if not torch.tensor(numbers, dtype=compute_dtype(x)).isfinite().all():
         raise InputError("the schedule comes too near 0 to turn this prediction into x0; predict v or x0 instead")
-    rows = [row[None] for row in flat.to(x.device).split([len(stage.row) for stage in stages])]
-    times = [0 if stage.time is None else stage.time for stage in stages]
+    flat = _constant(numbers, compute_dtype(x), x.device)
+    rows = [row[None] for row in flat.split([len(stage.row) for stage in stages])]
+    times = tuple(0 if stage.time is None else stage.time for stage in stages)
     whole = all(float(time).is_integer() for time in times)
-    return rows, torch.tensor(times, dtype=torch.int64 if whole else torch.float32).to(x.device)
+    return rows, _constant(times, torch.int64 if whole else torch.float32, x.device)
+
+
+@lru_cache(maxsize=64)
+def _constant(numbers: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """These numbers on a device, copied there once: while a CUDA graph is captured, the host cannot copy."""
+    return torch.tensor(numbers, dtype=dtype, device=device)

@@ -76,6 +76,7 @@ class EncDiff(
         with torch.device("cpu"):  # checked by value, also where the parameters are made on "meta"
             betas = schedules.make_betas(c.schedule, c.num_timesteps, c.beta_start, c.beta_end)
             self.alphas_cumprod = schedules.alphas_cumprod(betas)
+        self.schedule = self.alphas_cumprod  # stays on the host, where samplers make their tables
 
     def _apply(self, fn, recurse: bool = True) -> "EncDiff":
         """Moves `alphas_cumprod` with the parameters, but leaves it float64 where they become half."""

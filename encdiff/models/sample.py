@@ -56,7 +56,7 @@ def sample_latents(
                 progress(done, calls)
             return output
 
-        config, alpha_bar = model.config, model.alphas_cumprod
+        config, alpha_bar = model.config, model.schedule
         options = {"prediction": config.prediction}
         if sampler == "ddim":
             return samplers.ddim(
