@@ -57,19 +57,18 @@ def inputs(batch, queries, channels, tokens, width, device, dtype) -> dict[str, 
     return {n: t.to(device, dtype).requires_grad_() for n, t in zip(NAMES, drawn, strict=True)}
 
 
-def cost(tensors: dict[str, torch.Tensor], phase: str) -> dict[str, int]:
+def cost(tensors: dict[str, torch.Tensor], phase: str, folded: tuple = ()) -> dict[str, int]:
     """Bytes of inputs and output once (with gradients: of both, and the inputs again), FLOP of the plain form.
 
-    Folded: x, keys and values, the channels' vectors and y; FLOP as if no head were folded, for comparison.
+    Folded: x, what `fold` made of the tokens, the channels' vectors and y; FLOP as if no head were folded.
     """
     (batch, queries, channels), (_, tokens, width) = tensors["x"].shape, tensors["context"].shape
     per_query = 4 * batch * queries * channels * (channels + tokens)
     per_token = 4 * batch * tokens * width * channels
     read, written = sum(t.nbytes for t in tensors.values()), tensors["x"].nbytes
     if phase == "folded":
-        folded = 2 * batch * HEADS * tokens * channels * tensors["x"].element_size()
-        vectors = sum(tensors[name].nbytes for name in ("b_o", "norm_weight", "norm_bias"))
-        return {"bytes": 2 * written + folded + vectors, "flops": per_query}
+        others = [t for t in folded if isinstance(t, torch.Tensor)] + [tensors[name] for name in NAMES[6:]]
+        return {"bytes": 2 * written + sum(t.nbytes for t in others), "flops": per_query}
     if phase == "forward":
         return {"bytes": read + written, "flops": per_query + per_token}
     return {"bytes": 3 * read + 2 * written, "flops": 3 * (per_query + per_token)}
@@ -127,4 +126,4 @@ def test_folded(measure, device, shape, batch, impl, dtype):
     exact = cross_attention_reference(**{n: t.double() for n, t in tensors.items()}, heads=HEADS, residual=True)
     with torch.no_grad():
         assert (run() - exact).norm() <= TOLERANCE[dtype] * exact.norm()
-        measure(run, **labels_of(impl, "folded", tensors), dtype=dtype, **cost(tensors, "folded"))
+        measure(run, **labels_of(impl, "folded", tensors), dtype=dtype, **cost(tensors, "folded", folded))

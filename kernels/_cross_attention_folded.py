@@ -22,6 +22,8 @@ from ._cross_attention_parts import (
     normalise,
     on_device,
     operand,
+    over_tokens,
+    softmax_by_head,
     standardise,
     store_rows,
 )
@@ -36,30 +38,19 @@ def _load_tokens(p, o_j, m_j, o_c, C):
 
 
 @triton.jit
-def _over_tokens(b, GROUP: tl.constexpr, BLOCK_N: tl.constexpr):
-    """(rows, GROUP*BLOCK_N) -> (rows, GROUP, BLOCK_N)."""
-    return tl.reshape(b, (b.shape[0], GROUP, BLOCK_N))
-
-
-@triton.jit
 def _attend(h, k, i_h, o_n, m_j, p_bias, stride_bias_h, GROUP: tl.constexpr, BLOCK_N: tl.constexpr):
     """P of GROUP heads (rows, GROUP*BLOCK_N): zero outside N, and on a row whose tokens are all masked."""
     s = tl.dot(h, tl.trans(k), input_precision="ieee")
     if p_bias is not None:
         s += tl.load(p_bias + i_h * stride_bias_h + o_n, mask=m_j, other=0.0).to(tl.float32)[None, :]
-    s = _over_tokens(tl.where(m_j[None, :], s, -float("inf")), GROUP, BLOCK_N)
-    top = tl.max(s, 2)
-    e = tl.exp(s - tl.where(top == -float("inf"), 0.0, top)[:, :, None])
-    z = tl.sum(e, 2)
-    p = e * (1.0 / tl.where(z == 0.0, 1.0, z))[:, :, None]
-    return tl.reshape(p, (h.shape[0], GROUP * BLOCK_N))
+    return softmax_by_head(tl.where(m_j[None, :], s, -float("inf")), GROUP, BLOCK_N)
 
 
 @triton.jit
 def _softmax_gradient(p, dp, GROUP: tl.constexpr, BLOCK_N: tl.constexpr):
     """dlogits = P (dP - sum over the head's tokens of P dP)."""
-    delta = tl.sum(_over_tokens(p * dp, GROUP, BLOCK_N), 2)
-    ds = _over_tokens(p, GROUP, BLOCK_N) * (_over_tokens(dp, GROUP, BLOCK_N) - delta[:, :, None])
+    delta = tl.sum(over_tokens(p * dp, GROUP, BLOCK_N), 2)
+    ds = over_tokens(p, GROUP, BLOCK_N) * (over_tokens(dp, GROUP, BLOCK_N) - delta[:, :, None])
     return tl.reshape(ds, (p.shape[0], GROUP * BLOCK_N))
 
 
@@ -100,7 +91,7 @@ def cross_attention_folded_fwd_kernel(
             o_map = ((i_b * H + i_h[None, :]) * L + o_l[:, None]) * N + o_n[None, :]
             tl.store(p_maps + o_map, p.to(p_maps.dtype.element_ty), mask=(o_l < L)[:, None] & m_j[None, :])
         if MAPS == "mean":
-            mean += tl.sum(_over_tokens(p, GROUP, BLOCK_N), 1)
+            mean += tl.sum(over_tokens(p, GROUP, BLOCK_N), 1)
         v = operand(_load_tokens(p_v, o_j, m_j, o_c, C), DTYPE)
         y = tl.dot(operand(p, DTYPE), v, y, input_precision="ieee")
     y += load_channels(p_bo, o_c, C, 0.0)[None, :]

@@ -58,6 +58,23 @@ def normalise(x, o_c, p_gamma, p_beta, C, eps):
     return x
 
 
+@triton.jit
+def over_tokens(b, GROUP: tl.constexpr, BLOCK_N: tl.constexpr):
+    """(rows, GROUP*BLOCK_N) -> (rows, GROUP, BLOCK_N)."""
+    return tl.reshape(b, (b.shape[0], GROUP, BLOCK_N))
+
+
+@triton.jit
+def softmax_by_head(s, GROUP: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Of logits (rows, GROUP*BLOCK_N), each head's on its own; a head of -inf throughout attends to nothing."""
+    rows: tl.constexpr = s.shape[0]
+    s = over_tokens(s, GROUP, BLOCK_N)
+    top = tl.max(s, 2)
+    e = tl.exp(s - tl.where(top == -float("inf"), 0.0, top)[:, :, None])
+    z = tl.sum(e, 2)
+    return tl.reshape(e * (1.0 / tl.where(z == 0.0, 1.0, z))[:, :, None], (rows, GROUP * BLOCK_N))
+
+
 def on_device(x: Tensor) -> AbstractContextManager:
     """Triton launches on the current device, which need not be the tensor's."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()

@@ -10,8 +10,9 @@ MAX_TOKENS, FEW_TOKENS = 128, 32
 FOLDED_TOKENS, FOLDED_CHANNELS = 32, {2: 256, 4: 64}
 
 # of the card that the model has in mind, H200-class: copy bandwidth in bytes/s, an attainable rate of 16-bit and of
-# float32 products in FLOP/s, seconds from one kernel to the next, and the batch of the paper
+# float32 products in FLOP/s, seconds from one kernel to the next, the batch of the paper
 BANDWIDTH, RATE, LAUNCH, BATCH = 4.3e12, {2: 400e12, 4: 30e12}, 2e-6, 128
+CACHE_BANDWIDTH = 5.5e12  # bytes/s of what many programs read again
 
 
 class FoldedTile(NamedTuple):
@@ -24,6 +25,14 @@ class FoldedTile(NamedTuple):
 class HeadsTile(NamedTuple):
     BLOCK_L: int  # queries at a time
     BLOCK_N: int  # tokens at a time
+    num_warps: int
+    num_stages: int = 2
+
+
+class KeptTile(NamedTuple):
+    BLOCK_L: int  # queries at a time
+    GROUP: int  # heads at a time
+    BLOCK_N: int  # tokens of a head: of one sample, or of several that share a tile
     num_warps: int
     num_stages: int = 2
 
@@ -43,6 +52,9 @@ FOLDED_TILES = {
     ("dx", False, 64): FoldedTile(16, 1, 8),
     ("dkv", False, 64): FoldedTile(16, 1, 8),
 }
+
+# (channels padded, head width padded) -> tile; 16 bits only
+KEPT_TILES = {(128, 16): KeptTile(64, 2, 32, 8), (256, 32): KeptTile(32, 1, 64, 8)}
 
 # (kernel, 16 bit?, head width padded) -> tile
 HEADS_TILES = {
@@ -82,19 +94,38 @@ def head_width_limit(tokens: int, size: int) -> int:
     return {2: 256, 4: 64 if tokens <= FEW_TOKENS else 32}.get(size, 0)
 
 
+def can_keep(channels: int, tokens: int, width: int, size: int) -> bool:
+    """Whether the kernel of kept keys and values serves this; `width`: of a head."""
+    tiled = (pad(channels, 128), pad(width, 16)) in KEPT_TILES
+    return can_fold(channels, tokens, size) and size == 2 and width % 8 == 0 and tiled
+
+
+def samples_of_tile(queries: int, tokens: int, BLOCK_L: int, BLOCK_N: int) -> int:
+    """How many samples share a tile: as many as bring it all their queries and tokens."""
+    return max(1, min(BLOCK_L // queries, BLOCK_N // tokens))
+
+
 def predict(route: str, queries: int, channels: int, tokens: int, heads: int, size: int, batch: int = BATCH) -> float:
-    """Seconds of a forward by formula: launches, and the longer of bytes and products. `size`: bytes of an element.
+    """Seconds of a forward by formula: launches, and the longest of bytes and products. `size`: bytes of an element.
 
     "folded": x in, y out, keys and values (H*N, C) written and read; "folded once": read only, folded before;
+    "kept": keys and values (N, C) read, and by every program two weights (C, C), which come from the cache (H*d = C);
     "heads": LayerNorm, the query projection, the attention and the output projection with x each go to memory.
     """
-    x, folded = queries * channels, heads * tokens * channels
+    x, folded, again = queries * channels, heads * tokens * channels, 0.0
     if route == "heads":
         launches, elements, flops = 6, 9 * x, 4 * x * (channels + tokens)
+    elif route == "kept":
+        BLOCK_C, BLOCK_D = pad(channels, 128), pad(channels // heads, 16)
+        tile = KEPT_TILES[BLOCK_C, BLOCK_D]
+        programs = -(-queries // tile.BLOCK_L) / samples_of_tile(queries, tokens, tile.BLOCK_L, tile.BLOCK_N)
+        again = programs * 2 * channels**2 * size / CACHE_BANDWIDTH
+        launches, elements = 1, 2 * (x + tokens * channels)
+        flops = 4 * programs * tile.BLOCK_L * heads * BLOCK_D * (BLOCK_C + tile.GROUP * tile.BLOCK_N)
     else:
         launches, elements = (5, 2 * x + 4 * folded) if route == "folded" else (1, 2 * x + 2 * folded)
         flops = 4 * x * heads * FOLDED_TOKENS
-    return launches * LAUNCH + batch * max(elements * size / BANDWIDTH, flops / RATE[size])
+    return launches * LAUNCH + batch * max(elements * size / BANDWIDTH, flops / RATE[size], again)
 
 
 def choose_route(queries: int, channels: int, tokens: int, heads: int, size: int) -> str:
@@ -102,3 +133,14 @@ def choose_route(queries: int, channels: int, tokens: int, heads: int, size: int
     if not can_fold(channels, tokens, size):
         return "heads"
     return min("folded", "heads", key=lambda r: predict(r, queries, channels, tokens, heads, size))
+
+
+def choose_form(channels: int, tokens: int, heads: int, width: int, size: int) -> str:
+    """What to make of the tokens once per image: "folded once" or "kept", whichever is predicted to be faster.
+
+    For as many queries as a layer of so many channels has in the paper's U-Net: 256 of 64, 64 of 128, 16 of 256.
+    """
+    if not can_keep(channels, tokens, width, size):
+        return "folded once"
+    queries = (1024 // channels) ** 2
+    return min("folded once", "kept", key=lambda r: predict(r, queries, channels, tokens, heads, size))

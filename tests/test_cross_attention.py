@@ -11,6 +11,7 @@ from encdiff.errors import InputError
 IMPLS = ["triton", "transposed", "sdpa", "reference"]
 PLAIN = IMPLS[1:]  # these take float64 as well
 WITH_MAPS = ["transposed", "reference"]
+WEIGHTS = ("w_q", "w_k", "w_v", "w_o", "b_o")
 
 
 def inputs(B, L, C, N, D, heads, width, dtype=torch.float64, seed=0):
@@ -58,7 +59,7 @@ CASES = {  # B, L, C, N, D, heads, head width
 
 @pytest.mark.parametrize(
     "name, impl",
-    [(name, impl) for name in ("xattn_a", "xattn_b", "xattn_c") for impl in ("auto", *PLAIN)] + [("xattn_b", "triton")],
+    [(name, impl) for name in ("xattn_a", "xattn_b", "xattn_c") for impl in ("auto", *IMPLS)],
 )
 def test_published_outputs_and_gradients(name, impl):
     golden = load(name)
@@ -118,6 +119,31 @@ def test_maps_come_from_the_same_pass(maps, impl):
     expected_y, expected = by_loops(x, tokens, weights, b_o, 2)
     torch.testing.assert_close(y, expected_y)
     torch.testing.assert_close(attention, expected if maps == "head" else expected.mean(1))
+
+
+def test_maps_have_a_gradient():
+    x, tokens, weights, b_o = inputs(2, 3, 10, 5, 4, 2, 3)
+    leaves = [t.requires_grad_() for t in (x, tokens, weights[0], weights[1])]
+    upstream = torch.randn(2, 2, 3, 5, dtype=torch.float64)
+    expected = torch.autograd.grad((by_loops(x, tokens, weights, b_o, 2)[1] * upstream).sum(), leaves)
+    _, attention = ops.cross_attention(x, tokens, *weights, b_o, heads=2, maps="head")
+    torch.testing.assert_close(torch.autograd.grad((attention * upstream).sum(), leaves), expected)
+    single = [t.detach().float().requires_grad_() for t in (x, tokens, *weights, b_o)]
+    why = ops.explain("cross_attention", *single, heads=2, maps="head")
+    assert "triton: attention maps have no gradient there" in why  # so they come from an implementation that has one
+
+
+@pytest.mark.parametrize("impl", WITH_MAPS)
+@pytest.mark.parametrize("maps", [None, "mean"])
+def test_samples_do_not_depend_on_how_many_are_taken_together(maps, impl):
+    x, tokens, weights, b_o = inputs(7, 300, 8, 50, 4, 8, 4, torch.float32)  # 120,000 logits a sample: two at a time
+    bias = torch.randn(7, 8, 50)
+    arguments = lambda i: dict(x=x[i], context=tokens[i], token_bias=bias[i], heads=8, maps=maps, impl=impl)  # noqa: E731
+    whole = ops.cross_attention(**arguments(slice(None)), **dict(zip(WEIGHTS, (*weights, b_o), strict=True)))
+    for i in range(7):
+        one = ops.cross_attention(**arguments(slice(i, i + 1)), **dict(zip(WEIGHTS, (*weights, b_o), strict=True)))
+        for a, e in zip([one] if maps is None else one, [whole] if maps is None else whole, strict=True):
+            torch.testing.assert_close(a[0], e[i])
 
 
 @pytest.mark.parametrize("impl", WITH_MAPS)

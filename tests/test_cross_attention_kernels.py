@@ -10,9 +10,7 @@ from torch.nn import functional as F
 
 from encdiff import ops
 from encdiff.errors import InputError
-from encdiff.models.attention import TransformerBlock
 from encdiff.ops import cross_attention_folded as folded_module
-from encdiff.ops.cross_attention_folded import cross_attention_folded, fold, fold_pays
 
 LEAVES = ("x", "context", "w_q", "w_k", "w_v", "w_o", "b_o", "norm_weight", "norm_bias", "token_bias")
 
@@ -238,56 +236,6 @@ def test_compiles_whole_with_any_batch(route):
     assert len(graphs) == 1, "the batch must not be compiled in"
 
 
-# ---- folding
-
-
-@pytest.mark.parametrize("impl", ["triton", "reference"])
-def test_folding_is_exact(impl):
-    tensors = leaves(2, 9, 16, 5, 4, 2, 8, bias="token")
-    names = ("context", "w_q", "w_k", "w_v", "w_o")
-    rest = {n: t for n, t in tensors.items() if n not in names}
-    folded = fold(*(tensors[n] for n in names), heads=2)
-    assert folded.keys.shape == folded.values.shape == (2, 2, 5, 16)
-    for maps in (None, "head", "mean"):
-        with ops.record_impls() as ran:
-            actual = cross_attention_folded(**rest, folded=folded, residual=True, maps=maps, impl=impl)
-        assert ran == [("cross_attention_folded", impl)]
-        expected = ops.cross_attention(**tensors, heads=2, residual=True, maps=maps, impl="reference")
-        torch.testing.assert_close(actual, expected)
-
-
-def test_folded_gradients():
-    x, gamma, beta = torch.randn(1, 3, 4), torch.randn(4), torch.randn(4)
-    keys, values = torch.randn(2, 1, 2, 3, 4)
-    inputs = [t.double().requires_grad_() for t in (x, keys, values, gamma, beta)]
-
-    def f(x, keys, values, gamma, beta):
-        folded = folded_module.Folded(keys, values)
-        return cross_attention_folded(x, folded, norm_weight=gamma, norm_bias=beta, residual=True, maps="head")
-
-    assert torch.autograd.gradcheck(f, inputs)
-
-
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        (
-            dict(folded=folded_module.Folded(*torch.zeros(2, 3, 2, 5, 8))),
-            r"folded keys \(3, 2, 5, 8\) .* x \(2, 4, 8\)",
-        ),
-        (dict(folded=folded_module.Folded(*torch.zeros(2, 2, 2, 5, 8, device="meta"))), "folded is on meta"),
-        (dict(token_bias=torch.zeros(2, 4)), "with N = 5"),
-        (dict(x=torch.zeros(2, 4, 8).double(), impl="triton"), "x is torch.float64"),
-        (dict(folded=folded_module.Folded(*torch.zeros(2, 2, 2, 33, 8)), impl="triton"), "33 tokens must be"),
-        (dict(x=torch.zeros(2, 4, 8).requires_grad_(), maps="mean", impl="triton"), "maps have no gradient there"),
-    ],
-)
-def test_bad_folded_input(change, message):
-    arguments = dict(x=torch.zeros(2, 4, 8), folded=folded_module.Folded(*torch.zeros(2, 2, 2, 5, 8))) | change
-    with pytest.raises(InputError, match=message):
-        cross_attention_folded(**arguments)
-
-
 # ---- the cost model
 
 
@@ -336,23 +284,32 @@ def test_every_shape_that_is_served_has_a_tile():
                     assert kernel == "dkv" or tokens <= tile.BLOCK_N  # the softmax is taken whole
 
 
+@pytest.mark.parametrize(
+    "sizes, size, expected",
+    [
+        ((64, 20, 8, 8), 2, "folded once"),  # the paper's 16x16
+        ((128, 20, 8, 16), 2, "kept"),
+        ((256, 20, 8, 32), 2, "kept"),  # 160 folded columns of 256 channels are most of what is read
+        ((256, 20, 8, 32), 4, "folded once"),  # kept in 16 bits only
+        ((256, 33, 8, 32), 2, "folded once"),
+        ((256, 20, 4, 64), 2, "folded once"),  # no tile for heads so wide
+        ((200, 20, 10, 20), 2, "folded once"),  # rows of a head not aligned
+    ],
+)
+def test_form_of_what_is_computed_once(sizes, size, expected):
+    assert plan.choose_form(*sizes, size) == expected
+
+
+def test_sixteen_layers_within_sixty_microseconds_but_for_the_launches():
+    layers = [(256, 64)] * 5 + [(64, 128)] * 5 + [(16, 256)] * 5 + [(4, 256)]
+    seconds = [plan.predict(plan.choose_form(C, 20, 8, C // 8, 2), L, C, 20, 8, 2) - plan.LAUNCH for L, C in layers]
+    assert sum(seconds) < 60e-6
+
+
 def test_predictions_are_the_formula():
     seconds = plan.predict("folded once", 64, 128, 20, 8, 2)
     assert seconds == pytest.approx(2e-6 + 128 * 2 * (2 * 64 * 128 + 2 * 8 * 20 * 128) / 4.3e12)
     seconds = plan.predict("folded once", 256, 64, 20, 8, 2)
     assert seconds == pytest.approx(2e-6 + 128 * 4 * 256 * 64 * 8 * 32 / 400e12)
-
-
-def test_folding_pays_where_it_saves_products():
-    assert fold_pays(torch.zeros(1, 20, 16), 256, 8) and not fold_pays(torch.zeros(1, 20, 16), 64, 8)
-
-
-def test_sampling_folds_once_for_all_steps(model):
-    scalars = torch.randn(2, 3)
-    with ops.record_impls() as ran:
-        images = model.sample(scalars, steps=3)
-    assert {op for op, _ in ran if "cross" in op} == {"cross_attention_folded"}
-    assert all(block.folded is None for block in model.modules() if isinstance(block, TransformerBlock))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("encdiff.models.attention.fold_pays", lambda *sizes: False)
-        torch.testing.assert_close(model.sample(scalars, steps=3), images, rtol=1e-4, atol=1e-4)
+    seconds = plan.predict("kept", 16, 256, 20, 8, 2)  # two samples share a tile
+    assert seconds == pytest.approx(2e-6 + 64 * 2 * 256 * 256 * 2 / 5.5e12)

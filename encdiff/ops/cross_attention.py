@@ -23,7 +23,7 @@ from encdiff.ops._dispatch import Implementation, Op, always
 from encdiff.ops.cross_attention_folded import (
     check_options,
     cross_attention_folded_triton,
-    fold,
+    fold_matrices,
     interpreted,
     triton_reasons,
 )
@@ -73,18 +73,33 @@ def cross_attention_transposed(
     x, context, w_q, w_k, w_v, w_o, b_o=None, *,
     heads, norm_weight=None, norm_bias=None, norm_eps=1e-5, residual=False, token_bias=None, maps=None,
 ):  # fmt: skip
-    """Queries as the last axis: no copy to split or merge heads, products unpadded, softmax in vectors of queries."""
+    """Queries as the last axis: no copy to split or merge heads, products unpadded, softmax in vectors of queries.
+
+    Some samples at a time, so that what lies between x and y stays in a core's cache.
+    """
     with exact(x) as dtype:
         s, w_q, w_k, w_v, w_o = (t.to(dtype) for t in (context, w_q, w_k, w_v, w_o))
-        h, width = layer_norm(x.to(dtype), norm_weight, norm_bias, norm_eps), w_q.shape[0] // heads
-        q = (w_q @ h.mT).unflatten(1, (heads, width))  # (B, H, d, L)
-        k = split_heads(F.linear(s, w_k * width**-0.5), heads)
-        p = softmax(k @ q, token_bias, dim=-2)  # (B, H, N, L)
-        a = ((w_v @ s.mT).unflatten(1, (heads, width)) @ p).flatten(1, 2)  # (B, H*d, L)
-        y = products_out(a.mT, w_o.T.expand(len(x), -1, -1), b_o, x if residual else None).to(x.dtype)
-    if maps is None:
-        return y
-    return y, (p.mT if maps == "head" else p.mean(1).mT).to(x.dtype)
+        k = split_heads(F.linear(s, w_k * (w_q.shape[0] // heads) ** -0.5), heads)
+        v = (w_v @ s.mT).unflatten(1, (heads, -1))  # (B, H, d, N)
+
+        def attend(x, k, v, token_bias=None):
+            h = layer_norm(x.to(dtype), norm_weight, norm_bias, norm_eps)
+            q = torch.bmm(w_q.expand(len(x), -1, -1), h.mT).unflatten(1, (heads, -1))  # (B, H, d, L)
+            p = softmax(k @ q, token_bias, dim=-2)  # (B, H, N, L)
+            a = (v @ p).flatten(1, 2)  # (B, H*d, L)
+            y = products_out(a.mT, w_o.T.expand(len(x), -1, -1), b_o, x if residual else None).to(x.dtype)
+            return y if maps is None else (y, (p.mT if maps == "head" else p.mean(1).mT).to(x.dtype))
+
+        inputs = [t for t in (x, k, v, token_bias) if t is not None]
+        if torch.compiler.is_compiling() or len(x) <= _together(k, x.shape[1]):  # a graph holds no loop over a batch
+            return attend(*inputs)
+        parts = [attend(*part) for part in zip(*(t.split(_together(k, x.shape[1])) for t in inputs), strict=True)]
+    return torch.cat(parts) if maps is None else tuple(torch.cat(part) for part in zip(*parts, strict=True))
+
+
+def _together(k: Tensor, queries: int) -> int:
+    """How many samples have a mebibyte of logits, for k (B, H, N, d)."""
+    return max(1, 2**18 // max(1, k.shape[1] * k.shape[2] * queries))
 
 
 def cross_attention_triton(
@@ -98,7 +113,7 @@ def cross_attention_triton(
     route = choose_route(x.shape[1], x.shape[2], context.shape[1], heads, dtype.itemsize)
     s, *weights = (t.to(dtype) for t in (context, w_q, w_k, w_v, w_o))
     if route == "folded":
-        return cross_attention_folded_triton(x, fold(s, *weights, heads=heads), b_o, **options)
+        return cross_attention_folded_triton(x, fold_matrices(s, *weights, heads=heads), b_o, **options)
     return _by_heads(x, s, *weights, b_o, heads=heads, **options)
 
 

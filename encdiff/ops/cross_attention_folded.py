@@ -4,6 +4,8 @@ With q = LN(x) Wq^T and the keys k, values v of head h (docs/math.md):
 
     logits = q_h k_h^T / sqrt(d) = LN(x) A_h^T     A_h = k_h Wq_h / sqrt(d)   (N, C)
     sum over h of P_h v_h Wo_h^T = sum P_h W_h     W_h = v_h Wo_h^T           (N, C)
+
+Where channels are many it may be cheaper to keep k and v as they are, beside Wq and Wo.
 """
 
 from importlib.util import find_spec
@@ -15,7 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from encdiff.errors import InputError
-from encdiff.kernels._cross_attention_plan import FOLDED_CHANNELS, FOLDED_TOKENS, can_fold
+from encdiff.kernels._cross_attention_plan import (
+    FOLDED_CHANNELS,
+    FOLDED_TOKENS,
+    can_fold,
+    can_keep,
+    choose_form,
+)
 from encdiff.ops._attention import exact, has_gradient, kernel_bias, layer_norm, product_dtype, products_out, softmax
 from encdiff.ops._dispatch import Implementation, Op, always
 
@@ -29,13 +37,50 @@ class Folded(NamedTuple):
     values: Tensor
 
 
-def fold(context: Tensor, w_q: Tensor, w_k: Tensor, w_v: Tensor, w_o: Tensor, *, heads: int) -> Folded:
-    """Everything of `cross_attention` that depends on the tokens alone; arguments as there. Exact, differentiable."""
-    k, v = (F.linear(context, w).unflatten(-1, (heads, -1)).transpose(1, 2) for w in (w_k, w_v))  # (B, H, N, d)
-    width = k.shape[-1]
-    keys = k @ (w_q.unflatten(0, (heads, width)) * width**-0.5)
-    values = v @ w_o.unflatten(1, (heads, width)).permute(1, 2, 0)
-    return Folded(keys, values)
+class Kept(NamedTuple):
+    """The tokens of every sample, projected: keys and values (B, N, heads*d); and w_q, w_o^T (heads*d, C)."""
+
+    keys: Tensor
+    values: Tensor
+    w_q: Tensor
+    w_o: Tensor
+    heads: int
+
+    def fold(self) -> Folded:
+        """What `fold_matrices` makes of the same tokens."""
+        return _fold_heads(*(t.unflatten(-1, (self.heads, -1)) for t in self[:2]), self.w_q, self.w_o)
+
+
+def fold(context: Tensor, w_q: Tensor, w_k: Tensor, w_v: Tensor, w_o: Tensor, *, heads: int) -> Folded | Kept:
+    """Everything of `cross_attention` that depends on the tokens alone, in the form that attends fastest.
+
+    Arguments as there. On a GPU and without gradients the kernels' cost model chooses the form; otherwise `Folded`.
+    """
+    weights = w_q, w_k, w_v, w_o
+    if context.is_cuda and not has_gradient(context, *weights):
+        (channels, inner), size = w_o.shape, product_dtype(context).itemsize
+        if choose_form(channels, context.shape[1], heads, inner // heads, size) == "kept":
+            return keep(context, *weights, heads=heads)
+    return fold_matrices(context, *weights, heads=heads)
+
+
+def keep(context: Tensor, w_q: Tensor, w_k: Tensor, w_v: Tensor, w_o: Tensor, *, heads: int) -> Kept:
+    """Keys and values as they are, with the weights around them; arguments as in `cross_attention`."""
+    keys, values = (F.linear(context, w) for w in (w_k, w_v))
+    return Kept(keys, values, *(w.to(keys.dtype).contiguous() for w in (w_q, w_o.T)), heads)
+
+
+def fold_matrices(context: Tensor, w_q: Tensor, w_k: Tensor, w_v: Tensor, w_o: Tensor, *, heads: int) -> Folded:
+    """Tokens and weights as two matrices for each head; arguments as in `cross_attention`. Exact, differentiable."""
+    k, v = (F.linear(context, w).unflatten(-1, (heads, -1)) for w in (w_k, w_v))
+    return _fold_heads(k, v, w_q, w_o.T)
+
+
+def _fold_heads(k: Tensor, v: Tensor, w_q: Tensor, w_o: Tensor) -> Folded:
+    """k, v (B, N, heads, d); w_q, w_o (heads*d, C)."""
+    heads, width = k.shape[2:]
+    w_q, w_o = (w.unflatten(0, (heads, width)) for w in (w_q, w_o))
+    return Folded(k.transpose(1, 2) @ (w_q * width**-0.5), v.transpose(1, 2) @ w_o)
 
 
 def fold_pays(context: Tensor, channels: int, heads: int) -> bool:
@@ -54,6 +99,8 @@ def cross_attention_folded_reference(
     """Two products in plain PyTorch, in float32 whatever the storage type; see `cross_attention_folded`."""
     with exact(x) as dtype:
         h = layer_norm(x.to(dtype), norm_weight, norm_bias, norm_eps)
+        if isinstance(folded, Kept):
+            folded = Kept(*(t.to(dtype) for t in folded[:4]), folded.heads).fold()
         keys, values = (t.to(dtype).flatten(1, 2) for t in folded)  # (B, H*N, C)
         logits = (keys @ h.mT).unflatten(1, folded.keys.shape[1:3])  # queries last: the softmax runs in vectors of them
         p = softmax(logits, token_bias, dim=-2)
@@ -68,18 +115,36 @@ def cross_attention_folded_triton(
     norm_weight=None, norm_bias=None, norm_eps=1e-5, residual=False, token_bias=None, maps=None,
 ):  # fmt: skip
     """One pass over x, LayerNorm to residual."""
-    from encdiff.kernels.cross_attention import cross_attention_folded as kernel
+    from encdiff.kernels import cross_attention as kernels
 
-    keys, values = (t.to(product_dtype(x)).contiguous() for t in folded)  # under autocast not x's type
-    bias = kernel_bias(token_bias, keys.shape[1])
-    y, p = kernel(x, keys, values, b_o, norm_weight, norm_bias, bias, norm_eps, residual, maps or "none")
+    kept, heads = isinstance(folded, Kept), _sizes(folded)[1]
+    tensors = [t.to(product_dtype(x)).contiguous() for t in folded if isinstance(t, Tensor)]  # autocast's, not x's type
+    kernel = kernels.cross_attention_kept if kept else kernels.cross_attention_folded
+    bias, extra = kernel_bias(token_bias, heads), [heads] * kept
+    y, p = kernel(x, *tensors, *extra, b_o, norm_weight, norm_bias, bias, norm_eps, residual, maps or "none")
     return y if maps is None else (y, p)
 
 
+def _sizes(folded: Folded | Kept) -> tuple[int, int, int, int]:
+    """B, heads, N, C."""
+    if isinstance(folded, Kept):
+        return folded.keys.shape[0], folded.heads, folded.keys.shape[1], folded.w_q.shape[1]
+    return tuple(folded.keys.shape)
+
+
 def _triton_reasons(x, folded, b_o=None, *, maps=None, **options) -> list[str]:
-    reasons = triton_reasons(x, maps, *folded, b_o, *options.values())
-    (channels, tokens), size = (x.shape[2], folded.keys.shape[2]), product_dtype(x).itemsize
-    if not can_fold(channels, tokens, size):
+    tensors = *folded, b_o, *options.values()
+    reasons = triton_reasons(x, maps, *tensors)
+    (_, heads, tokens, channels), size = _sizes(folded), product_dtype(x).itemsize
+    if isinstance(folded, Kept):
+        width = folded.keys.shape[2] // heads
+        if has_gradient(x, *tensors):
+            reasons.append("kept keys and values have no gradient there: use fold_matrices or torch.no_grad")
+        if not can_keep(channels, tokens, width, size):
+            reasons.append(
+                f"{channels} channels, {tokens} tokens and heads {width} wide in {product_dtype(x)} are not kept"
+            )
+    elif not can_fold(channels, tokens, size):
         reasons.append(
             f"{channels} channels and {tokens} tokens must be a multiple of 8 up to {FOLDED_CHANNELS.get(size, 0)} "
             f"and 1 to {FOLDED_TOKENS}"
@@ -119,7 +184,7 @@ _op = Op(
 
 def cross_attention_folded(
     x: Tensor,
-    folded: Folded,
+    folded: Folded | Kept,
     b_o: Tensor | None = None,
     *,
     norm_weight: Tensor | None = None,
@@ -135,20 +200,28 @@ def cross_attention_folded(
     The other arguments, the result and its types are those of `cross_attention`; gradients reach the folded tensors.
     Raises InputError for shapes, devices or dtypes that do not fit, or a forced implementation that cannot serve.
     """
-    keys, values = folded
-    fits = keys.ndim == 4 and keys.shape == values.shape and x.ndim == 3
-    if not fits or (keys.shape[0], keys.shape[3]) != (x.shape[0], x.shape[2]):
+    if not _fits(x, folded):
+        shapes = ", ".join(f"{n} {tuple(t.shape)}" for n, t in folded._asdict().items() if isinstance(t, Tensor))
         raise InputError(
-            f"folded keys {tuple(keys.shape)} and values {tuple(values.shape)} must both be (B, heads, N, C), "
+            f"folded {shapes} must be the result of fold, for (B, N, D) tokens and weights of C channels, "
             f"and x {tuple(x.shape)} (B, L, C)"
         )
-    if keys.device != x.device:
-        raise InputError(f"folded is on {keys.device}, must be on x's device {x.device}")
-    check_options(x, keys.shape[1], keys.shape[2], norm_weight, norm_bias, token_bias, maps)
+    if folded.keys.device != x.device:
+        raise InputError(f"folded is on {folded.keys.device}, must be on x's device {x.device}")
+    check_options(x, *_sizes(folded)[1:3], norm_weight, norm_bias, token_bias, maps)
     return _op(
         x, folded, b_o, norm_weight=norm_weight, norm_bias=norm_bias, norm_eps=norm_eps, residual=residual,
         token_bias=token_bias, maps=maps, impl=impl,
     )  # fmt: skip
+
+
+def _fits(x: Tensor, folded: Folded | Kept) -> bool:
+    (keys, values), kept = folded[:2], isinstance(folded, Kept)
+    if keys.shape != values.shape or x.ndim != 3 or keys.ndim != (3 if kept else 4):
+        return False
+    inner = (keys.shape[-1], x.shape[2])
+    weights = not kept or (folded.w_q.shape == folded.w_o.shape == inner and inner[0] % folded.heads == 0)
+    return weights and (_sizes(folded)[0], _sizes(folded)[3]) == (x.shape[0], x.shape[2])
 
 
 def check_options(x, heads, tokens, norm_weight, norm_bias, token_bias, maps) -> None:

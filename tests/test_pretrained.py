@@ -1,0 +1,61 @@
+"""The model that comes with the package does what its stored scores say, without a network."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from encdiff import EncDiff, InputError
+from encdiff.checkpoint import PRETRAINED, locate
+from encdiff.data import open_dataset, to_float
+from encdiff.models.sample import SAMPLERS
+from encdiff.protocol import score_rows, settings_of
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("elsewhere"))
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        return EncDiff.from_pretrained("quickstart")
+
+
+@pytest.fixture(scope="module")
+def room():
+    return open_dataset("procedural:5,5,5,4,4,5", 32)
+
+
+@pytest.fixture(scope="module")
+def drawn(room):
+    rows = np.random.default_rng(0).choice(len(room), 2_000, replace=False)
+    return to_float(room.images(rows)), room.factors(rows)
+
+
+def test_it_is_small():
+    assert sum(p.stat().st_size for p in PRETRAINED.rglob("*") if p.is_file()) < 12e6
+
+
+def test_its_scores_are_those_stored_with_it(model, drawn):
+    images, factors = drawn
+    with torch.inference_mode():
+        codes = torch.cat([model.encode(part) for part in images.split(500)]).numpy()
+    few = {"factor_vae_variance": 2_000, "factor_vae_train": 2_000, "factor_vae_eval": 2_000}
+    score = score_rows(codes, factors, settings_of("heldout", **few), ("factor_vae",))["factor_vae"]["eval_accuracy"]
+    stored = json.loads(locate("quickstart", "metrics.json", {}).read_text())["trained"]
+    assert score == pytest.approx(stored["factor_vae"]["eval_accuracy"], abs=0.03)
+    assert stored["protocol"]["name"] == "paper" and stored["data"]["images"] == 10_000
+
+
+def test_its_reconstructions_are_near_the_images_by_every_sampler(model, drawn):
+    images = drawn[0][:16]
+    blank = (images - images.mean(0)).abs().mean()
+    for sampler in SAMPLERS:
+        assert (model.reconstruct(images, sampler=sampler) - images).abs().mean() < 0.15 * blank, sampler
+
+
+def test_a_folder_of_that_name_comes_first(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "quickstart").mkdir()
+    with pytest.raises(InputError, match="quickstart: no config.json in it"):
+        EncDiff.from_pretrained("quickstart")
