@@ -18,6 +18,7 @@ from encdiff.data.loader import Batches
 from encdiff.errors import InputError
 from encdiff.fields import Checked, Count, Natural, NotNegative, Positive
 from encdiff.fit import fit
+from encdiff.metrics.reconstruction import load_lpips
 from encdiff.models.autoencoder import VQAutoencoder
 from encdiff.runs import load_optimizer, optimizer_tensors, step_generator
 
@@ -70,28 +71,6 @@ def adaptive_weight(reconstruction_loss: Tensor, adversarial_loss: Tensor, last_
     """Ratio () of the two losses' gradient norms at the decoder's last layer, at most 1e4 (2012.09841, eq. 7)."""
     r, a = (torch.autograd.grad(x, last_layer, retain_graph=True)[0] for x in (reconstruction_loss, adversarial_loss))
     return (r.norm() / (a.norm() + 1e-4)).clamp(0, 1e4)
-
-
-def load_lpips(vgg_weights: str | Path) -> nn.Module:
-    """The frozen LPIPS distance, (B,3,H,W) and (B,3,H,W) in [-1,1] to (B,1,1,1), on VGG16 weights read from disk.
-
-    Raises:
-        InputError: the optional package `lpips` is not usable, or the file is not torchvision's VGG16.
-    """
-    try:
-        import lpips
-    except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision built for another torch
-        raise InputError(f"lpips_weights: needs the package lpips (pip install lpips): {error}") from None
-    with torch.random.fork_rng(devices=[]):
-        distance = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)  # pnet_rand: download nothing
-    try:
-        vgg = torch.load(vgg_weights, map_location="cpu", weights_only=True)
-        trunk = distance.net.state_dict()  # "slice2.5.weight" here is "features.5.weight" in torchvision
-        distance.net.load_state_dict({name: vgg["features." + name.split(".", 1)[1]] for name in trunk})
-    except Exception as error:  # by kind of damage: OSError, UnpicklingError, KeyError, ...
-        kind = type(error).__name__
-        raise InputError(f"lpips_weights: {vgg_weights}; must be torchvision's vgg16-397923af.pth ({kind})") from error
-    return distance.requires_grad_(False)
 
 
 class AutoencoderTraining:
