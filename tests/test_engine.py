@@ -104,3 +104,31 @@ def test_a_sampling_engine_gives_what_sample_gives(size):
 def test_a_sampling_engine_refuses_what_belongs_to_its_calls():
     with pytest.raises(InputError, match="x_T is no option of the engine"):
         SamplingEngine(EncDiff(TINY), x_T=torch.zeros(1))
+
+
+def saved_bytes(model: EncDiff, batch: int) -> int:
+    """What a training step keeps for its backward pass, weights not counted."""
+    weights, storages, kept = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}, []
+
+    def pack(tensor):
+        kept.append(tensor)  # alive, so that no address comes twice
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    images, x0 = torch.rand(batch, 3, 64, 64) * 2 - 1, torch.randn(batch, 3, 16, 16)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), torch.autocast("cpu", torch.bfloat16):
+        model.loss(images, x0=x0, seed=0)
+    return sum(size for address, size in storages.items() if address not in weights)
+
+
+def test_a_batch_of_1024_of_the_paper_needs_less_than_24_gb():
+    model = EncDiff.from_preset("shapes3d").train()
+    states = sum(p.numel() for p in model.parameters() if p.requires_grad) * 4 * 5  # weight, gradient, moments, average
+
+    def total() -> float:
+        three, one = saved_bytes(model, 3), saved_bytes(model, 1)
+        return states + one + 1023 * (three - one) / 2  # some of it is weights in bfloat16, once for all
+
+    plain = total()
+    model.unet.checkpoint_activations = True
+    assert plain < 20e9 and total() < plain / 3
