@@ -118,17 +118,17 @@ def test_mlp_bank(measure, benchmark, device, batch, phase, impl):
 
 
 def test_twice_as_fast_as_the_published_loop(benchmark, device):
-    """Forward at B = 128, in turns in one run, the best of each: batched products, eager or compiled."""
+    """Forward at B = 128, in turns in one run, the best of each."""
     if benchmark.disabled:
         pytest.skip("a ratio of times means nothing in a smoke test")
     scalars = torch.randn(128, CONCEPTS, device=device)
-    ops = {impl: prepare(impl, device)[0] for impl in ("published", "eager", "eager_compiled")}
+    ops = {impl: prepare(impl, device)[0] for impl in ("published", "eager")}
     best = dict.fromkeys(ops, float("inf"))
     with torch.no_grad():
         for impl in [*ops] * 5:
             names = {"op": ops[impl], "scalars": scalars}
             timer = Timer("op(scalars)", "op(scalars)", globals=names, num_threads=torch.get_num_threads())
             best[impl] = min(best[impl], *timer.blocked_autorange(min_run_time=0.2).times)
-    benchmark.extra_info.update({f"{impl}_ms": 1e3 * seconds for impl, seconds in best.items()})
-    benchmark(lambda: ops["eager"](scalars))
-    assert best["published"] >= 2 * min(best["eager"], best["eager_compiled"]), best
+        benchmark.extra_info.update({f"{impl}_ms": 1e3 * seconds for impl, seconds in best.items()})
+        benchmark(lambda: ops["eager"](scalars))
+    assert best["published"] >= 2 * best["eager"], best

@@ -206,7 +206,10 @@ def main(arguments: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         phases = plan(Path(folder), given.cpu)
         if given.only:
-            phases = [phase for phase in phases if phase.name in given.only.split(",")]
+            only, names = given.only.split(","), [phase.name for phase in phases]
+            if unknown := set(only) - set(names):
+                parser.error(f"--only: no phase {min(unknown)!r}, must be among {', '.join(names)}")
+            phases = [phase for phase in phases if phase.name in only]
         outcomes = run_all(phases, given.out.resolve(), 60 * given.minutes)
         collect(Path(folder), given.out)
     print((given.out / "summary.md").read_text())

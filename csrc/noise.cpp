@@ -6,12 +6,11 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <cstdlib>
 #include <optional>
-#include <string>
 #include <tuple>
 #include <type_traits>
 
+#include "isa.h"
 #include "noise.h"
 
 #ifdef ENCDIFF_WITH_CUDA
@@ -90,24 +89,8 @@ void set_shape(const char* name, const Tensor& x, int64_t& batch, int64_t& size)
   size = batch ? x.numel() / batch : 0;
 }
 
-// The widest instruction set the processor has; ENCDIFF_ISA=baseline|avx2 asks for less. All give the same bits.
-const CpuKernels& choose_cpu() {
-#if defined(__x86_64__)
-  const char* asked = std::getenv("ENCDIFF_ISA");
-  const std::string limit = asked ? asked : "avx512";
-  const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  if (has_avx512 && limit == "avx512") return avx512::kernels;
-  if (has_avx2 && limit != "baseline") return avx2::kernels;
-#endif
-  return baseline::kernels;
-}
-
-const CpuKernels& cpu() {
-  static const CpuKernels& chosen = choose_cpu();
-  return chosen;
-}
+// All instruction sets give the same bits.
+const CpuKernels& cpu() { return ENCDIFF_WIDEST(kernels); }
 
 // A thread takes whole tiles, at least 16 (4096 elements), so small tensors stay on one thread.
 template <class Args>

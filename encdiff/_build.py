@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ARCHITECTURES = (80, 90, 100)  # and PTX of the last for what comes after
+CPU_SOURCES = ("noise", "attention")  # X.cpp: checks and registration; X_cpu.cpp: once for each instruction set
 ISAS = {"baseline": [], "avx2": ["-mavx2", "-mfma"], "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]}
 COMMON = ["-std=c++17", "-O3", "-DTORCH_TARGET_VERSION=0x020b000000000000"]  # the ABI of torch 2.11
 CPU = ["-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
@@ -114,10 +115,11 @@ def compilations(compiler: str, nvcc: str | None, torch: Path, folder: Path) -> 
     defines = [f'-DENCDIFF_SOURCES="{fingerprint()}"', *(["-DENCDIFF_WITH_CUDA"] if nvcc else [])]
     include = ["-isystem", str(torch / "include")]
     common = [compiler, *COMMON, *CPU, *(SANITIZE if sanitized() else []), "-c"]
-    yield [*common, *defines, *include, str(sources() / "noise.cpp"), "-o", str(folder / "noise.o")]
-    for isa in ISAS if platform.machine() in ("x86_64", "AMD64") else ["baseline"]:
-        kernels = str(sources() / "noise_cpu.cpp")
-        yield [*common, *ISAS[isa], f"-DENCDIFF_ISA={isa}", kernels, "-o", str(folder / f"{isa}.o")]
+    for name in CPU_SOURCES:
+        yield [*common, *defines, *include, str(sources() / f"{name}.cpp"), "-o", str(folder / f"{name}.o")]
+        for isa in ISAS if platform.machine() in ("x86_64", "AMD64") else ["baseline"]:
+            kernels = [f"-DENCDIFF_ISA={isa}", str(sources() / f"{name}_cpu.cpp")]
+            yield [*common, *ISAS[isa], *kernels, "-o", str(folder / f"{name}_{isa}.o")]
 
 
 def targets(nvcc: str) -> list[str]:

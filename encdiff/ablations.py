@@ -24,6 +24,7 @@ from encdiff.phases import (
     steps_done,
     train_once,
 )
+from encdiff.protocol import settings_of
 from encdiff.runs import read_config
 from encdiff.train import TrainConfig
 
@@ -76,11 +77,15 @@ def ablate(
     `.json` are written anew, of all the finished runs in `out`. Returns the rows of the JSON, one for each run.
 
     Raises:
-        InputError: an unknown preset or ablation, unlabelled data, or a folder with a run of another configuration.
+        InputError: an unknown preset, ablation or protocol, data that is no grid of factors, or a folder with a run of
+            another configuration.
         Stopped: after Ctrl-C or SIGTERM, with everything kept.
     """
     if not dataset.factor_sizes:
         raise InputError(f"{dataset.name}: has no factors; ablations are compared by scores that need a labelled set")
+    if not dataset.is_grid or dataset.instances > 1:
+        raise InputError(f"{dataset.name}: is no complete grid of factors with one image each, which the scores need")
+    settings_of(protocol)  # refuses an unknown one before anything is trained
     configs = {name: ablated(preset, name) for name in (only or ABLATIONS)}
     recipes = [TrainConfig.from_preset(preset, **changes, seed=seed) for seed in range(seeds)]
     work = [(recipe, name) for recipe in recipes for name in configs]  # the whole table of one seed first

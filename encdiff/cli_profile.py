@@ -62,6 +62,9 @@ def profile(
                 work()
         return
     out.mkdir(parents=True, exist_ok=True)
+    if engine != "eager":
+        for _ in range(4):  # compiled, or captured after three calls: what is shown is the steady state
+            work()
     table = trace(model, work, calls, out / "trace.json").table()
     (out / "table.txt").write_text(table + "\n")
     console.print(table, markup=False, highlight=False, soft_wrap=True)

@@ -20,7 +20,7 @@ class Target(StrEnum):
 
 Steps = Annotated[int | None, typer.Option(help="Of each training. Default: the preset's.", min=1)]
 BatchSize = Annotated[int | None, typer.Option(help="Default: the preset's; the rate follows.", min=1)]
-Precision = Annotated[str | None, typer.Option(help="float32 or bf16. Default: the preset's.")]
+Precision = Annotated[str | None, typer.Option(help="float32, tf32 or bf16. Default: the preset's.")]
 CheckpointEvery = Annotated[int | None, typer.Option(help="Steps between checkpoints.", min=1)]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto takes a GPU if there is one.")]
 FirstStage = Annotated[Path | None, typer.Option(help="A run of train-autoencoder.", show_default=False)]

@@ -135,6 +135,8 @@ def factor_groups(run: Path, model) -> dict[str, list[int]]:
         return {}
     try:
         trained = json.loads(path.read_text())["trained"]
+        if "dci" not in trained:  # scored by other metrics
+            return {}
         importance, names = trained["dci"]["importance"], trained["data"]["factor_names"]
     except (ValueError, KeyError, TypeError):
         raise InputError(f"{path}: not the scores that encdiff evaluate writes; evaluate again") from None

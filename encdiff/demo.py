@@ -44,7 +44,7 @@ def demo(
     began = time.monotonic()
     RunFolder(run, overwrite=True)  # refuses a folder with anything else in it
     run.parent.mkdir(parents=True, exist_ok=True)
-    file, config = run.with_suffix(".h5"), TrainConfig.from_preset("quickstart", seed=seed, **changes)
+    file, config = run.with_name(run.name + ".h5"), TrainConfig.from_preset("quickstart", seed=seed, **changes)
 
     def say(text: str) -> None:
         console.print(f"[bold]{text}[/bold] [dim]({time.monotonic() - began:.0f} s)[/dim]")

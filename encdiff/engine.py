@@ -38,12 +38,14 @@ class Graph:
 
     def __init__(self, work: Work, warm_up: int = 3):
         self.work, self.warm_up, self.calls = work, warm_up, 0
+        self.side: torch.cuda.Stream | None = None
         self.graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self, **inputs: Tensor) -> tuple[Tensor, ...]:
-        self.calls += 1
-        if self.calls <= self.warm_up:
-            return self._aside(inputs)
+        if self.calls < self.warm_up:
+            outputs = self._aside(inputs)
+            self.calls += 1  # a call that failed warmed up nothing
+            return outputs
         if self.graph is None:
             self._capture(inputs)
         for name, tensor in inputs.items():
@@ -52,7 +54,9 @@ class Graph:
         return self.outputs
 
     def _aside(self, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
-        main, side = torch.cuda.current_stream(), torch.cuda.Stream()
+        device = next(iter(inputs.values())).device
+        self.side = self.side or torch.cuda.Stream(device)
+        main, side = torch.cuda.current_stream(device), self.side
         side.wait_stream(main)
         with torch.cuda.stream(side):
             outputs = self.work(**inputs)
@@ -63,11 +67,17 @@ class Graph:
         return outputs
 
     def _capture(self, inputs: dict[str, Tensor]) -> None:
-        self.inputs = {name: tensor.clone() for name, tensor in inputs.items()}
-        self.graph = torch.cuda.CUDAGraph()
+        device = next(iter(inputs.values())).device
+        graph, held = torch.cuda.CUDAGraph(), {name: tensor.clone() for name, tensor in inputs.items()}
+        # cache_enabled=False: autocast's copies of weights would die with the caller's block, and the graph reads them
+        autocast = torch.autocast(
+            "cuda", torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda"), cache_enabled=False
+        )
         # thread_local: the thread that reads the next batch may pin memory meanwhile
-        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
-            self.outputs = self.work(**self.inputs)
+        recording = torch.cuda.graph(graph, stream=torch.cuda.Stream(device), capture_error_mode="thread_local")
+        with torch.cuda.device(device), autocast, recording:
+            outputs = self.work(**held)
+        self.inputs, self.outputs, self.graph = held, outputs, graph
 
 
 class SamplingEngine:
@@ -89,14 +99,19 @@ class SamplingEngine:
         self.model, self.options = model, options
         self.graphs: dict[tuple, Graph] = {}
 
+    @torch.no_grad()
     def __call__(self, scalars: Tensor, x_T: Tensor | None = None, token_bias: Tensor | None = None) -> Tensor:
         """scalars (B, N), and x_T (B, c, h, w) and token_bias (B, N) or None -> images (B, 3, S, S)."""
         given = {"scalars": scalars, "x_T": x_T, "token_bias": token_bias}
-        given = {name: tensor for name, tensor in given.items() if tensor is not None}
+        given = {name: tensor.to(scalars.device) for name, tensor in given.items() if tensor is not None}
+        for name, tensor in given.items():
+            if len(tensor) != len(scalars):
+                raise InputError(f"{name} has {len(tensor)} rows, must have {len(scalars)}, one for each of scalars")
         if scalars.device.type != "cuda" or not len(scalars):
             return self._sample(**given)[0]
         bucket = 1 << (len(scalars) - 1).bit_length()
-        graph = self.graphs.setdefault((bucket, *given), Graph(self._sample, warm_up=1))
+        key = bucket, *((name, tensor.shape[1:], tensor.dtype) for name, tensor in given.items())
+        graph = self.graphs.setdefault(key, Graph(self._sample, warm_up=1))
         images = graph(**{name: _fill_up(tensor, bucket) for name, tensor in given.items()})[0]
         return images[: len(scalars)].clone()  # the graph's own memory is written again by its next call
 

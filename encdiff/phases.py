@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from encdiff import __version__, ops
+from encdiff import __version__
 from encdiff.checkpoint import load_tensors
 from encdiff.cli_support import load_first_stage
 from encdiff.data import Dataset, describe, to_float, to_uint8
@@ -21,6 +21,7 @@ from encdiff.metrics.fid import fid, inception_features
 from encdiff.metrics.registry import METRICS
 from encdiff.models import EncDiff, EncDiffConfig
 from encdiff.models.vectors import as_scalars
+from encdiff.protocol import DEFAULT
 from encdiff.runs import RunFolder, progress_bar
 from encdiff.train import TrainConfig, train
 
@@ -132,8 +133,8 @@ def _fid(model: EncDiff, dataset: Dataset, count: int, steps: int) -> dict:
         with progress_bar("sampling for FID") as report:
             for i, part in enumerate(parts):
                 images = to_float(dataset.images(part)).to(device)
-                x_T = ops.normal((len(part), *model.latent_shape), 0, torch.from_numpy(part).to(device))
-                sampled = model.reconstruct(images, x_T=x_T, sampler="ddim", steps=steps, eta=1.0)
+                ids = torch.from_numpy(part).to(device)
+                sampled = model.reconstruct(images, sample_ids=ids, sampler="ddim", steps=steps, eta=1.0)
                 yield to_uint8(sampled).cpu().numpy()
                 report(i + 1, len(parts))
 
@@ -142,9 +143,11 @@ def _fid(model: EncDiff, dataset: Dataset, count: int, steps: int) -> dict:
 
 
 def _read_scores(path: Path, protocol: str, dataset: Dataset) -> dict | None:
+    wanted = DEFAULT if dataset.factor_sizes and dataset.is_grid else ("tad", "fid")
     try:
         result = json.loads(path.read_text())["trained"]
-        same = result["protocol"]["name"] == protocol and result["data"] == describe(dataset)
+        said = result["protocol"]["name"], result["protocol"]["seed"], result["data"]
+        same = said == (protocol, 0, describe(dataset)) and all(name in result for name in wanted)
     except (ValueError, KeyError, TypeError):
         raise InputError(f"{path}: not the scores that encdiff evaluate writes; remove it to have them made") from None
     return result if same else None

@@ -111,7 +111,7 @@ class Training:
     def begin(self, images: Tensor) -> None:
         """Divide latents by their standard deviation over the first batch, as the published code does."""
         if self.model.config.first_stage == "vq":
-            with torch.no_grad():
+            with torch.no_grad(), float32_precision(self.config.precision == "tf32"):
                 deviation = self.model.first_stage.encode(images).std().item()
             if not (math.isfinite(deviation) and deviation > 0):
                 raise InputError(f"first stage: its latents have standard deviation {deviation}; is it trained?")
@@ -126,9 +126,10 @@ class Training:
 
     def prepare(self, batches: Batches) -> None:
         """Encode the whole data set once, if the run will see each image more often and the latents can be kept."""
-        visits = (self.config.steps - self.step) * self.config.batch_size
+        visits = self.config.steps * self.config.batch_size
         if self.model.config.first_stage == "vq" and batches.resident and visits > len(batches.dataset):
-            self.latents = torch.cat([self.model.to_latents(to_float(x)) for x in batches.everything()])
+            with float32_precision(self.config.precision == "tf32"):
+                self.latents = torch.cat([self.model.to_latents(to_float(x)) for x in batches.everything()])
 
     def advance(self, images: Tensor, indices: Tensor) -> dict[str, Tensor]:
         """One step on images uint8 (B, S, S, 3) and their indices int64 (B,), on the model's device; returns TERMS."""
@@ -235,7 +236,8 @@ def train(
     if config.batch_size < 2 and model.config.normalize_scalars:
         raise InputError(f"batch_size is {config.batch_size}, must be at least 2 for a model with normalize_scalars")
     training = Training(model, config)
-    fit(
-        training, dataset, run_dir, resume=resume, overwrite=overwrite, tensorboard=tensorboard, on_step=on_step
-    )  # fmt: skip
-    return training.averaged_model()
+    try:
+        fit(training, dataset, run_dir, resume=resume, overwrite=overwrite, tensorboard=tensorboard, on_step=on_step)
+        return training.averaged_model()
+    finally:
+        training._run = training._loss = None  # methods bound to it: without the cycle its memory is free at once

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._gate import GateCase
+from ._gate import GateCase, gate_signature
 
 # Widths are padded to these: what the registers hold. The kernels specialise no argument, so the code depends on the
 # block sizes alone and gate_cases lists all of it.
@@ -157,9 +157,9 @@ def mlp_bank_bwd_kernel(
             a0 = _product(x, tl.trans(b_w0), tl.float32) + b_b0[None, :]
             h = _activate(a0, ACTIVATION)
         a1 = _product(h, tl.trans(b_w1), tl.float32) + b_b1[None, :]
-        dw2 += _product(tl.trans(dy), _activate(a1, ACTIVATION), tl.float32)
         db2 += tl.sum(dy, 0)
         da1 = _product(dy, b_w2, tl.float32) * _slope(a1, ACTIVATION)
+        dw2 += _product(tl.trans(dy), _activate(a1, ACTIVATION), tl.float32)
         dw1 += _product(tl.trans(da1), h, tl.float32)
         db1 += tl.sum(da1, 0)
         dx = _product(da1, b_w1, tl.float32)
@@ -369,11 +369,9 @@ def gate_cases() -> Iterator[GateCase]:
     yield _backward_case(paper, "elu", "fp16")
     for activation in ("elu", "silu", "relu"):
         yield _backward_case(paper, activation, "fp32")
-    names = mlp_bank_bwd_kernel_sum.arg_names
     for kind in ("fp32", "bf16", "fp16"):
-        kinds = [*["fp32"] * 3, kind, kind]
-        signature = {n: f"*{k}:1" for n, k in zip(names, kinds, strict=False)}
-        signature |= {n: "i32" for n in names[5:-1]} | {"BLOCK": "constexpr"}
+        kinds = dict(zip(mlp_bank_bwd_kernel_sum.arg_names, ["*fp32:1"] * 3 + [f"*{kind}:1"] * 2, strict=False))
+        signature = gate_signature(mlp_bank_bwd_kernel_sum, kinds, {"BLOCK": BLOCK_SUM})
         name = f"mlp_bank_bwd_kernel_sum {kind}"
         yield GateCase(name, mlp_bank_bwd_kernel_sum, signature, {"BLOCK": BLOCK_SUM}, tensor_cores=False)
 

@@ -49,7 +49,18 @@ def encdiff(monkeypatch, capsys):
 def test_help_names_every_command(encdiff):
     code, text = encdiff("--help")
     assert code == 0
-    for command in ("train", "train-autoencoder", "evaluate", "swap", "traverse", "attend", "demo", "data", "reproduce", "ablate"):
+    for command in (
+        "train",
+        "train-autoencoder",
+        "evaluate",
+        "swap",
+        "traverse",
+        "attend",
+        "demo",
+        "data",
+        "reproduce",
+        "ablate",
+    ):
         assert command in text
         assert encdiff(command, "--help")[0] == 0
 

@@ -8,8 +8,8 @@ from torch.nn import functional as F
 from encdiff import ops
 from encdiff.errors import InputError
 
-IMPLS = ["triton", "transposed", "sdpa", "reference"]
-PLAIN = IMPLS[1:]  # these take float64 as well
+IMPLS = ["triton", "native", "transposed", "sdpa", "reference"]
+PLAIN = IMPLS[2:]  # these take float64 as well
 WITH_MAPS = ["transposed", "reference"]
 WEIGHTS = ("w_q", "w_k", "w_v", "w_o", "b_o")
 
@@ -88,6 +88,24 @@ def test_against_the_formula(case, impl):
         y = ops.cross_attention(x, tokens, *weights, b_o, heads=heads, impl=impl)
     assert ran == [("cross_attention", impl)]
     torch.testing.assert_close(y, by_loops(x, tokens, weights, b_o, heads)[0])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_native_against_the_formula(case):
+    heads, _ = CASES[case][5:]
+    x, tokens, weights, b_o = inputs(*CASES[case])
+    exact = [t.clone().requires_grad_() for t in (x, tokens, *weights, b_o)]
+    given = [t.float().requires_grad_() for t in (x, tokens, *weights, b_o)]
+    with ops.record_impls() as ran:
+        y = ops.cross_attention(*given, heads=heads, impl="native")
+    expected = by_loops(*exact[:2], exact[2:6], exact[6], heads)[0]
+    assert ran == [("cross_attention", "native")]
+    upstream = torch.randn_like(expected)
+    expected.backward(upstream)
+    y.backward(upstream.float())
+    torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
+    for mine, theirs in zip(given, exact, strict=True):
+        torch.testing.assert_close(mine.grad.double(), theirs.grad, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("impl", PLAIN)

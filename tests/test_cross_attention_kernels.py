@@ -243,7 +243,7 @@ def test_auto_never_interprets_and_says_so():
     tensors = leaves(1, 4, 16, 3, 4, 2, 8)
     with ops.record_impls() as ran:
         ops.cross_attention(**tensors, heads=2)
-    assert ran == [("cross_attention", "sdpa")] or ran == [("cross_attention", "transposed")]
+    assert len(ran) == 1 and ran[0][1] != "triton"
     assert "triton: kernels are interpreted on the CPU" in ops.explain("cross_attention", **tensors, heads=2)
 
 

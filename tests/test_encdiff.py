@@ -173,7 +173,7 @@ def test_every_attention_and_the_bank_go_through_the_ops(model, images, impl):
     blocks = sum(1 for name, _ in model.unet.named_modules() if name.endswith("attn2"))
     assert names.count("cross_attention") == names.count("self_attention") == blocks > 0
     assert names.count("mlp_bank") == names.count("q_sample") == 1
-    assert {i for op, i in ran if "attention" in op} == ({"sdpa", "transposed"} if impl == "auto" else {"reference"})
+    assert {i for op, i in ran if "attention" in op} == ({"native"} if impl == "auto" else {"reference"})
 
 
 def test_save_and_load_are_exact(model, images, tmp_path):

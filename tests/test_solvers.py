@@ -209,3 +209,22 @@ def test_bad_input(solve):
     ]:
         with pytest.raises(InputError, match=says):
             call()
+
+
+@pytest.mark.parametrize("solve", [euler, dpm_solver_pp, unipc])
+def test_pure_noise_at_the_first_level(solve):
+    """A schedule with zero terminal SNR: a model that knows x0 is brought to it, from v and from x0."""
+    alpha_bar = alphas_cumprod(zero_terminal_snr(make_betas("scaled_linear")))
+    path = vp_path(alpha_bar, spaced_timesteps(8, 1000, "trailing"))
+    assert path.a[0] == 0 and path.s[0] == 1
+    x0, noise = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
+
+    def v(x, t):
+        a = alpha_bar[t].sqrt().view(-1, 1, 1).float()
+        s = (1 - a * a).sqrt()
+        return (a * (x - a * x0) / s - s * x0).float()
+
+    for denoise, prediction in ((v, "v"), (lambda x, t: x0, "x0")):
+        torch.testing.assert_close(solve(denoise, noise, path, prediction=prediction), x0, rtol=0, atol=1e-4)
+    with pytest.raises(InputError, match="pure noise, without a slope for Heun"):
+        heun(v, noise, path, prediction="v")

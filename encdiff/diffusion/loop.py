@@ -1,7 +1,7 @@
 """The loop behind every sampler: a list of stages, each one pass of `ops.step`; a new sampler is a list."""
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 from typing import NamedTuple, TypedDict
 
 import torch
@@ -127,7 +127,10 @@ def _tables(stages: list[Stage], x: torch.Tensor) -> tuple[list[torch.Tensor], t
     return rows, _constant(times, torch.int64 if whole else torch.float32, x.device)
 
 
-@lru_cache(maxsize=64)
+@cache
 def _constant(numbers: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """These numbers on a device, copied there once: while a CUDA graph is captured, the host cannot copy."""
+    """These numbers on a device, copied there once: while a CUDA graph is captured, the host cannot copy.
+
+    Never forgotten, a few kB for each schedule: a captured graph goes on reading them.
+    """
     return torch.tensor(numbers, dtype=dtype, device=device)

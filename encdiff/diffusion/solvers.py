@@ -40,7 +40,9 @@ def vp_path(alphas_cumprod: torch.Tensor, timesteps: torch.Tensor) -> Path:
         raise InputError(f"timesteps {tuple(t.shape)} must descend within 0 to {len(ratio) - 1}")
     below = t.floor().long()
     above = (below + 1).clamp(max=len(ratio) - 1)
-    return _vp(torch.lerp(ratio[below], ratio[above], t - below), t)
+    # at a whole timestep no neighbour counts: the last of a schedule with zero terminal SNR has an infinite ratio
+    between = torch.lerp(ratio[below], ratio[above], t - below)
+    return _vp(torch.where(t == below, ratio[below], between), t)
 
 
 def vp_karras_path(alphas_cumprod: torch.Tensor, steps: int, rho: float = 7.0) -> Path:
@@ -107,6 +109,8 @@ def heun(
     times as much as that takes. `seed` and `sample_ids` key it.
     """
     steps, k = len(path.time), path.scale
+    if 0 in k:
+        raise InputError("a level of the path is pure noise, without a slope for Heun; use another solver")
     sigma, a = ([level / scale for level, scale in zip(levels, k, strict=True)] for levels in (path.s, path.a))
     if any(abs(level - 1) > 1e-12 for level in a) and any(scale != 1 for scale in k):
         raise InputError("path.scale must be path.a or all ones")
@@ -196,7 +200,9 @@ def _first_order(path: Path, i: int) -> tuple[float, float]:
 
 
 def _step(path: Path, i: int) -> float:
-    """h from level i to the next."""
+    """h from level i to the next; from pure noise it is infinite, and the solver's next step of first order."""
+    if path.a[i] == 0:
+        return math.inf
     return math.log(path.a[i + 1] / path.s[i + 1]) - math.log(path.a[i] / path.s[i])
 
 
@@ -221,4 +227,5 @@ def _to_x0_at(a: float, s: float, prediction: str) -> tuple[float, float]:
 
 def _vp(ratio: torch.Tensor, timesteps: torch.Tensor) -> Path:
     a = (1 + ratio**2).rsqrt()
-    return Path(timesteps.tolist(), [*a.tolist(), 1.0], [*(ratio * a).tolist(), 0.0], [*a.tolist(), 1.0])
+    s = torch.where(ratio.isinf(), 1.0, ratio * a)
+    return Path(timesteps.tolist(), [*a.tolist(), 1.0], [*s.tolist(), 0.0], [*a.tolist(), 1.0])

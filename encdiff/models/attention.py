@@ -5,7 +5,6 @@ from contextlib import contextmanager
 from typing import Literal, NamedTuple
 
 import torch.nn as nn
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
@@ -45,8 +44,7 @@ class GEGLU(nn.Module):
         self.proj = nn.Linear(width, 2 * inner)
 
     def forward(self, x: Tensor) -> Tensor:
-        h, gate = self.proj(x).chunk(2, dim=-1)
-        return h * F.gelu(gate)
+        return ops.geglu(self.proj(x))
 
 
 class FeedForward(nn.Module):
@@ -146,13 +144,18 @@ class SpatialTransformer(nn.Module):
 
     def forward(self, x: Tensor, cond: Conditioning) -> Tensor:
         height = x.shape[2]
-        h = rearrange(self.proj_in(self.norm(x)), "b c h w -> b (h w) c")
+        h = rearrange(self.proj_in(normalise(x, self.norm)), "b c h w -> b (h w) c")
         first_map = 0 if cond.maps is None else len(cond.maps)
         for block in self.transformer_blocks:
             h = block(h, cond)
         if cond.maps is not None:
             cond.maps[first_map:] = [rearrange(m, "b (h w) n -> b h w n", h=height) for m in cond.maps[first_map:]]
         return x + self.proj_out(rearrange(h, "b (h w) c -> b c h w", h=height))
+
+
+def normalise(x: Tensor, norm: nn.GroupNorm, **options) -> Tensor:
+    """`group_norm` with a module's parameters."""
+    return ops.group_norm(x, norm.weight, norm.bias, norm.num_groups, norm.eps, **options)
 
 
 def zero_init(module: nn.Module) -> nn.Module:

@@ -194,13 +194,15 @@ class EncDiff(
         eta: float = 0.0,
         gate: int | None = None,
         seed: int = 0,
+        sample_ids: Tensor | None = None,
         token_bias: Tensor | None = None,
         progress: Progress | None = None,
     ) -> Tensor:
         """Images (B, 3, S, S) from scalars (B, N).
 
-        Every image starts from one and the same noise, drawn from `seed`, so that images differ by their concepts
-        alone; pass x_T (B, c, h, w) for other starts. token_bias (B, N) emphasises or (-inf) erases concepts.
+        Every image gets one and the same noise, drawn from `seed`, so that images differ by their concepts alone; pass
+        sample_ids (B,) int64 for noise of their own, or x_T (B, c, h, w) for other starts. token_bias (B, N) emphasises
+        or (-inf) erases concepts.
         `sampler` is one of `models.sample.SAMPLERS`: "ddim" with 200 steps is what the paper shows, and what `invert`
         inverts; eta belongs to it. From evaluation `gate` of the U-Net on, the cross-attentions repeat what they gave
         there (T-GATE, arXiv 2404.02747): less work, and not exact.
@@ -208,9 +210,10 @@ class EncDiff(
         with self._evaluating():
             tokens = self.tokens(scalars)
             shape = (len(scalars), *self.latent_shape)
-            sample_ids = torch.zeros(len(scalars), dtype=torch.int64, device=scalars.device)  # one noise for all
+            if sample_ids is None:
+                sample_ids = torch.zeros(len(scalars), dtype=torch.int64, device=scalars.device)
             if x_T is None:
-                x_T = ops.normal((1, *self.latent_shape), seed, sample_ids.new_zeros(1)).expand(shape)
+                x_T = ops.normal(shape, seed, sample_ids)
             if tuple(x_T.shape) != shape:
                 raise InputError(f"x_T is {tuple(x_T.shape)}, must be {shape}")
             x_T = x_T.to(scalars.device, torch.float32).contiguous()

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from encdiff.errors import InputError
-from encdiff.models.attention import Conditioning, SpatialTransformer, zero_init
+from encdiff.models.attention import Conditioning, SpatialTransformer, normalise, zero_init
 
 
 class UNet(nn.Module):
@@ -129,7 +129,8 @@ class UNet(nn.Module):
         h = self._apply_stage(self.middle_block, h, emb, cond)
         for stage in self.output_blocks:
             h = self._apply_stage(stage, torch.cat([h, skips.pop()], dim=1), emb, cond)
-        return self.out(h)
+        norm, _, conv = self.out
+        return conv(normalise(h, norm, silu=True))
 
     def _apply_stage(self, stage: "Stage", *inputs) -> Tensor:
         if self.checkpoint_activations and self.training:
@@ -169,20 +170,19 @@ class ResBlock(nn.Module):
         self.skip_connection = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        norm, act, conv = self.in_layers
-        h = act(norm(x))
+        norm, _, conv = self.in_layers
+        h = normalise(x, norm, silu=True)
         if self.sample is not None:
             h, x = _resample(h, self.sample), _resample(x, self.sample)
         h = conv(h)
-        e = self.emb_layers(emb)[:, :, None, None]
-        norm, *rest = self.out_layers
+        e = self.emb_layers(emb)
+        norm, conv = self.out_layers[0], self.out_layers[-1]
         if self.scale_shift:
             scale, shift = e.chunk(2, dim=1)
-            h = torch.addcmul(shift, norm(h), 1 + scale)
+            h = normalise(h, norm, scale=scale, shift=shift, silu=True)
         else:
-            h = norm(h + e)
-        for layer in rest:
-            h = layer(h)
+            h = normalise(h + e[:, :, None, None], norm, silu=True)
+        h = conv(h)
         return self.skip_connection(x) + h
 
 

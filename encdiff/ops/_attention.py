@@ -8,6 +8,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from encdiff.ops import _native
+
+NATIVE_WIDTH = 64  # csrc/attention.h: kMaxWidth
+
 
 @contextmanager
 def exact(x: Tensor) -> Iterator[torch.dtype]:
@@ -47,6 +51,11 @@ def split_heads(s: Tensor, heads: int) -> Tensor:
     return rearrange(s, "b n (h d) -> b h n d", h=heads)
 
 
+def fill_heads(w: Tensor, heads: int, zeros: int) -> Tensor:
+    """(heads*d, ...) -> (heads*(d + zeros), ...)."""
+    return w if zeros == 0 else F.pad(w.unflatten(0, (heads, -1)), (0, 0, 0, zeros)).flatten(0, 1)
+
+
 def merge_heads(s: Tensor) -> Tensor:
     return rearrange(s, "b h n d -> b n (h d)")
 
@@ -61,6 +70,29 @@ def products_out(a: Tensor, w: Tensor, b_o: Tensor | None, residual: Tensor | No
     """a w + bo [+ residual] for a (B, L, K) in any layout and w (B, K, C): the sum is where the product begins."""
     start = b_o if residual is None else residual if b_o is None else residual + b_o
     return torch.bmm(a, w) if start is None else torch.baddbmm(start.to(a.dtype), a, w)
+
+
+def native_attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
+    """Attention of (B, L, heads*d) over (B, N, heads*d), merged heads, by csrc/attention_cpu.cpp; float32 inside."""
+    return torch.ops.encdiff_native.attention(q, k, v, heads)[0]
+
+
+def native_reasons(x: Tensor, width: int) -> list[str]:
+    """Why `native_attention` cannot serve for x (B, L, C) with heads so wide."""
+    if x.device.type != "cpu":
+        return [f"x is on {x.device.type}"]
+    reasons, dtype = [], product_dtype(x)
+    if dtype not in (torch.float32, torch.bfloat16):
+        reasons.append(f"products are in {dtype}, not float32 or bfloat16")
+    if not 1 <= width <= NATIVE_WIDTH:
+        reasons.append(f"heads are {width} wide, at most {NATIVE_WIDTH}")
+    if x.numel() == 0:
+        reasons.append("x is empty")
+    return reasons or _native.reasons(x)
+
+
+def native_doubts(width: int) -> list[str]:
+    return [f"heads are {width} wide; it pays up to 32"] if width > 32 else []
 
 
 def kernel_bias(token_bias: Tensor | None, heads: int) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""The native noise engine (csrc/): loaded at first use, its ops with their fakes and gradients, and the calls."""
+"""The native engine (csrc/), noise and CPU attention: loaded at first use, its ops with fakes, gradients and calls."""
 
 import ctypes
 import functools
@@ -177,6 +177,9 @@ def _register() -> None:
         library.register_fake(f"encdiff_native::{name}", lambda *args: None)
     library.register_autograd("encdiff_native::q_sample", _q_sample_backward, setup_context=_q_sample_context)
     library.register_autograd("encdiff_native::step", _step_backward, setup_context=_step_context)
+    library.register_fake("encdiff_native::attention", _attention_fake)
+    library.register_fake("encdiff_native::attention_backward", _attention_backward_fake)
+    library.register_autograd("encdiff_native::attention", _attention_backward, setup_context=_attention_context)
 
 
 def _q_sample_fake(x0, noise, t, schedule, loss_weights, kind, sample_ids, draw_tensor, draw, seed):
@@ -240,3 +243,22 @@ def _step_backward(ctx, g_x_prev, g_x0):
         *(c[5 + i] * g if given else None for i, given in enumerate(ctx.given[2:])),
     ]
     return *(gradient if gradient is None else gradient.to(dtype) for gradient in grads), *[None] * 7
+
+
+def _attention_fake(q, k, v, heads):
+    return q.new_empty(q.shape), q.new_empty((q.shape[0], heads, 2, q.shape[1]), dtype=torch.float32)
+
+
+def _attention_backward_fake(grad_out, q, k, v, *_):
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _attention_context(ctx, inputs, output):
+    *qkv, ctx.heads = inputs
+    ctx.save_for_backward(*qkv, *output)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _attention_backward(ctx, grad_out, _):
+    grad_out = grad_out if grad_out.stride(-1) == 1 else grad_out.contiguous()
+    return *torch.ops.encdiff_native.attention_backward(grad_out, *ctx.saved_tensors, ctx.heads), None

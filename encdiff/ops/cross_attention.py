@@ -10,9 +10,13 @@ from encdiff.errors import InputError
 from encdiff.kernels._cross_attention_plan import MAX_TOKENS, can_fold, choose_route, head_width_limit
 from encdiff.ops._attention import (
     exact,
+    fill_heads,
     kernel_bias,
     layer_norm,
     merge_heads,
+    native_attention,
+    native_doubts,
+    native_reasons,
     product_dtype,
     products_out,
     project_out,
@@ -67,6 +71,29 @@ def _sdpa_reasons(x, context, *weights, maps=None, token_bias=None, **_) -> list
     if x.shape[0] == 0 or x.shape[1] == 0:
         reasons.append("needs at least one query")
     return reasons
+
+
+def cross_attention_native(
+    x, context, w_q, w_k, w_v, w_o, b_o=None, *,
+    heads, norm_weight=None, norm_bias=None, norm_eps=1e-5, residual=False, token_bias=None, maps=None,
+):  # fmt: skip
+    """The CPU's own attention between separate projections; neither token bias nor maps."""
+    h = layer_norm(x, norm_weight, norm_bias, norm_eps)
+    q, k, v = (F.linear(s, w) for s, w in ((h, w_q), (context, w_k), (context, w_v)))
+    return project_out(native_attention(q, k, v, heads), w_o, b_o, x if residual else None)
+
+
+def _native_reasons(x, context, w_q, *weights, heads, maps=None, token_bias=None, **_) -> list[str]:
+    reasons = native_reasons(x, w_q.shape[0] // heads)
+    if maps is not None:
+        reasons.append("does not return attention maps")
+    if token_bias is not None:
+        reasons.append("takes no token bias")
+    return reasons
+
+
+def _native_doubts(x, context, w_q, *weights, heads, **_) -> list[str]:
+    return native_doubts(w_q.shape[0] // heads)
 
 
 def cross_attention_transposed(
@@ -124,17 +151,12 @@ def _by_heads(
     from encdiff.kernels.cross_attention import cross_attention_heads as kernel
 
     width = w_q.shape[0] // heads
-    w_q, w_k, w_v, w_o = (_fill_heads(w, heads, -width % 8) for w in (w_q, w_k, w_v, w_o.T))
+    w_q, w_k, w_v, w_o = (fill_heads(w, heads, -width % 8) for w in (w_q, w_k, w_v, w_o.T))
     h = layer_norm(x, norm_weight, norm_bias, norm_eps).to(context.dtype)
     q, k, v = (F.linear(s, w).contiguous() for s, w in ((h, w_q), (context, w_k), (context, w_v)))
     a, _, p = kernel(q, k, v, kernel_bias(token_bias, heads), heads, width**-0.5, maps is not None)
     y = project_out(a, w_o.T, b_o, x if residual else None).to(x.dtype)
     return y if maps is None else (y, (p if maps == "head" else p.mean(1)).to(x.dtype))
-
-
-def _fill_heads(w: Tensor, heads: int, zeros: int) -> Tensor:
-    """(heads*d, ...) -> (heads*(d + zeros), ...)."""
-    return w if zeros == 0 else F.pad(w.unflatten(0, (heads, -1)), (0, 0, 0, zeros)).flatten(0, 1)
 
 
 def _triton_reasons(x, context, w_q, *weights, heads, maps=None, **options) -> list[str]:
@@ -161,6 +183,7 @@ _op = Op(
     "cross_attention",
     [
         Implementation("triton", cross_attention_triton, _triton_reasons, interpreted),
+        Implementation("native", cross_attention_native, _native_reasons, _native_doubts),
         Implementation("transposed", cross_attention_transposed, always, _transposed_doubts),
         Implementation("sdpa", cross_attention_sdpa, _sdpa_reasons),
         Implementation("reference", cross_attention_reference, always),

@@ -38,7 +38,9 @@ def _multiply(word: torch.Tensor, factor: int) -> tuple[torch.Tensor, torch.Tens
 def words(size: int, seed: int, sample_ids: torch.Tensor, draw: int | torch.Tensor, stream: int = 0) -> torch.Tensor:
     """The Philox words of `size` elements per sample: int64 (B, size rounded up to 4)."""
     quads = torch.arange((size + 3) // 4, device=sample_ids.device)
-    ids, draw = sample_ids.view(-1, 1), torch.as_tensor(draw, device=sample_ids.device)
+    ids = sample_ids.view(-1, 1)
+    if not isinstance(draw, torch.Tensor):  # filled in on the device: a captured CUDA graph cannot copy from the host
+        draw = torch.full((), draw, dtype=torch.int64, device=sample_ids.device)
     shape = len(sample_ids), len(quads)
     counter = [quads & WORD, (quads >> 32) | (stream << 31), ids & WORD, draw & WORD]
     counter = [c.expand(shape) for c in counter]

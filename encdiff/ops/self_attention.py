@@ -1,11 +1,26 @@
 """Spatial features attend to each other: y = x + Wo Attn(LN(x) Wq, LN(x) Wk, LN(x) Wv) + bo."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from encdiff.errors import InputError
+from encdiff.ops._attention import (
+    exact,
+    fill_heads,
+    layer_norm,
+    merge_heads,
+    native_attention,
+    native_doubts,
+    native_reasons,
+    product_dtype,
+    project_out,
+    split_heads,
+)
 from encdiff.ops._dispatch import Implementation, Op, always
-from encdiff.ops.cross_attention import exact, layer_norm, merge_heads, project_out, split_heads
+from encdiff.ops.cross_attention_folded import interpreted, triton_reasons
+
+FUSED_POSITIONS, FUSED_WIDTH = 1024, 64  # past them, wider heads above all, the stock kernels are at home
 
 
 def self_attention_reference(
@@ -28,6 +43,45 @@ def self_attention_sdpa(
     return project_out(merge_heads(F.scaled_dot_product_attention(q, k, v)), w_o, b_o, x if residual else None)
 
 
+def self_attention_triton(
+    x, w_q, w_k, w_v, w_o, b_o=None, *, heads, norm_weight=None, norm_bias=None, norm_eps=1e-5, residual=False
+):
+    """One product for queries, keys and values, one kernel for the attention; widths filled up to multiples of 8."""
+    from encdiff.kernels.self_attention import self_attention as fused
+
+    dtype, width = product_dtype(x), w_q.shape[0] // heads
+    w_q, w_k, w_v, w_o = (fill_heads(w.to(dtype), heads, -width % 8) for w in (w_q, w_k, w_v, w_o.T))
+    h = layer_norm(x, norm_weight, norm_bias, norm_eps).to(dtype)
+    a, _ = fused(F.linear(h, torch.cat([w_q, w_k, w_v])), heads, width**-0.5)
+    return project_out(a, w_o.T, b_o, x if residual else None).to(x.dtype)
+
+
+def _triton_reasons(x, w_q, *weights, heads, **options) -> list[str]:
+    reasons = triton_reasons(x, None)
+    if x.shape[1] > FUSED_POSITIONS:
+        reasons.append(f"{x.shape[1]} positions must be at most {FUSED_POSITIONS}")
+    if w_q.shape[0] // heads > FUSED_WIDTH:
+        reasons.append(f"head width {w_q.shape[0] // heads} must be at most {FUSED_WIDTH}")
+    return reasons
+
+
+def self_attention_native(
+    x, w_q, w_k, w_v, w_o, b_o=None, *, heads, norm_weight=None, norm_bias=None, norm_eps=1e-5, residual=False
+):
+    """The CPU's own attention (csrc/attention_cpu.cpp) between separate projections; float32 inside."""
+    h = layer_norm(x, norm_weight, norm_bias, norm_eps)
+    q, k, v = (F.linear(h, w) for w in (w_q, w_k, w_v))
+    return project_out(native_attention(q, k, v, heads), w_o, b_o, x if residual else None)
+
+
+def _native_reasons(x, w_q, *weights, heads, **options) -> list[str]:
+    return native_reasons(x, w_q.shape[0] // heads)
+
+
+def _native_doubts(x, w_q, *weights, heads, **options) -> list[str]:
+    return native_doubts(w_q.shape[0] // heads)
+
+
 def _sdpa_reasons(x, *weights, **options) -> list[str]:
     return ["needs at least one query"] if x.shape[0] == 0 or x.shape[1] == 0 else []
 
@@ -35,6 +89,8 @@ def _sdpa_reasons(x, *weights, **options) -> list[str]:
 _op = Op(
     "self_attention",
     [
+        Implementation("native", self_attention_native, _native_reasons, _native_doubts),
+        Implementation("triton", self_attention_triton, _triton_reasons, interpreted),
         Implementation("sdpa", self_attention_sdpa, _sdpa_reasons),
         Implementation("reference", self_attention_reference, always),
     ],

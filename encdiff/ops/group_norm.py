@@ -1,0 +1,169 @@
+"""GroupNorm with what follows it in a U-Net: y = SiLU(GN(x) (1 + scale) + shift)."""
+
+import os
+from importlib.util import find_spec
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from encdiff.errors import InputError
+from encdiff.ops._attention import exact, has_gradient
+from encdiff.ops._dispatch import Implementation, Op, always
+
+FUSED_TYPES = (torch.float32, torch.bfloat16, torch.float16)
+FUSED_CHANNELS = 128  # of one group: the last of BLOCK_D in kernels/group_norm.py
+CENTRED_POSITIONS = 64  # from here on PyTorch's own is slower for channels-last features on the CPU
+_TRITON_INSTALLED = find_spec("triton") is not None
+
+
+def group_norm_reference(x, weight, bias, groups, eps=1e-5, *, scale=None, shift=None, silu=False):
+    """The formula in float32, whatever the storage type; see `group_norm`."""
+    with exact(x) as dtype:
+        weight, bias, scale, shift = (None if p is None else p.to(dtype) for p in (weight, bias, scale, shift))
+        h = x.to(dtype).unflatten(1, (groups, -1))
+        variance, mean = torch.var_mean(h, (2, 3, 4), correction=0, keepdim=True)
+        h = ((h - mean) * (variance + eps).rsqrt()).flatten(1, 2)
+        h = h * weight[:, None, None] + bias[:, None, None]
+        return _modulate(h, scale, shift, silu).to(x.dtype)
+
+
+def group_norm_native(x, weight, bias, groups, eps=1e-5, *, scale=None, shift=None, silu=False):
+    """PyTorch's GroupNorm, then the rest, in the storage type."""
+    return _modulate(torch.group_norm(x, groups, weight, bias, eps), scale, shift, silu)
+
+
+def _modulate(h: Tensor, scale: Tensor | None, shift: Tensor | None, silu: bool) -> Tensor:
+    scale, shift = (None if p is None else p[:, :, None, None] for p in (scale, shift))
+    if scale is not None:
+        h = h * (1 + scale) if shift is None else torch.addcmul(shift, h, 1 + scale)
+    elif shift is not None:
+        h = h + shift
+    return F.silu(h) if silu else h
+
+
+def group_norm_centred(x, weight, bias, groups, eps=1e-5, *, scale=None, shift=None, silu=False):
+    """Sums over positions, channels innermost; weight, bias, scale and shift in one multiply-add."""
+    h = x.flatten(2).transpose(1, 2)  # (B, H W, C): a view of channels-last features
+    d = h - _group_means(h.mean(1), groups)[:, None]
+    gain = (_group_means(d.square().mean(1), groups) + eps).rsqrt() * weight
+    offset = bias.expand_as(gain)
+    if scale is not None:
+        gain, offset = gain * (1 + scale), offset * (1 + scale)
+    if shift is not None:
+        offset = offset + shift
+    y = torch.addcmul(offset[:, None], d, gain[:, None])
+    y = F.silu(y, inplace=not y.requires_grad) if silu else y
+    return y.transpose(1, 2).unflatten(2, x.shape[2:])
+
+
+def _group_means(v: Tensor, groups: int) -> Tensor:
+    """(B, C) -> (B, C): the mean over its group for each channel."""
+    grouped = v.unflatten(1, (groups, -1))
+    return grouped.mean(2, keepdim=True).expand_as(grouped).flatten(1)
+
+
+def group_norm_triton(x, weight, bias, groups, eps=1e-5, *, scale=None, shift=None, silu=False):
+    """One fused kernel forward, one and a sum backward."""
+    from encdiff.kernels.group_norm import group_norm as fused
+
+    h = x.flatten(2).transpose(1, 2)  # (B, H W, C): a view of channels-last features
+    y, *_ = fused(h, weight, bias, scale, shift, groups, eps, silu)
+    return y.transpose(1, 2).unflatten(2, x.shape[2:])
+
+
+def _triton_reasons(x, weight, bias, groups, eps=1e-5, *, scale=None, shift=None, silu=False) -> list[str]:
+    reasons = [] if _TRITON_INSTALLED else ["triton is not installed"]
+    device = x.device
+    if device.type == "cuda":
+        if torch.cuda.get_device_properties(device).major < 8:
+            reasons.append("needs a GPU of compute capability 8.0")
+    elif device.type != "cpu" or os.environ.get("TRITON_INTERPRET") != "1":
+        reasons.append(f"x is on {device.type}")
+    tensors = {"x": x, "weight": weight, "bias": bias, "scale": scale, "shift": shift}
+    for name, t in tensors.items():
+        if t is not None and t.dtype not in FUSED_TYPES:
+            reasons.append(f"{name} is {t.dtype}, not float32, bfloat16 or float16")
+    if x.shape[1] // groups > FUSED_CHANNELS:
+        reasons.append(f"a group has {x.shape[1] // groups} channels, at most {FUSED_CHANNELS}")
+    if x[:1].numel() >= 2**31:
+        reasons.append("a sample has 2^31 elements or more")
+    return reasons
+
+
+def _triton_doubts(x, *_, **__) -> list[str]:
+    return ["interpreted on the CPU: slow, for tests"] if x.device.type == "cpu" else []
+
+
+def _centred_doubts(x, weight, bias, groups, eps=1e-5, *, scale=None, shift=None, silu=False) -> list[str]:
+    doubts = [] if x.device.type == "cpu" else [f"x is on {x.device.type}"]
+    if x.dtype != torch.float32:
+        doubts.append(f"x is {x.dtype}: differences would be rounded to it")
+    if x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last):
+        doubts.append("x is not channels-last")
+    if x.shape[2] * x.shape[3] < CENTRED_POSITIONS:
+        doubts.append(f"fewer than {CENTRED_POSITIONS} positions")
+    if has_gradient(x, weight, bias, scale, shift):
+        doubts.append("its gradients take longer")
+    return doubts
+
+
+_op = Op(
+    "group_norm",
+    [
+        Implementation("triton", group_norm_triton, _triton_reasons, _triton_doubts),
+        Implementation("centred", group_norm_centred, always, _centred_doubts),
+        Implementation("native", group_norm_native, always),
+        Implementation("reference", group_norm_reference, always),
+    ],
+)
+
+
+def group_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    eps: float = 1e-5,
+    *,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    silu: bool = False,
+    impl: str | None = None,
+) -> Tensor:
+    """Normalise each group of channels of each sample to mean 0 and variance 1, then scale, shift and activate.
+
+    Args:
+        x: (B, C, H, W) in any memory format; B may be 0.
+        weight, bias: (C,).
+        groups: divides C.
+        eps: added to the variance.
+        scale, shift: (B, C); None: 0.
+        silu: apply x * sigmoid(x) last.
+        impl: force an implementation (`encdiff.explain` lists them); None chooses.
+
+    Returns:
+        y (B, C, H, W) in x's dtype; channels-last where x is, and wherever the fused kernel ran.
+
+    Raises:
+        InputError: shapes that do not fit, other devices, or a forced implementation that cannot serve.
+
+    Source: arXiv 1803.08494; scale and shift: arXiv 2105.05233, section 3.
+    """
+    _check(x, weight, bias, groups, scale, shift)
+    return _op(x, weight, bias, groups, eps, scale=scale, shift=shift, silu=silu, impl=impl)
+
+
+def _check(x, weight, bias, groups, scale, shift) -> None:
+    if x.ndim != 4 or not x.is_floating_point():
+        raise InputError(f"x is {tuple(x.shape)} of {x.dtype}, must be (B, C, H, W) of floating point")
+    batch, channels = x.shape[:2]
+    if groups < 1 or channels % groups:
+        raise InputError(f"groups {groups} must divide the {channels} channels of x")
+    shapes = {"weight": (weight, (channels,)), "bias": (bias, (channels,))}
+    shapes |= {"scale": (scale, (batch, channels)), "shift": (shift, (batch, channels))}
+    for name, (t, shape) in shapes.items():
+        if t is not None and tuple(t.shape) != shape:
+            raise InputError(f"{name} is {tuple(t.shape)}, must be {shape} for x {tuple(x.shape)}")
+        if t is not None and t.device != x.device:
+            raise InputError(f"{name} is on {t.device}, must be on x's device {x.device}")

@@ -1,0 +1,310 @@
+"""GroupNorm, scale and shift, SiLU: one launch forward, two backward. The contract is that of `encdiff.ops.group_norm`.
+
+Features are (B, L, C), channels innermost. One program normalises K groups of one sample: BLOCK_C columns, each group
+padded to BLOCK_D of them. Where the L positions fit one tile (SINGLE) it stays in registers, otherwise it is read
+again: twice more forward, once more backward. The variance is centred: the mean comes first.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._gate import GateCase, gate_signature
+
+# The kernels specialise no argument, so the code depends on the block sizes alone and gate_cases lists all of it.
+BLOCK_D = (1, 2, 4, 8, 16, 32, 64, 128)  # channels of one group, padded
+COLUMNS = 32  # of one program at least: 64 bytes of bfloat16
+TILE = 8192  # elements of one program at most
+BLOCK_L = (16, 64, 256)  # positions of one tile, cut to TILE
+
+
+@triton.jit
+def _columns(i_t, G, D, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Group and channel of every column, the first column of each group, and which of them there are."""
+    o_j = tl.arange(0, BLOCK_C)
+    o_g, o_d = i_t * (BLOCK_C // BLOCK_D) + o_j // BLOCK_D, o_j % BLOCK_D
+    m = (o_g < G) & (o_d < D)
+    return o_g, o_g * D + o_d, m & (o_d == 0), m
+
+
+@triton.jit
+def _over_groups(v, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Each column gets the sum over its group's."""
+    K: tl.constexpr = BLOCK_C // BLOCK_D
+    s = tl.sum(tl.reshape(v, (K, BLOCK_D)), 1)
+    return tl.reshape(tl.broadcast_to(s[:, None], (K, BLOCK_D)), (BLOCK_C,))
+
+
+@triton.jit
+def _load(p, i_l, o_c, m_c, L, C, BLOCK_L: tl.constexpr):
+    """The tile from position i_l in float32, zero outside."""
+    o_l = i_l + tl.arange(0, BLOCK_L)
+    return tl.load(p + o_l[:, None] * C + o_c[None, :], (o_l < L)[:, None] & m_c[None, :], other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _store(p, tile, i_l, o_c, m_c, L, C, BLOCK_L: tl.constexpr):
+    o_l = i_l + tl.arange(0, BLOCK_L)
+    mask = (o_l < L)[:, None] & m_c[None, :]
+    tl.store(p + o_l[:, None] * C + o_c[None, :], tile.to(p.dtype.element_ty), mask)
+
+
+@triton.jit
+def _column(p, o, m):
+    return tl.load(p + o, mask=m, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _affine(p_w, p_b, p_scale, p_shift, o_c, m_c, HAS_SCALE: tl.constexpr, HAS_SHIFT: tl.constexpr):
+    """(w, b, 1 + scale, shift) of each column."""
+    w, b = _column(p_w, o_c, m_c), _column(p_b, o_c, m_c)
+    scale, shift = tl.full(w.shape, 1.0, tl.float32), tl.zeros(w.shape, tl.float32)
+    if HAS_SCALE:
+        scale += _column(p_scale, o_c, m_c)
+    if HAS_SHIFT:
+        shift += _column(p_shift, o_c, m_c)
+    return w, b, scale, shift
+
+
+@triton.jit(do_not_specialize=range(14))
+def group_norm_fwd_kernel(
+    p_x, p_w, p_b, p_scale, p_shift, p_y, p_mean, p_rstd, L, C, G, stride_scale, stride_shift, eps,
+    BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, SINGLE: tl.constexpr,
+    HAS_SCALE: tl.constexpr, HAS_SHIFT: tl.constexpr, SILU: tl.constexpr,
+):  # fmt: skip
+    tiles = tl.cdiv(G, BLOCK_C // BLOCK_D)
+    i_b, i_t, D = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles, C // G
+    o_g, o_c, m_g, m_c = _columns(i_t, G, D, BLOCK_C, BLOCK_D)
+    p_x += i_b * L * C
+    p_y += i_b * L * C
+    n = (L * D).to(tl.float32)
+    x = _load(p_x, 0, o_c, m_c, L, C, BLOCK_L)
+    total = tl.sum(x, 0)
+    if not SINGLE:
+        for i_l in range(BLOCK_L, L, BLOCK_L):
+            total += tl.sum(_load(p_x, i_l, o_c, m_c, L, C, BLOCK_L), 0)
+    mean = _over_groups(total, BLOCK_C, BLOCK_D) / n
+    total = tl.zeros((BLOCK_C,), tl.float32)
+    for i_l in range(0, L, BLOCK_L):
+        if not SINGLE:
+            x = _load(p_x, i_l, o_c, m_c, L, C, BLOCK_L)
+        m = (i_l + tl.arange(0, BLOCK_L) < L)[:, None] & m_c[None, :]
+        d = tl.where(m, x - mean[None, :], 0.0)
+        total += tl.sum(d * d, 0)
+    rstd = 1 / tl.sqrt(_over_groups(total, BLOCK_C, BLOCK_D) / n + eps)
+    tl.store(p_mean + i_b * G + o_g, mean, mask=m_g)
+    tl.store(p_rstd + i_b * G + o_g, rstd, mask=m_g)
+    w, b, scale, shift = _affine(
+        p_w, p_b, p_scale + i_b * stride_scale, p_shift + i_b * stride_shift, o_c, m_c, HAS_SCALE, HAS_SHIFT
+    )
+    gain, offset = rstd * w * scale, b * scale + shift
+    for i_l in range(0, L, BLOCK_L):
+        if not SINGLE:
+            x = _load(p_x, i_l, o_c, m_c, L, C, BLOCK_L)
+        u = (x - mean[None, :]) * gain[None, :] + offset[None, :]
+        if SILU:
+            u = u / (1 + tl.exp(-u))
+        _store(p_y, u, i_l, o_c, m_c, L, C, BLOCK_L)
+
+
+@triton.jit
+def _normalised(p_dy, p_x, i_l, mean, rstd, gain, offset, o_c, m_c, L, C, BLOCK_L: tl.constexpr, SILU: tl.constexpr):
+    """((x - mean) rstd, the gradient of what goes into SiLU)."""
+    x_hat = (_load(p_x, i_l, o_c, m_c, L, C, BLOCK_L) - mean[None, :]) * rstd[None, :]
+    du = _load(p_dy, i_l, o_c, m_c, L, C, BLOCK_L)
+    if SILU:
+        u = x_hat * gain[None, :] + offset[None, :]
+        s = 1 / (1 + tl.exp(-u))
+        du *= s * (1 + u * (1 - s))
+    return x_hat, du
+
+
+@triton.jit(do_not_specialize=range(16))
+def group_norm_bwd_kernel(
+    p_dy, p_x, p_mean, p_rstd, p_w, p_b, p_scale, p_shift, p_dx, p_dscale, p_dshift, p_rows, L, C, G,
+    stride_scale, stride_shift,
+    BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, SINGLE: tl.constexpr,
+    HAS_SCALE: tl.constexpr, HAS_SHIFT: tl.constexpr, SILU: tl.constexpr,
+):  # fmt: skip
+    """p_rows (B, 2, C) takes each sample's share of the gradients of weight and bias."""
+    tiles = tl.cdiv(G, BLOCK_C // BLOCK_D)
+    i_b, i_t, D = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles, C // G
+    o_g, o_c, _, m_c = _columns(i_t, G, D, BLOCK_C, BLOCK_D)
+    p_x += i_b * L * C
+    p_dy += i_b * L * C
+    p_dx += i_b * L * C
+    w, b, scale, shift = _affine(
+        p_w, p_b, p_scale + i_b * stride_scale, p_shift + i_b * stride_shift, o_c, m_c, HAS_SCALE, HAS_SHIFT
+    )
+    mean, rstd = _column(p_mean + i_b * G, o_g, m_c), _column(p_rstd + i_b * G, o_g, m_c)
+    gain, offset = w * scale, b * scale + shift
+    x_hat, du = _normalised(p_dy, p_x, 0, mean, rstd, gain, offset, o_c, m_c, L, C, BLOCK_L, SILU)
+    sum_du, sum_xdu = tl.sum(du, 0), tl.sum(du * x_hat, 0)
+    if not SINGLE:
+        for i_l in range(BLOCK_L, L, BLOCK_L):
+            x_hat, du = _normalised(p_dy, p_x, i_l, mean, rstd, gain, offset, o_c, m_c, L, C, BLOCK_L, SILU)
+            sum_du += tl.sum(du, 0)
+            sum_xdu += tl.sum(du * x_hat, 0)
+    if HAS_SCALE:
+        tl.store(p_dscale + i_b * C + o_c, (w * sum_xdu + b * sum_du).to(p_dscale.dtype.element_ty), mask=m_c)
+    if HAS_SHIFT:
+        tl.store(p_dshift + i_b * C + o_c, sum_du.to(p_dshift.dtype.element_ty), mask=m_c)
+    p_rows += i_b * 2 * C
+    tl.store(p_rows + o_c, sum_xdu * scale, mask=m_c)
+    tl.store(p_rows + C + o_c, sum_du * scale, mask=m_c)
+    n = (L * D).to(tl.float32)
+    mean_d = _over_groups(sum_du * gain, BLOCK_C, BLOCK_D) / n
+    mean_xd = _over_groups(sum_xdu * gain, BLOCK_C, BLOCK_D) / n
+    for i_l in range(0, L, BLOCK_L):
+        if not SINGLE:
+            x_hat, du = _normalised(p_dy, p_x, i_l, mean, rstd, gain, offset, o_c, m_c, L, C, BLOCK_L, SILU)
+        dx = rstd[None, :] * (du * gain[None, :] - mean_d[None, :] - x_hat * mean_xd[None, :])
+        _store(p_dx, dx, i_l, o_c, m_c, L, C, BLOCK_L)
+
+
+class Tile(NamedTuple):
+    """Positions and columns of one program, columns of one group, and whether one tile holds all positions."""
+
+    rows: int
+    columns: int
+    group: int
+    single: bool
+
+    @classmethod
+    def of(cls, L: int, D: int) -> "Tile":
+        group = min(d for d in BLOCK_D if d >= D)
+        columns = max(COLUMNS, group)
+        rows = min([r for r in BLOCK_L if r >= L] or BLOCK_L[-1:])
+        rows = min(rows, TILE // columns)
+        return cls(rows, columns, group, rows >= L)
+
+    @property
+    def num_warps(self) -> int:
+        """32 elements for each thread."""
+        return max(1, self.rows * self.columns // 1024)
+
+    def programs(self, groups: int) -> int:
+        """For one sample."""
+        return triton.cdiv(groups, self.columns // self.group)
+
+    def constexprs(self, has_scale: bool, has_shift: bool, silu: bool) -> dict:
+        blocks = {"BLOCK_L": self.rows, "BLOCK_C": self.columns, "BLOCK_D": self.group, "SINGLE": self.single}
+        return blocks | {"HAS_SCALE": has_scale, "HAS_SHIFT": has_shift, "SILU": silu}
+
+
+def _row(t: Tensor | None, other: Tensor) -> tuple[Tensor, int]:
+    """A (B, C) tensor with C contiguous and its row stride; without one, anything to point at."""
+    if t is None:
+        return other, 0
+    t = t if t.stride(1) == 1 else t.contiguous()
+    return t, t.stride(0)
+
+
+def _launch_forward(x, weight, bias, scale, shift, groups, eps, silu) -> tuple[Tensor, Tensor, Tensor]:
+    (batch, L, C), x = x.shape, x.contiguous()
+    y = torch.empty_like(x)
+    mean, rstd = (x.new_empty(batch, groups, dtype=torch.float32) for _ in range(2))
+    if x.numel():
+        tile = Tile.of(L, C // groups)
+        (s, stride_s), (t, stride_t) = _row(scale, weight), _row(shift, weight)
+        with torch.cuda.device_of(x):
+            group_norm_fwd_kernel[batch * tile.programs(groups),](
+                x, weight.contiguous(), bias.contiguous(), s, t, y, mean, rstd, L, C, groups, stride_s, stride_t, eps,
+                **tile.constexprs(scale is not None, shift is not None, silu), num_warps=tile.num_warps, num_stages=1,
+            )  # fmt: skip
+    return y, mean, rstd
+
+
+def _launch_backward(dy, x, mean, rstd, weight, bias, scale, shift, groups, silu) -> tuple[Tensor, ...]:
+    """The gradients of x, weight, bias, scale and shift; an empty one for what is not given."""
+    (batch, L, C), x = x.shape, x.contiguous()
+    dx = torch.empty_like(x)
+    dscale, dshift = (_like_row(t, x) for t in (scale, shift))
+    rows = x.new_empty(batch, 2, C, dtype=torch.float32)
+    if x.numel():
+        tile = Tile.of(L, C // groups)
+        (s, stride_s), (t, stride_t) = _row(scale, weight), _row(shift, weight)
+        with torch.cuda.device_of(x):
+            group_norm_bwd_kernel[batch * tile.programs(groups),](
+                dy.contiguous(), x, mean, rstd, weight.contiguous(), bias.contiguous(), s, t, dx, dscale, dshift, rows,
+                L, C, groups, stride_s, stride_t, **tile.constexprs(scale is not None, shift is not None, silu),
+                num_warps=tile.num_warps, num_stages=1,
+            )  # fmt: skip
+    else:
+        for t in (rows, dscale, dshift):
+            t.zero_()
+    dweight, dbias = rows.sum(0).unbind()
+    return dx, dweight.to(weight.dtype, copy=True), dbias.to(bias.dtype, copy=True), dscale, dshift
+
+
+def _like_row(t: Tensor | None, x: Tensor) -> Tensor:
+    return x.new_empty(0) if t is None else t.new_empty(t.shape)
+
+
+@torch.library.custom_op("encdiff::group_norm", mutates_args=())
+def group_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None, groups: int, eps: float,
+    silu: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """x (B, L, C), weight and bias (C,), scale and shift (B, C) -> y (B, L, C), mean and 1/deviation (B, groups)."""
+    return _launch_forward(x, weight, bias, scale, shift, groups, eps, silu)
+
+
+@group_norm.register_fake
+def _(x, weight, bias, scale, shift, groups, eps, silu):
+    moments = [x.new_empty(x.shape[0], groups, dtype=torch.float32) for _ in range(2)]
+    return x.new_empty(x.shape), *moments
+
+
+@torch.library.custom_op("encdiff::group_norm_backward", mutates_args=())
+def group_norm_backward(
+    dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None,
+    shift: Tensor | None, groups: int, silu: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    return _launch_backward(dy, x, mean, rstd, weight, bias, scale, shift, groups, silu)
+
+
+@group_norm_backward.register_fake
+def _(dy, x, mean, rstd, weight, bias, scale, shift, groups, silu):
+    affine = weight.new_empty(weight.shape), bias.new_empty(bias.shape)
+    return x.new_empty(x.shape), *affine, _like_row(scale, x), _like_row(shift, x)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    x, weight, bias, scale, shift, ctx.groups, _, ctx.silu = inputs
+    ctx.save_for_backward(x, *output[1:], weight, bias, scale, shift)
+
+
+def _autograd(ctx, dy, *_):
+    scale, shift = ctx.saved_tensors[-2:]
+    *gradients, dscale, dshift = group_norm_backward(dy, *ctx.saved_tensors, ctx.groups, ctx.silu)
+    return *gradients, None if scale is None else dscale, None if shift is None else dshift, None, None, None
+
+
+group_norm.register_autograd(_autograd, setup_context=_setup_context)
+
+
+def gate_cases() -> Iterator[GateCase]:
+    """Every tile with the longest code: scale, shift and SiLU; those of the paper's narrowest group in every type."""
+    lengths = {min(rows, TILE // max(COLUMNS, D)) for rows in BLOCK_L for D in BLOCK_D} | {BLOCK_L[-1] + 1}
+    tiles = dict.fromkeys(Tile.of(L, D) for D in BLOCK_D for L in sorted(lengths))
+    for kernel in (group_norm_fwd_kernel, group_norm_bwd_kernel):
+        for tile in tiles:
+            for kind in ("fp32", "bf16", "fp16") if tile.group == 2 else ("bf16",):
+                yield _case(kernel, tile, kind, True)
+        yield _case(kernel, Tile.of(256, 2), "fp32", False)
+
+
+def _case(kernel, tile: Tile, kind: str, options: bool) -> GateCase:
+    constexprs = tile.constexprs(options, options, options)
+    own = {"p_mean", "p_rstd", "p_rows"}
+    types = {n: f"*{'fp32' if n in own else kind}:1" for n in kernel.arg_names if n.startswith("p_")} | {"eps": "fp32"}
+    name = f"{kernel.__name__} {kind} {tile.rows}x{tile.columns}/{tile.group}"
+    name += f"{' once' if tile.single else ''}{'' if options else ' plain'}"
+    return GateCase(
+        name, kernel, gate_signature(kernel, types, constexprs), constexprs, tile.num_warps, 1, tensor_cores=False
+    )

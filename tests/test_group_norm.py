@@ -1,0 +1,204 @@
+import pytest
+import torch
+from torch import nn
+
+from encdiff import ops
+from encdiff.errors import InputError
+from encdiff.ops.group_norm import FUSED_CHANNELS, group_norm
+
+CASES = {  # (B, C, H, W, groups, (scale, shift, SiLU), channels-last)
+    "paper's widest level, smallest": (2, 64, 2, 2, 32, (True, True, True), True),
+    "odd everything": (3, 15, 3, 7, 5, (True, True, True), True),
+    "several tiles": (1, 6, 17, 16, 3, (True, True, True), True),
+    "contiguous": (2, 8, 5, 4, 2, (False, True, True), False),
+    "no options": (2, 10, 3, 3, 2, (False, False, False), True),
+    "scale alone": (2, 4, 2, 3, 4, (True, False, False), True),
+    "layer norm's group": (1, 100, 3, 2, 1, (False, False, True), True),
+    "one position": (3, 64, 1, 1, 2, (True, True, True), True),
+    "empty batch": (0, 8, 3, 3, 2, (True, True, True), True),
+}
+
+
+def leaves(B, C, H, W, options, channels_last=True, dtype=torch.float32):
+    """[x, weight, bias, scale?, shift?], each of which wants a gradient."""
+    x = 2 * torch.randn(B, C, H, W) + 3
+    x = x.contiguous(memory_format=torch.channels_last) if channels_last else x
+    tensors = [x, torch.randn(C), torch.randn(C), *(torch.randn(B, C) for given in options[:2] if given)]
+    return [t.to(dtype).requires_grad_() for t in tensors]
+
+
+def run(tensors, groups, options, impl, upstream):
+    """[y, gradient of every leaf]."""
+    x, weight, bias, *rest = tensors
+    has_scale, has_shift, silu = options
+    scale, shift = rest[0] if has_scale else None, rest[-1] if has_shift else None
+    y = group_norm(x, weight, bias, groups, scale=scale, shift=shift, silu=silu, impl=impl)
+    return [y, *torch.autograd.grad(y, tensors, upstream.to(y.dtype))]
+
+
+def published(tensors, groups, options, upstream):
+    """The same by modules and by hand, one group after the other."""
+    x, weight, bias, *rest = tensors
+    has_scale, has_shift, silu = options
+    parts = []
+    for g in x.split(x.shape[1] // groups, 1):
+        d = g - g.mean((1, 2, 3), keepdim=True)
+        parts.append(d / (d.square().mean((1, 2, 3), keepdim=True) + 1e-5).sqrt())
+    h = torch.cat(parts, 1) * weight[:, None, None] + bias[:, None, None]
+    h = h * (1 + rest[0][..., None, None]) if has_scale else h
+    h = h + rest[-1][..., None, None] if has_shift else h
+    y = nn.SiLU()(h) if silu else h
+    return [y, *torch.autograd.grad(y, tensors, upstream.to(y.dtype))]
+
+
+def error(actual, exact):
+    return ((actual.double() - exact).norm() / exact.norm().clamp_min(1e-30)).item()
+
+
+def doubles(tensors):
+    return [t.detach().double().requires_grad_() for t in tensors]
+
+
+@pytest.fixture
+def nan_memory():
+    """Fresh memory holds NaN, so that whatever a kernel does not write shows."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("impl", ["triton", "centred", "native", "reference"])
+@pytest.mark.parametrize("case", CASES)
+def test_against_float64(case, impl, nan_memory):
+    B, C, H, W, groups, options, channels_last = CASES[case]
+    tensors, upstream = leaves(B, C, H, W, options, channels_last), torch.randn(B, C, H, W)
+    with ops.record_impls() as ran:
+        actual = run(tensors, groups, options, impl, upstream)
+    assert ran == [("group_norm", impl)]
+    exact = published(doubles(tensors), groups, options, upstream)
+    stock = published(tensors, groups, options, upstream)
+    for a, s, e in zip(actual, stock, exact, strict=True):
+        assert a.shape == e.shape and a.dtype == torch.float32
+        bound = {"centred": 1e-6, "native": 1e-5}.get(impl, 2 * error(s, e) + 2e-7)  # those sum as PyTorch does
+        assert error(a, e) <= bound, (error(a, e), error(s, e))
+    if channels_last and B:
+        assert actual[0].is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_triton_in_16_bits(dtype, nan_memory):
+    options = (True, True, True)
+    tensors, upstream = leaves(2, 12, 3, 5, options, dtype=dtype), torch.randn(2, 12, 3, 5)
+    actual = run(tensors, 4, options, "triton", upstream)
+    exact = published(doubles(tensors), 4, options, upstream.to(dtype))
+    # the interpreter cuts bfloat16 off instead of rounding: up to two units of the last place for each one half
+    ulp = torch.finfo(dtype).eps
+    for a, s, e in zip(actual, published(tensors, 4, options, upstream), exact, strict=True):
+        assert a.dtype == dtype
+        assert error(a, e) <= max(2 * error(s, e), ulp), (error(a, e), error(s, e))
+
+
+def test_triton_reads_mixed_types_and_strides():
+    """Features in half precision, parameters in float32, scale and shift side by side in one tensor."""
+    x = torch.randn(2, 8, 3, 3).half()
+    weight, bias, both = torch.randn(8), torch.randn(8), torch.randn(2, 16, requires_grad=True)
+    scale, shift = both.chunk(2, 1)
+    results = []
+    for impl in ("triton", "reference"):
+        y = group_norm(x, weight, bias, 4, scale=scale, shift=shift, impl=impl)
+        results.append([y, *torch.autograd.grad(y.float().sum(), both)])
+    assert results[0][0].dtype == torch.float16 and results[0][1].dtype == torch.float32
+    torch.testing.assert_close(*results, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("impl", ["triton", "centred", "reference"])
+def test_a_large_mean_does_not_drown_the_variance(impl):
+    x = 1000 + torch.randn(1, 4, 16, 17)
+    one, zero = torch.ones(4), torch.zeros(4)
+    y = group_norm(x, one, zero, 2, impl=impl)
+    exact = group_norm(x.double(), one.double(), zero.double(), 2, impl="reference")
+    assert error(y, exact) < 1e-3  # an ulp of 1000 is 6e-5; E[x^2] - E[x]^2 would be off by one of 1e6, which is 0.06
+
+
+def test_triton_passes_on_what_is_not_finite():
+    x = torch.randn(2, 6, 3, 3)
+    x[0, 2, 1, 1], x[1, 5, 0, 0] = torch.nan, torch.inf
+    y = group_norm(x, torch.ones(6), torch.zeros(6), 3, silu=True, impl="triton")
+    lost = y.isnan().flatten(2).all(2)
+    assert lost.nonzero().tolist() == [[0, 2], [0, 3], [1, 4], [1, 5]]
+    assert y.isnan().sum() == 4 * 9
+
+
+def test_triton_twice_the_same_bits():
+    options = (True, True, True)
+    tensors, upstream = leaves(5, 8, 3, 3, options), torch.randn(5, 8, 3, 3)
+    for a, b in zip(*(run(tensors, 4, options, "triton", upstream) for _ in range(2)), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_opcheck():
+    from encdiff.kernels.group_norm import group_norm as fused
+    from encdiff.kernels.group_norm import group_norm_backward
+
+    x, row = torch.randn(2, 3, 4), torch.randn(2, 4)
+    weight, bias = torch.randn(4), torch.randn(4)
+    wanting = [t.clone().requires_grad_() for t in (x, weight, bias, row)]
+    torch.library.opcheck(fused, (*wanting, None, 2, 1e-5, True))
+    moments = torch.zeros(2, 2), torch.ones(2, 2)
+    torch.library.opcheck(group_norm_backward, (x, x, *moments, weight, bias, row, row, 2, True))
+
+
+@pytest.mark.parametrize("impl", ["centred", "native", "triton"])
+def test_compiles_whole_with_a_dynamic_batch(impl):
+    norm, graphs = nn.GroupNorm(2, 4), []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(lambda x: group_norm(x, norm.weight, norm.bias, 2, silu=True, impl=impl),
+                             backend=backend, fullgraph=True, dynamic=True)  # fmt: skip
+    for batch in (5, 7, 9):
+        x = torch.randn(batch, 4, 2, 3)
+        y = compiled(x)
+        y.sum().backward()
+        torch.testing.assert_close(y, nn.functional.silu(norm(x)))
+    assert len(graphs) == 1
+
+
+def test_dispatch_says_why(monkeypatch):
+    x, one = torch.randn(1, 2 * FUSED_CHANNELS + 2, 1, 1), torch.ones(2 * FUSED_CHANNELS + 2)
+    assert "group_norm: triton: interpreted on the CPU" in ops.explain("group_norm", x, one, one, 258)
+    with pytest.raises(InputError, match="impl='triton' cannot serve .* a group has 129 channels, at most 128"):
+        group_norm(x, one, one, 2, impl="triton")
+    with pytest.raises(InputError, match="weight is torch.float64, not float32"):
+        group_norm(x, one.double(), one, 258, impl="triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(InputError, match="x is on cpu"):
+        group_norm(x, one, one, 258, impl="triton")
+
+
+def test_gate_covers_what_dispatch_can_choose():
+    from encdiff.kernels.group_norm import BLOCK_D, Tile, gate_cases
+
+    assert BLOCK_D[-1] == FUSED_CHANNELS
+    gated = {(*(c.constexprs[f"BLOCK_{n}"] for n in "LCD"), c.constexprs["SINGLE"]) for c in gate_cases()}
+    for channels in range(1, FUSED_CHANNELS + 1):
+        for positions in (1, 4, 15, 16, 17, 64, 100, 128, 129, 256, 257, 4096):
+            assert tuple(Tile.of(positions, channels)) in gated
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(x=torch.zeros(2, 4, 3)), r"x is \(2, 4, 3\) of torch.float32, must be \(B, C, H, W\)"),
+        (dict(groups=3), "groups 3 must divide the 4 channels of x"),
+        (dict(weight=torch.zeros(3)), r"weight is \(3,\), must be \(4,\)"),
+        (dict(scale=torch.zeros(4)), r"scale is \(4,\), must be \(2, 4\)"),
+        (dict(shift=torch.zeros(2, 4, device="meta")), "shift is on meta, must be on x's device cpu"),
+    ],
+)
+def test_bad_input(change, message):
+    arguments = dict(x=torch.zeros(2, 4, 3, 3), weight=torch.zeros(4), bias=torch.zeros(4), groups=2) | change
+    with pytest.raises(InputError, match=message):
+        group_norm(**arguments)
