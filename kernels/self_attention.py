@@ -118,16 +118,12 @@ SHORT = Tile(16, 16, 1)  # of at most sixteen positions
 TILES = {
     ("fwd", True, 16): (SHORT, Tile(64, 64, 4), Tile(128, 64, 4)),
     ("fwd", True, 32): (SHORT, Tile(64, 64, 4), Tile(128, 64, 4)),
-    ("fwd", True, 64): (SHORT, Tile(64, 64, 4), Tile(128, 64, 8)),
     ("bwd", True, 16): (SHORT, Tile(64, 32, 4), Tile(256, 32, 8), Tile(128, 32, 8)),
     ("bwd", True, 32): (SHORT, Tile(64, 16, 4), Tile(256, 32, 8), Tile(128, 32, 8)),
-    ("bwd", True, 64): (SHORT, Tile(64, 32, 8)),
     ("fwd", False, 16): (SHORT, Tile(64, 32, 4)),
     ("fwd", False, 32): (SHORT, Tile(64, 16, 4)),
-    ("fwd", False, 64): (SHORT, Tile(32, 16, 4)),
     ("bwd", False, 16): (SHORT, Tile(64, 16, 8)),
-    ("bwd", False, 32): (SHORT, Tile(64, 16, 8)),
-    ("bwd", False, 64): (SHORT, Tile(32, 16, 8)),
+    ("bwd", False, 32): (SHORT, Tile(64, 16, 4)),
 }
 
 
@@ -159,7 +155,7 @@ def _outputs(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor]:
 def self_attention(qkv: Tensor, heads: int, scale: float) -> tuple[Tensor, Tensor]:
     """softmax(q k^T scale) v of each head: qkv (B, L, 3*H*d) -> (B, L, H*d), and log2 of the sums of exponentials.
 
-    The columns of qkv are q, k, v, in each of them head by head; d a multiple of 8, at most 64.
+    The columns of qkv are q, k, v, in each of them head by head; d a multiple of 8, at most 32.
     """
     (o, lse), qkv = _outputs(qkv, heads), aligned_rows(qkv)
     if o.numel():

@@ -12,7 +12,7 @@ from encdiff.ops._attention import exact, has_gradient
 from encdiff.ops._dispatch import Implementation, Op, always
 
 FUSED_TYPES = (torch.float32, torch.bfloat16, torch.float16)
-FUSED_CHANNELS = 128  # of one group: the last of BLOCK_D in kernels/group_norm.py
+FUSED_CHANNELS = 64  # of one group: the last of BLOCK_D in kernels/group_norm.py
 CENTRED_POSITIONS = 64  # from here on PyTorch's own is slower for channels-last features on the CPU
 _TRITON_INSTALLED = find_spec("triton") is not None
 

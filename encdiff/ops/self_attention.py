@@ -20,7 +20,7 @@ from encdiff.ops._attention import (
 from encdiff.ops._dispatch import Implementation, Op, always
 from encdiff.ops.cross_attention_folded import interpreted, triton_reasons
 
-FUSED_POSITIONS, FUSED_WIDTH = 1024, 64  # past them, wider heads above all, the stock kernels are at home
+FUSED_POSITIONS, FUSED_WIDTH = 1024, 32  # past them, wider heads above all, the stock kernels are at home
 
 
 def self_attention_reference(
