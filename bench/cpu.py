@@ -1,0 +1,81 @@
+"""The CPU's figures on a machine that is never quiet: all forms in turns, the least time of each.
+
+    OMP_NUM_THREADS=2 python -m bench.cpu [seconds]
+
+The paper's configuration, batch 16: one evaluation of the U-Net, one training step; `published` is `bench.published`.
+"""
+
+import copy
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+
+from bench.baselines import PAPER, fresh_model, published_twin
+from bench.published import PublishedTraining
+from encdiff.data import to_float
+from encdiff.models import EncDiff
+from encdiff.train import TrainConfig, Training
+
+BATCH = 16
+
+
+def in_turns(title: str, forms: dict[str, Callable], seconds: float) -> None:
+    for form in forms.values():
+        form()
+    best, end = dict.fromkeys(forms, float("inf")), time.monotonic() + seconds
+    while time.monotonic() < end:
+        for name, form in forms.items():
+            begin = time.perf_counter()
+            form()
+            best[name] = min(best[name], time.perf_counter() - begin)
+    print(f"{title}, batch {BATCH}, {torch.get_num_threads()} threads")
+    for name, least in best.items():
+        print(f"  {name:<32} {1e3 * least:8.0f} ms {best['published'] / least:6.2f}x")
+
+
+def forward(model: EncDiff, seconds: float) -> None:
+    x, t, tokens = torch.randn(BATCH, 3, 16, 16), torch.randint(1000, (BATCH,)), torch.randn(BATCH, 20, 16)
+    last = torch.channels_last
+    published, ours, half = published_twin(model).unet, model.unet, copy.deepcopy(model.unet).to(memory_format=last)
+
+    def autocast(unet, x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return unet(x, t, tokens)
+
+    forms = {
+        "published": lambda: published(x, t, tokens),
+        "ours": lambda: ours(x, t, tokens),
+        "ours, channels last": lambda: half(x.contiguous(memory_format=last), t, tokens),
+        "published, bf16": lambda: autocast(published, x),
+        "ours, bf16": lambda: autocast(ours, x),
+    }
+    with torch.inference_mode():
+        in_turns("U-Net forward", forms, seconds)
+
+
+def training_step(model: EncDiff, seconds: float) -> None:
+    images, indices = torch.randint(256, (BATCH, 64, 64, 3), dtype=torch.uint8), torch.arange(BATCH)
+    published = PublishedTraining(published_twin(model.train()), 1e-4)
+
+    def ours(latents, **options) -> Callable:
+        training = Training(copy.deepcopy(model), TrainConfig(batch_size=BATCH, **options))
+        training.latents = latents
+        return lambda: training.advance(images, indices)
+
+    latents = torch.randn(BATCH, 3, 16, 16)
+    forms = {
+        "published": lambda: published.advance(to_float(images)),
+        "ours, latents encoded once": ours(latents),
+        "ours, encoding in the step": ours(None),
+        "ours, bf16, latents encoded once": ours(latents, precision="bf16"),
+    }
+    in_turns("training step", forms, seconds)
+
+
+if __name__ == "__main__":
+    seconds = float(sys.argv[1]) if len(sys.argv) > 1 else 40.0
+    model = fresh_model(PAPER, torch.device("cpu")).eval()
+    forward(model, seconds)
+    training_step(model, seconds)
