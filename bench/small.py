@@ -11,6 +11,7 @@ import torch
 
 from bench.baselines import SMOKE, fresh_model
 from encdiff.ops.cross_attention import cross_attention
+from encdiff.ops.self_attention import self_attention
 from encdiff.train import TrainConfig, Training
 
 SHAPES = [(3, 256, 64, 20), (2, 63, 128, 20), (2, 17, 256, 20), (1, 5, 320, 77)]  # batch, queries, channels, tokens
@@ -19,8 +20,10 @@ SHAPES = [(3, 256, 64, 20), (2, 63, 128, 20), (2, 17, 256, 20), (1, 5, 320, 77)]
 def attention(batch: int, queries: int, channels: int, tokens: int, device: torch.device, dtype: torch.dtype) -> None:
     shapes = [(batch, queries, channels), (batch, tokens, 16), (channels, channels)]
     shapes += [(channels, 16)] * 2 + [(channels, channels)]
-    inputs = [torch.randn(s, device=device, dtype=dtype, requires_grad=True) for s in shapes]
-    cross_attention(*inputs, heads=8).sum().backward()
+    x, tokens, *weights = (torch.randn(s, device=device, dtype=dtype, requires_grad=True) for s in shapes)
+    cross_attention(x, tokens, *weights, heads=8).sum().backward()
+    square = [torch.randn(channels, channels, device=device, dtype=dtype, requires_grad=True) for _ in range(4)]
+    self_attention(x, *square, heads=8).sum().backward()
 
 
 def model_step(device: torch.device, precision: str) -> None:

@@ -73,6 +73,11 @@ class Precision(StrEnum):
     bf16 = "bf16"
 
 
+class WithoutTF32(StrEnum):
+    float32 = "float32"
+    bf16 = "bf16"
+
+
 class Engine(StrEnum):
     auto = "auto"
     eager = "eager"
@@ -162,7 +167,7 @@ def train_autoencoder(
     learning_rate: Annotated[float | None, typer.Option(help="Default: 4.5e-6 for each image of a batch.")] = None,
     discriminator: Annotated[bool | None, typer.Option(help="Train against a patch discriminator.")] = None,
     lpips_weights: Annotated[Path | None, typer.Option(help="torchvision's VGG16 weights, for the LPIPS loss.")] = None,
-    precision: Precision | None = None,
+    precision: WithoutTF32 | None = None,
     checkpoint_every: CheckpointEvery = None,
     picture_every: PictureEvery = None,
     seed: Annotated[int | None, typer.Option(help="Default: 0.", min=0)] = None,

@@ -15,7 +15,7 @@ def python(name: str, code: str, seconds: int = 20, **env: str) -> Phase:
 
 @pytest.fixture
 def quick(monkeypatch):
-    monkeypatch.setattr(gpu, "GRACE", 0.5)
+    monkeypatch.setattr(gpu, "GRACE", 3)
 
 
 def test_a_failure_is_recorded_and_the_next_phase_still_runs(tmp_path, capsys):
@@ -39,10 +39,10 @@ def test_a_phase_out_of_time_is_interrupted_and_may_save(tmp_path, quick):
         "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); print('begun', flush=True); time.sleep(60)"
     )
     began = time.monotonic()
-    saved, killed = run_all([python("saves", saves, 4), python("hangs", hangs, 4)], tmp_path, 60)
+    saved, killed = run_all([python("saves", saves, 8), python("hangs", hangs, 4)], tmp_path, 60)
     assert (saved.result, saved.last) == ("ok", "saved")
     assert (killed.result, killed.last) == ("out of time after 4 s", "begun")
-    assert time.monotonic() - began < 30
+    assert time.monotonic() - began < 60
 
 
 def test_phases_share_the_time(tmp_path, quick):
