@@ -50,6 +50,7 @@ def test_a_step_does_not_wait_for_the_device(engine):
             training.advance(images, indices)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert training.step == 8
 
 
 @needs_gpu
