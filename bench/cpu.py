@@ -2,7 +2,8 @@
 
     OMP_NUM_THREADS=2 python -m bench.cpu [seconds]
 
-The paper's configuration, batch 16: one evaluation of the U-Net, one training step; `published` is `bench.published`.
+The paper's configuration, batch 16: its widest cross-attention, one evaluation of the U-Net, one training step;
+`published` is `bench.published`.
 """
 
 import copy
@@ -13,6 +14,7 @@ from collections.abc import Callable
 import torch
 
 from bench.baselines import PAPER, fresh_model, published_twin
+from bench.bench_cross_attention import OPS, inputs
 from bench.published import PublishedTraining
 from encdiff.data import to_float
 from encdiff.models import EncDiff
@@ -32,7 +34,7 @@ def in_turns(title: str, forms: dict[str, Callable], seconds: float) -> None:
             best[name] = min(best[name], time.perf_counter() - begin)
     print(f"{title}, batch {BATCH}, {torch.get_num_threads()} threads")
     for name, least in best.items():
-        print(f"  {name:<32} {1e3 * least:8.0f} ms {best['published'] / least:6.2f}x")
+        print(f"  {name:<32} {1e3 * least:8.2f} ms {best['published'] / least:6.2f}x")
 
 
 def forward(model: EncDiff, seconds: float) -> None:
@@ -53,6 +55,13 @@ def forward(model: EncDiff, seconds: float) -> None:
     }
     with torch.inference_mode():
         in_turns("U-Net forward", forms, seconds)
+
+
+def one_cross_attention(seconds: float) -> None:
+    tensors = inputs(BATCH, 256, 64, 20, 16, torch.device("cpu"), torch.float32)
+    forms = {name: lambda op=op: op(**tensors) for name, op in OPS.items() if name != "published_compiled"}
+    with torch.inference_mode():
+        in_turns("cross-attention, 256 queries, 64 channels, 20 tokens", forms, seconds)
 
 
 def training_step(model: EncDiff, seconds: float) -> None:
@@ -76,6 +85,7 @@ def training_step(model: EncDiff, seconds: float) -> None:
 
 if __name__ == "__main__":
     seconds = float(sys.argv[1]) if len(sys.argv) > 1 else 40.0
+    one_cross_attention(min(5.0, seconds))
     model = fresh_model(PAPER, torch.device("cpu")).eval()
     forward(model, seconds)
     training_step(model, seconds)
