@@ -99,7 +99,7 @@ def run(phase: Phase, seconds: float, log: Path) -> Outcome:
         try:
             process = subprocess.Popen(
                 phase.command, cwd=ROOT, env=os.environ | phase.env, stdin=subprocess.DEVNULL,
-                stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
+                stdout=output, stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=heed_interrupts,
             )  # fmt: skip
         except OSError as error:
             return Outcome(phase.name, f"cannot start: {error}", 0.0, "")
@@ -112,6 +112,11 @@ def run(phase: Phase, seconds: float, log: Path) -> Outcome:
     result = "ok" if code == 0 else f"out of time after {seconds:.0f} s" if late else f"exit status {code}"
     lines = [line for line in text.splitlines() if line.strip()]
     return Outcome(phase.name, result, time.monotonic() - began, lines[-1].strip()[:200] if lines else "")
+
+
+def heed_interrupts() -> None:
+    """In the child: a shell that runs this script in the background has it ignore SIGINT, and children inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def ended(process: subprocess.Popen, seconds: float) -> bool:

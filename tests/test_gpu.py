@@ -1,4 +1,5 @@
 import json
+import signal
 import sys
 import time
 
@@ -38,8 +39,12 @@ def test_a_phase_out_of_time_is_interrupted_and_may_save(tmp_path, quick):
     hangs = (
         "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); print('begun', flush=True); time.sleep(60)"
     )
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in a script that a shell runs in the background
     began = time.monotonic()
-    saved, killed = run_all([python("saves", saves, 8), python("hangs", hangs, 4)], tmp_path, 60)
+    try:
+        saved, killed = run_all([python("saves", saves, 8), python("hangs", hangs, 4)], tmp_path, 60)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert (saved.result, saved.last) == ("ok", "saved")
     assert (killed.result, killed.last) == ("out of time after 4 s", "begun")
     assert time.monotonic() - began < 60
