@@ -1,4 +1,4 @@
-"""The CPU's figures on a machine that is never quiet: all forms in turns, the least time of each.
+"""The CPU's figures: all forms in turns in one run, the median and the least time of each.
 
     OMP_NUM_THREADS=2 python -m bench.cpu [seconds]
 
@@ -7,6 +7,7 @@ The paper's configuration, batch 16: its widest cross-attention, one evaluation 
 """
 
 import copy
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -26,15 +27,17 @@ BATCH = 16
 def in_turns(title: str, forms: dict[str, Callable], seconds: float) -> None:
     for form in forms.values():
         form()
-    best, end = dict.fromkeys(forms, float("inf")), time.monotonic() + seconds
+    taken, end = {name: [] for name in forms}, time.monotonic() + seconds
     while time.monotonic() < end:
         for name, form in forms.items():
             begin = time.perf_counter()
             form()
-            best[name] = min(best[name], time.perf_counter() - begin)
+            taken[name].append(time.perf_counter() - begin)
     print(f"{title}, batch {BATCH}, {torch.get_num_threads()} threads")
-    for name, least in best.items():
-        print(f"  {name:<32} {1e3 * least:8.2f} ms {best['published'] / least:6.2f}x")
+    print(f"  {'':<32} {'median, ms':>12} {'ratio':>6} {'least, ms':>12} {'ratio':>6}")
+    for name in forms:
+        figures = [(f(taken[name]), f(taken["published"])) for f in (statistics.median, min)]
+        print(f"  {name:<32}" + "".join(f" {1e3 * own:12.2f} {published / own:6.2f}" for own, published in figures))
 
 
 def forward(model: EncDiff, seconds: float) -> None:
