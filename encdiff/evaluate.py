@@ -39,12 +39,6 @@ from encdiff.protocol import (
 
 Encode = Callable[[torch.Tensor], torch.Tensor]  # float32 (B,3,H,W) in [-1,1] -> (B,N)
 
-SCORES = {  # what the paper reports: row of a table -> path in the result
-    "FactorVAE score": ("factor_vae", "eval_accuracy"),
-    "DCI disentanglement": ("dci", "disentanglement"),
-    "DCI completeness": ("dci", "completeness"),
-    "DCI informativeness": ("dci", "informativeness_test"),
-}
 FURTHER = {  # scores beside the headline, field -> title
     "dci": {"completeness": "DCI completeness", "informativeness_test": "DCI informativeness"},
     "infomec": {"infoc": "InfoC", "infoe": "InfoE"},
@@ -259,7 +253,7 @@ def format_table(results: Mapping[str, dict]) -> Table:
     table.add_column("score")
     for name in results:
         table.add_column(name, justify="right")
-    for metric, field, row in _rows(results.values()):
+    for metric, field, row in score_fields(results.values()):
         table.add_row(row, *(_cell(result, metric, field) for result in results.values()))
     if all("factor_vae" in result for result in results.values()):
         table.add_row("active dimensions", *(str(r["factor_vae"]["num_active_dims"]) for r in results.values()))
@@ -267,7 +261,7 @@ def format_table(results: Mapping[str, dict]) -> Table:
     return table
 
 
-def _rows(results: Iterable[Mapping]) -> list[tuple[str, str, str]]:
+def score_fields(results: Iterable[Mapping]) -> list[tuple[str, str, str]]:
     """(metric, field, title) of every score that some result has."""
     held = [name for name in METRICS if any(name in result for result in results)]
     rows = []

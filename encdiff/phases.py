@@ -16,7 +16,7 @@ from encdiff.checkpoint import load_tensors
 from encdiff.cli_support import load_first_stage
 from encdiff.data import Dataset, describe, to_float, to_uint8
 from encdiff.errors import InputError, Stopped
-from encdiff.evaluate import SCORES, encode_dataset, evaluate_model, plot_importance, write_metrics
+from encdiff.evaluate import encode_dataset, evaluate_model, plot_importance, score_fields, write_metrics
 from encdiff.metrics.fid import fid, inception_features
 from encdiff.metrics.registry import METRICS
 from encdiff.models import EncDiff, EncDiffConfig
@@ -155,10 +155,10 @@ def _read_scores(path: Path, protocol: str, dataset: Dataset) -> dict | None:
 
 def scores(result: dict) -> dict[str, float | str]:
     """The scores in a result of `score_once` by name; in place of one that is undefined, why."""
-    rows = SCORES if "dci" in result else {"TAD": ("tad", "tad"), "FID": ("fid", "fid")}
-    found = {name: (result[metric], field) for name, (metric, field) in rows.items() if metric in result}
+    rows = score_fields([result]) + [("fid", "fid", "FID")] * ("fid" in result)
+    found = {title: (result[metric], field) for metric, field, title in rows}
     return {
-        name: entry["undefined"] if entry[field] is None else entry[field] for name, (entry, field) in found.items()
+        title: entry["undefined"] if entry[field] is None else entry[field] for title, (entry, field) in found.items()
     }
 
 
