@@ -40,10 +40,13 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 def save_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Write a safetensors file; the old one stays until the new one is complete."""
     with atomic_path(path) as temporary:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # what the umask allows; safetensors would leave it to the owner alone
         try:
             save_file({k: v.detach().contiguous().clone() for k, v in tensors.items()}, temporary, metadata)
         except SafetensorError as error:  # how the library reports a full disk
             raise OSError(errno.EIO, f"could not be written ({error})") from None
+        temporary.chmod(mode)
 
 
 def load_tensors(path: str | Path, device: str | torch.device = "cpu") -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -83,8 +86,14 @@ def locate(name: str | Path, file: str, hub: dict[str, Any]) -> Path:
     for folder in (Path(name), PRETRAINED / name):
         if folder.is_dir():
             if not (folder / file).is_file():
-                raise InputError(f"{folder}: no {file} in it; must be a folder written by save_pretrained")
+                model = f", such as {folder / 'model'}" if (folder / "model" / file).is_file() else ""
+                raise InputError(f"{folder}: no {file} in it; must be a folder written by save_pretrained{model}")
             return folder / file
+    if "/" not in str(name):  # the Hub's are OWNER/NAME: do not wait for a network
+        packaged = ", ".join(sorted(p.name for p in PRETRAINED.iterdir() if p.is_dir()))
+        raise InputError(
+            f"{name}: no such folder; must be one, a model of the package ({packaged}) or the Hub's OWNER/NAME"
+        )
     try:
         return Path(hf_hub_download(str(name), file, **hub))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled) as error:

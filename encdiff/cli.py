@@ -54,7 +54,8 @@ class SamplerName(StrEnum):
 
 
 RunData = Annotated[str | None, typer.Option(help=DATA_HELP + " Default: what the run was trained on.")]
-Run = Annotated[Path, typer.Argument(help="A run folder, or a folder that save_pretrained wrote.", show_default=False)]
+RUN_HELP = "A run, a folder that save_pretrained wrote, or quickstart"
+Run = Annotated[Path, typer.Argument(help=RUN_HELP + ".", show_default=False)]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto takes a GPU if there is one.")]
 Seed = Annotated[int, typer.Option(help="Of all that is random.", min=0)]
 Out = Annotated[Path | None, typer.Option(help="The PNG to write. Default: in the run's pictures/.")]
@@ -154,7 +155,7 @@ def train(
         overwrite=overwrite,
         tensorboard=tensorboard,
     )
-    console.print(f"model: {run / 'model'}\nnext:  encdiff evaluate {run}")
+    console.print(f"model: {run / 'model'}\nnext:  encdiff {'evaluate' if dataset.factor_names else 'swap'} {run}")
 
 
 @app.command()
@@ -202,15 +203,20 @@ def train_autoencoder(
 
 @app.command()
 def evaluate(
-    run: Annotated[Path, typer.Argument(help="As elsewhere, or an .npz of codes and factors.", show_default=False)],
+    run: Annotated[Path, typer.Argument(help=RUN_HELP + "; or an .npz of codes and factors.", show_default=False)],
     data: RunData = None,
     protocol: Annotated[
-        str, typer.Option(help="paper, heldout, quick, or published-cars3d: see docs/metrics.md.")
-    ] = "paper",
-    metrics: Annotated[str, typer.Option(help="Their names, such as factor_vae,dci,mig; or all.")] = "factor_vae,dci",
+        str | None,
+        typer.Option(help="paper (default), heldout (of an .npz, always), quick, published-cars3d: docs/metrics.md."),
+    ] = None,
+    metrics: Annotated[
+        str, typer.Option(help="Their names, such as factor_vae,dci,mig; or all (but tad and dci_quick).")
+    ] = "factor_vae,dci",
     seeds: Annotated[int, typer.Option(help="Score with so many, from --seed up.", min=1)] = 1,
     baseline: Annotated[bool, typer.Option(help="Also score an untrained encoder.")] = True,
-    out: Annotated[Path | None, typer.Option(help="The JSON to write. Default: metrics.json in the run.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The JSON to write. Default: metrics.json in the run, or X-metrics.json.")
+    ] = None,
     seed: Seed = 0,
     device: Device = "auto",
 ) -> None:
@@ -222,7 +228,11 @@ def evaluate(
     from encdiff.evaluate import evaluate_codes, evaluate_model, format_table, plot_importance, stages, write_metrics
 
     options = {"metrics": metric_names(metrics), "seed": seed, "seeds": seeds}
+    plot = "importance.png"
     if run.suffix == ".npz":
+        if data or protocol not in (None, "heldout"):
+            raise InputError(f"{run}: codes have no --data, and their --protocol is heldout")
+        plot = f"{run.stem}-{plot}"
         out = writable(out or run.with_name(f"{run.stem}-metrics.json"))
         with stages(run.stem) as report:
             scores = {run.stem: evaluate_codes(run, progress=report, **options)}
@@ -231,14 +241,14 @@ def evaluate(
             protocol, data = "paper", f"{protocol}:{data}" if data else protocol
         model, dataset = open_model(run, data, device)
         out = writable(out or results(run) / "metrics.json")
-        scores = evaluate_model(model, dataset, protocol=protocol, baseline=baseline, **options)
+        scores = evaluate_model(model, dataset, protocol=protocol or "paper", baseline=baseline, **options)
     console.print(format_table(scores))
     write_metrics(out, scores)
     console.print(f"scores: {out}")
     first = next(iter(scores.values()))
     if "dci" in first:
-        plot_importance(first, out.with_name("importance.png"))
-        console.print(f"plot:   {out.with_name('importance.png')}")
+        plot_importance(first, out.with_name(plot))
+        console.print(f"plot:   {out.with_name(plot)}")
 
 
 @app.command()

@@ -68,6 +68,8 @@ def _write(dataset, out: Path, overwrite: bool) -> None:
     from encdiff.data.shapes3d import write_shapes3d
     from encdiff.runs import progress_bar
 
+    if out.suffix not in (".h5", ".hdf5"):
+        raise InputError(f"{out}: must end in .h5: it becomes an HDF5 file")
     if out.exists() and not overwrite:
         raise InputError(f"{out}: exists already; use --overwrite to replace it")
     with progress_bar("writing") as report:

@@ -71,7 +71,7 @@ def evaluate(
     """
     settings = settings_of(protocol, seed, **overrides)
     if not dataset.factor_sizes:
-        raise InputError(f"{dataset.name} has no factors; the scores need a labelled data set")
+        raise InputError(f"{dataset.name} has no factors, which scores need; swap, traverse and attend need none")
     one_per_cell = dataset.is_grid and dataset.instances == 1
     if one_per_cell:
         check_grid(len(dataset), dataset.factor_sizes)
@@ -133,7 +133,8 @@ def read_codes(path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray, list[st
     except FileNotFoundError:
         raise
     except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise InputError(f"{path}: not an .npz of arrays ({str(error).splitlines()[0]})") from None
+        reason = str(error).splitlines()[0] if zipfile.is_zipfile(path) else "no zip file"  # else numpy names pickles
+        raise InputError(f"{path}: not an .npz of arrays ({reason})") from None
     for name in ("codes", "factors"):
         if name not in held:
             raise InputError(f"{path}: has no array {name!r}; it must hold codes (n, N) and factors (n, F)")

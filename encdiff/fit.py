@@ -64,6 +64,8 @@ def fit(
     folder.write_config(_described(training, dataset))
     log = CsvLog(folder.path / "log.csv", ("step", *training.TERMS, "images_per_second", "seconds"), training.step)
     with Interrupt() as interrupt, _bar(config.steps, training.step) as bar:
+        if training.step >= config.steps:
+            bar.console.print(f"{folder.path}: is at its last step already")
         _loop(training, batches, folder, _Recorder(training, log, bar, writer), interrupt, on_step)
     _save(training, folder)
     if training.step < config.steps:
@@ -167,7 +169,7 @@ def _bar(total: int, step: int) -> Progress:
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]:.4f}"),
         TextColumn("{task.fields[speed]:.0f} images/s"), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
     )  # fmt: skip
-    bar = Progress(*columns, refresh_per_second=2, speed_estimate_period=60)
+    bar = Progress(*columns, refresh_per_second=2, speed_estimate_period=60, disable=step >= total)
     bar.add_task("training", total=total, completed=step, loss=float("nan"), speed=0.0)
     return bar
 

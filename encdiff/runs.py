@@ -75,7 +75,9 @@ class RunFolder:
             for name, value in now[part].items():
                 was = before.get(part, {}).get(name, value)  # a field that is younger than the run is as it was
                 if name not in free and was != value:
-                    raise InputError(f"{self.path}: was begun with {name} {was!r}, cannot be resumed with {value!r}")
+                    why = ": the learning rate depends on it; use another folder" if name == "steps" else ""
+                    said = f"{self.path}: was begun with {name} {was!r}, cannot be resumed with {value!r}{why}"
+                    raise InputError(said)
 
 
 def read_config(run_dir: str | Path) -> dict[str, Any]:

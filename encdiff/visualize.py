@@ -120,8 +120,9 @@ def traversal(
     place = ((own[0].cpu() - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)  # of the image's own value
     sheet = Sheet(
         "Traversing concepts",
-        "One scalar moves from low to high while the others stay as they are: the change along a strip is what that "
-        "concept holds. The dot marks the image's own value.",
+        "One scalar moves from low to high while the others stay as they are. A label names the factor that the "
+        "concept tells most of, over the whole data; where several carry it, one alone may move little. The dot marks "
+        "the image's own value.",
     )
     left = _draw_originals(sheet, {"original": image[None], "reconstructed": sampled[:1]})
     for part in panels(range(len(concepts))):

@@ -31,6 +31,12 @@ def test_tensors_round_trip_with_shared_storage(tmp_path):
     assert metadata == {"step": "7"}
 
 
+def test_others_may_read_it_as_the_umask_says(tmp_path):
+    (tmp_path / "other").touch()
+    save_tensors(tmp_path / "a.safetensors", {"x": torch.zeros(1)})
+    assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
     path = tmp_path / "file.txt"
     path.write_text("old")

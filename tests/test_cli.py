@@ -132,7 +132,7 @@ def test_train_and_resume(encdiff, tmp_path):
     code, text = encdiff("train", *options)
     assert code == 2 and "holds something already" in text
     code, text = encdiff("train", "--run", tmp_path / "run", "--resume")
-    assert code == 0 and "encdiff evaluate" in text
+    assert code == 0 and "is at its last step already" in text and "encdiff evaluate" in text and "nan" not in text
     code, text = encdiff("train", "--run", tmp_path / "run", "--resume", "--batch-size", 8)
     assert code == 2 and "was begun with batch_size 4, cannot be resumed with 8" in text
     code, text = encdiff("train", "--run", tmp_path / "run", "--resume", "--preset", "quickstart")
@@ -171,6 +171,8 @@ def test_train_and_resume(encdiff, tmp_path):
         (["evaluate", "{run}", "--protocol", "best"], "best"),
         (["evaluate", "{run}", "--metrics", "luck"], "--metrics: 'luck' is unknown"),
         (["evaluate", "none.npz"], "none.npz"),
+        (["evaluate", "none.npz", "--protocol", "paper"], "none.npz: codes have no --data, and their --protocol is"),
+        (["data", "render", "x.png"], "x.png: must end in .h5"),
         (["data", "render", "x.h5", "--grid", "a,b"], "procedural:a,b"),
         (["data", "render", "no/such/folder/x.h5"], "x.h5"),
         (["demonstrate"], "demonstrate"),

@@ -59,6 +59,10 @@ def test_ops_without_the_forced_implementation_choose_as_usual(op):
 def test_explain_and_record(op):
     assert ops.explain("parity", 3) == "parity: even: x is odd\nparity: any: chosen"
     assert ops.explain("parity", 4) == "parity: even: chosen\nparity: any: can serve"
+    with ops.use_impl("any"):
+        assert ops.explain("parity", 4) == "parity: even: can serve\nparity: any: forced"
+    with ops.use_impl("even"):
+        assert ops.explain("parity", 3) == "parity: even: x is odd\nparity: any: can serve"
     with pytest.raises(InputError, match="must be one of"):
         ops.explain("nonsense")
     with ops.record_impls() as ran:

@@ -193,7 +193,7 @@ def test_codes_of_any_model(codes_file):
         ({"codes": np.zeros((4, 2)), "factors": np.zeros((3, 2), int)}, r"codes are \(4, 2\) and factors \(3, 2\)"),
         ({"codes": np.array([{}, {}]), "factors": np.zeros((2, 2), int)}, "not an .npz of arrays"),
         ({"codes": np.zeros((4, 2)), "factors": np.zeros((4, 2), int), "factor_names": ["a"]}, "1 factor_names for 2"),
-        ({"codes": np.zeros((4, 2)), "factors": np.zeros((4, 2), int)}, "factor factor 0 is constant"),
+        ({"codes": np.zeros((4, 2)), "factors": np.zeros((4, 2), int)}, "factors: factor 0 is constant"),
     ],
     ids=["absent", "lengths", "pickled", "names", "constant"],
 )

@@ -54,6 +54,12 @@ def test_its_reconstructions_are_near_the_images_by_every_sampler(model, drawn):
         assert (model.reconstruct(images, sampler=sampler) - images).abs().mean() < 0.15 * blank, sampler
 
 
+def test_a_name_that_is_nothing_is_refused_without_a_network(monkeypatch):
+    monkeypatch.setattr("encdiff.checkpoint.hf_hub_download", lambda *_, **__: pytest.fail("asked the Hub"))
+    with pytest.raises(InputError, match=r"quickstrat: no such folder; must be one, .* \(quickstart\)"):
+        EncDiff.from_pretrained("quickstrat")
+
+
 def test_a_folder_of_that_name_comes_first(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "quickstart").mkdir()

@@ -27,7 +27,7 @@ class ImageFolder(Dataset):
     def __init__(self, path: str | os.PathLike, image_size: int | None):
         self.path, self.name, self.image_size = Path(path), Path(path).resolve().name, image_size
         if image_size is None or image_size < 1:
-            raise InputError(f"image_size: {image_size}; a folder of images needs one, at least 1")
+            raise InputError(f"image_size: {image_size}; a folder of images needs one, such as 32 (--image-size 32)")
         if not self.path.is_dir():
             raise InputError(f"{path}: no such folder")
         self.files = sorted(filter(self._wanted, self.path.rglob("*")), key=self._natural)

@@ -30,7 +30,7 @@ class LmdbImages(Dataset):
     def __init__(self, path: str | os.PathLike, image_size: int | None):
         self.path, self.name, self.image_size = Path(path), Path(path).resolve().name, image_size
         if image_size is None or image_size < 1:
-            raise InputError(f"image_size: {image_size}; an LMDB of images needs one, at least 1")
+            raise InputError(f"image_size: {image_size}; an LMDB of images needs one, such as 32 (--image-size 32)")
         if not is_lmdb(self.path):
             raise InputError(f"{path}: not an LMDB; must be one, or the folder of its data.mdb")
         self._environment = _open(self.path)

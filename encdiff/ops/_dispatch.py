@@ -65,12 +65,13 @@ class Op:
         raise InputError(f"{self.name}: no implementation serves this input\n{self.explain(*args, **kwargs)}")
 
     def explain(self, *args, **kwargs) -> str:
-        """One line per implementation: what speaks against it, and which one `auto` takes."""
-        lines, taken = [], False
+        """One line per implementation: what speaks against it, and which one is taken, by force or by `auto`."""
+        lines, taken, forced = [], False, self._default()
         for name, _, reasons, doubts in self.implementations:
-            against = reasons(*args, **kwargs) or doubts(*args, **kwargs)
-            verdict = "; ".join(against) if against else ("can serve" if taken else "chosen")
-            taken = taken or not against
+            against = reasons(*args, **kwargs) or ([] if name == forced else doubts(*args, **kwargs))
+            chosen = not against and (not taken if forced is None else name == forced)
+            verdict = "; ".join(against) or ("can serve" if not chosen else "chosen" if forced is None else "forced")
+            taken = taken or chosen
             lines.append(f"{self.name}: {name}: {verdict}")
         return "\n".join(lines)
 
