@@ -322,3 +322,13 @@ def test_bank_of_slices_and_shared_weights(m, shared):
     other.load_state_dict(bank.state_dict())
     scalars = torch.randn(3, 4 * m)
     assert torch.equal(bank(scalars), other(scalars.view(3, 4, m)))
+
+
+def test_gain_multiplies_the_weights_after_the_first_layer():
+    torch.manual_seed(0)
+    plain = MLPBank(3, 4)
+    torch.manual_seed(0)
+    gained = MLPBank(3, 4, gain=2.0)
+    for layer, (one, other) in enumerate(zip(plain.weights, gained.weights, strict=True)):
+        assert torch.equal(other, one * (2.0 if layer else 1.0))
+    assert all(torch.equal(one, other) for one, other in zip(plain.biases, gained.biases, strict=True))

@@ -21,6 +21,7 @@ class EncDiffConfig(Checked):
     bank_widths: tuple[Count, ...] = (64, 128)
     bank_activation: Literal["elu", "silu", "gelu", "relu"] = "elu"
     bank_shared: bool = False  # one MLP for all concepts
+    bank_gain: Positive = 1.0  # multiplies the bank's initial weights after its first layer; 1 is PyTorch's own start
     # first stage: "vq" (learnt, frozen) or "space_to_depth" (no parameters)
     first_stage: Literal["vq", "space_to_depth"] = "vq"
     vq_width: Count = 32
@@ -89,12 +90,13 @@ PRESETS: dict[str, EncDiffConfig] = {
         image_size=32,
         encoder_width=32,
         normalize_scalars=True,
+        bank_gain=2.45,  # sqrt(6)
         first_stage="space_to_depth",
         patch=8,
         width=32,
         multipliers=(1,),
         depth=1,
-        attention_levels=(),
+        attention_levels=(0,),
         heads=4,
         self_attention=False,
         feedforward=2,

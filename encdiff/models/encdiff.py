@@ -70,7 +70,9 @@ class EncDiff(
         })  # fmt: skip
         self.cond_stage_model = nn.ModuleDict({
             "encoder": ImageEncoder(c.image_size, c.concepts * c.concept_width, c.encoder_width, c.normalize_scalars),
-            "net": MLPBank(c.concepts, c.token_width, c.bank_widths, c.bank_activation, c.concept_width, c.bank_shared),
+            "net": MLPBank(
+                c.concepts, c.token_width, c.bank_widths, c.bank_activation, c.concept_width, c.bank_shared, c.bank_gain
+            ),
         })  # fmt: skip
         self.first_stage_model = first_stage.requires_grad_(False)
         with torch.device("cpu"):  # checked by value, also where the parameters are made on "meta"
@@ -179,8 +181,7 @@ class EncDiff(
         x_t, target = ops.q_sample(
             x0, noise, t, self.alphas_cumprod, self.config.prediction, seed=seed, sample_ids=sample_ids, draw=draw
         )
-        prediction = self.denoise(x_t, t, tokens)
-        return losses.diffusion_loss(prediction, target, self.config.loss, weight)
+        return losses.diffusion_loss(self.denoise(x_t, t, tokens), target, self.config.loss, weight)
 
     # ---- what people do with it
 
@@ -216,11 +217,10 @@ class EncDiff(
                 x_T = ops.normal(shape, seed, sample_ids)
             if tuple(x_T.shape) != shape:
                 raise InputError(f"x_T is {tuple(x_T.shape)}, must be {shape}")
-            x_T = x_T.to(scalars.device, torch.float32).contiguous()
             return self.to_images(
                 sample_latents(
-                    self, tokens, x_T, sampler=sampler, steps=steps, eta=eta, gate=gate, seed=seed,
-                    sample_ids=sample_ids, token_bias=token_bias, progress=progress,
+                    self, tokens, x_T.to(scalars.device, torch.float32).contiguous(), sampler=sampler, steps=steps,
+                    eta=eta, gate=gate, seed=seed, sample_ids=sample_ids, token_bias=token_bias, progress=progress,
                 )
             )  # fmt: skip
 

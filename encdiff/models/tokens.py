@@ -17,6 +17,8 @@ class MLPBank(nn.Module):
         activation: between the layers; the paper's is ELU.
         slice_width: m; 1 is the paper's, more make each concept a slice of m numbers.
         shared: one MLP for all concepts, for comparison.
+        gain: multiplies the initial weights after the first layer. PyTorch's own start, 1, lets the tokens of two
+            images differ by a tenth of what their scalars do; sqrt(6), He's, by six tenths (docs/recipes.md).
 
     Maps scalars (B, N), or slices (B, N, m) also given side by side (B, N * m), to tokens (B, N, d). In a state dict
     the layers stand apart, as in the published checkpoints: `{concept}.{2 * layer}.weight` (out, in) and `.bias`
@@ -33,13 +35,15 @@ class MLPBank(nn.Module):
         activation: str = "elu",
         slice_width: int = 1,
         shared: bool = False,
+        gain: float = 1.0,
     ):
         super().__init__()
         self.concepts, self.activation = concepts, activation
         chain = (slice_width, *widths, token_width)
         mlps = 1 if shared else concepts
         layers = [[nn.Linear(i, o) for _ in range(mlps)] for i, o in zip(chain, chain[1:], strict=False)]
-        self.weights = nn.ParameterList(torch.stack([m.weight.data for m in layer]) for layer in layers)
+        weights = [torch.stack([m.weight.data for m in layer]) for layer in layers]
+        self.weights = nn.ParameterList([weights[0], *(w * gain for w in weights[1:])])
         self.biases = nn.ParameterList(torch.stack([m.bias.data for m in layer]) for layer in layers)
         self.register_state_dict_post_hook(_unstack)
         self.register_load_state_dict_pre_hook(_stack)
