@@ -97,7 +97,7 @@ def traversal(
 ) -> Image.Image:
     """One image (3, S, S), a strip per concept: its scalar from the 2nd to the 98th percentile of `codes` (n, N).
 
-    `concepts` chooses some; `labels` names them after the factors that they carry, and those come first. With `invert`,
+    `concepts` chooses some; `labels` names those that carry a factor, and only these are shown. With `invert`,
     sampling starts from the noise that leads back to the image, which keeps its details, but also traces of its shapes
     where they change (50 steps or more, then, by DDIM); else from noise of `seed`. `progress` as for `swap_grid`.
     """
@@ -105,7 +105,7 @@ def traversal(
         raise InputError(f"columns is {columns}, must be at least 2")
     if codes.ndim != 2 or codes.shape[1] != model.config.concepts or len(codes) == 0 or not codes.isfinite().all():
         raise InputError(f"codes are {tuple(codes.shape)}, must be finite numbers (n, {model.config.concepts})")
-    labels = labels or {}
+    labels, chosen = labels or {}, concepts
     concepts = _order(model, concepts, labels)
     low, high = torch.quantile(codes.float().cpu(), torch.tensor([0.02, 0.98]), dim=0)
     own = encode_images(model, image[None])
@@ -122,7 +122,7 @@ def traversal(
         "Traversing concepts",
         "One scalar moves from low to high while the others stay as they are. A label names the factor that the "
         "concept tells most of, over the whole data; where several carry it, one alone may move little. The dot marks "
-        "the image's own value.",
+        f"the image's own value.{_left_out(model, chosen, concepts)}",
     )
     left = _draw_originals(sheet, {"original": image[None], "reconstructed": sampled[:1]})
     for part in panels(range(len(concepts))):
@@ -143,19 +143,21 @@ def attention_picture(
     """Where the U-Net attends to each concept: one row per image (B, 3, S, S), one column per concept, over the image.
 
     One colour scale serves all maps, so that a concept that nobody attends to is dark. `concepts` chooses some;
-    `labels` names them after the factors that they carry, and those come first.
+    `labels` names those that carry a factor, and only these are shown then.
     """
     maps = model.attention_maps(images, steps=steps, seed=seed).cpu().numpy()
     labels, cells, high = labels or {}, _cells(images), float(maps.max())
     columns = []
-    for c in _order(model, concepts, labels):
+    shown = _order(model, concepts, labels)
+    for c in shown:
         label, note = _concept_label(c, labels)
         heated = [_heat(cell, m[c], high) for cell, m in zip(cells, maps, strict=True)]
         columns.append(Column(heated, label, note, c in labels))
     sheet = Sheet(
         "Attention to concepts",
         "How much of its attention the U-Net gives to each concept at every place of the image, averaged over layers, "
-        f"heads and {steps} noise levels. Everywhere all {model.config.concepts} concepts' shares add up to 100 %.",
+        f"heads and {steps} noise levels. Everywhere all {model.config.concepts} concepts' shares add up to 100 %."
+        + _left_out(model, concepts, shown),
     )
     draw_panels(
         sheet,
@@ -236,13 +238,18 @@ def _check_concepts(model: EncDiff, concepts: Sequence[int]) -> None:
 
 
 def _order(model: EncDiff, concepts: Sequence[int] | None, labels: Mapping[int, str]) -> list[int]:
-    """The chosen concepts as they are; all of them with the labelled ones first, in the order of the labels."""
+    """The chosen concepts as they are, else the labelled ones, else all."""
     if concepts is not None:
         _check_concepts(model, concepts)
         return list(concepts)
     if labels:
         _check_concepts(model, list(labels))
-    return [*labels, *(c for c in range(model.config.concepts) if c not in labels)]
+    return list(labels) or list(range(model.config.concepts))
+
+
+def _left_out(model: EncDiff, concepts: Sequence[int] | None, shown: Sequence[int]) -> str:
+    rest = model.config.concepts - len(shown)
+    return f" Not shown: {rest} that tell{'s' * (rest == 1)} little of any factor." if rest and concepts is None else ""
 
 
 def _concept_label(concept: int, labels: Mapping[int, str]) -> tuple[str, str]:

@@ -57,7 +57,8 @@ def test_each_changes_its_fields_and_nothing_else():
     for name, changes in ABLATIONS.items():
         for preset in PRESETS:
             before, after = asdict(PRESETS[preset]), asdict(ablated(preset, name))
-            assert {k for k in before if before[k] != after[k]} == changes.keys()
+            assert {k for k in before if before[k] != after[k]} == {k for k in changes if before[k] != changes[k]}
+        assert any(ablated(preset, name) != PRESETS[preset] for preset in PRESETS) or name == "unchanged"
     with pytest.raises(InputError, match="ablation 'scalars' is unknown, must be one of unchanged, vectors, shared"):
         ablated("quickstart", "scalars")
 
@@ -143,6 +144,15 @@ def small(monkeypatch):
     monkeypatch.setattr("encdiff.phases.evaluate_model", made_up)
     monkeypatch.setattr("encdiff.train.Training.picture", lambda *_: None)  # most of the time of so short a run
     return open_dataset("procedural:2,2,2,2,2,2", TINY.image_size)
+
+
+def test_what_the_preset_is_already_is_left_out(small, tmp_path, monkeypatch):
+    monkeypatch.setitem(PRESETS, "quickstart", replace(TINY, concepts=20))
+    for name in ("train_once", "score_once", "write_tables"):
+        monkeypatch.setattr(f"encdiff.ablations.{name}", lambda *_, **__: None)
+    said = []
+    ablate(small, tmp_path, say=said.append)
+    assert [line.split()[1].rstrip(",") for line in said] == [n for n in ABLATIONS if n not in ("tokens-20", "width-4")]
 
 
 def test_the_table_grows_and_finished_runs_are_not_repeated(small, tmp_path, monkeypatch):

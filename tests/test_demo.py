@@ -13,7 +13,7 @@ def test_the_whole_way(tmp_path, capsys):
     results = demo(run, 0, "cpu", Console(width=100), **options)
     assert results.keys() == {"trained", "untrained"}
     assert json.loads((run / "metrics.json").read_text())["untrained"] == results["untrained"]
-    assert results["untrained"]["factor_vae"]["num_active_dims"] == 20
+    assert results["untrained"]["factor_vae"]["num_active_dims"] == 40
     for name in ("pictures/swap.png", "pictures/traverse.png", "pictures/attend.png", "importance.png"):
         assert (run / name).is_file()
     said = "".join(capsys.readouterr().out.split())

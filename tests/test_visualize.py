@@ -74,17 +74,18 @@ def test_many_concepts_wrap_into_panels(images, texts):
 
 def test_traversal_cells_are_what_the_model_traverses(model, images, texts):
     codes = torch.randn(50, TINY.concepts)
-    picture = traversal(model, images[0], codes, columns=3, labels={2: "hue"}, **OPTIONS)
+    picture = traversal(model, images[0], codes, columns=3, labels={2: "hue", 0: "size"}, **OPTIONS)
     assert places(picture, images[0], 192) and places(picture, model.reconstruct(images[:1], **OPTIONS)[0], 192)
     tops = []
-    for concept in (2, 0, 1):  # the labelled one first
+    for concept in (2, 0):  # as the labels order them
         low, high = np.quantile(codes[:, concept].numpy(), [0.02, 0.98])
         strip = model.traverse(images[0], concept, [low, (low + high) / 2, high], **OPTIONS)
         (y0, x0), (y1, x1), (y2, x2) = (places(picture, image)[0] for image in strip)
         assert y0 == y1 == y2 and x0 + 96 <= x1 and x1 + 96 <= x2
         tops.append(y0)
     assert tops == sorted(tops)
-    assert {"original", "reconstructed", "low", "high", "hue", "concept 2", "concept 0", "concept 1"} <= {*texts}
+    assert {"original", "reconstructed", "low", "high", "hue", "concept 2", "size", "concept 0"} <= {*texts}
+    assert "concept 1" not in texts and "Not shown: 1 that tells little of any factor." in " ".join(texts)
 
 
 def test_dot_marks_the_own_value(model, images):
@@ -106,13 +107,13 @@ def test_inverted_traversal_starts_from_the_image(model, images):
 
 
 def test_attention_is_brightest_where_the_map_is_greatest(model, images, texts):
-    picture = attention_picture(model, images[:2], labels={1: "shape"}, steps=2)
+    picture = attention_picture(model, images[:2], labels={1: "shape", 0: "hue", 2: "size"}, steps=2)
     y, x = places(picture, images[0])[0]
     pixels = np.asarray(picture).astype(int)
     maps = model.attention_maps(images[:2], steps=2)[0]
     cells = [pixels[y : y + 96, x + 118 + 100 * i : x + 214 + 100 * i].sum(-1) for i in range(TINY.concepts)]
     brightness = np.stack([cell.reshape(16, 6, 16, 6).mean((1, 3)) for cell in cells])
-    shown = np.corrcoef(brightness.ravel(), maps[[1, 0, 2]].numpy().ravel())[0, 1]  # the labelled one first
+    shown = np.corrcoef(brightness.ravel(), maps[[1, 0, 2]].numpy().ravel())[0, 1]  # as the labels order them
     assert shown > 0.8, shown
     assert {"image", "image 1", "image 2", "shape", "concept 1", "0 %", f"{100 * _greatest(model, images):.0f} %"} <= {
         *texts

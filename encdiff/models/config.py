@@ -88,6 +88,7 @@ PRESETS: dict[str, EncDiffConfig] = {
     # small enough to learn within minutes on a CPU: 32x32 images as 4x4x192 latents (docs/recipes.md)
     "quickstart": EncDiffConfig(
         image_size=32,
+        concepts=40,
         encoder_width=32,
         normalize_scalars=True,
         bank_gain=2.45,  # sqrt(6)
