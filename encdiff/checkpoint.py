@@ -89,7 +89,7 @@ def locate(name: str | Path, file: str, hub: dict[str, Any]) -> Path:
                 model = f", such as {folder / 'model'}" if (folder / "model" / file).is_file() else ""
                 raise InputError(f"{folder}: no {file} in it; must be a folder written by save_pretrained{model}")
             return folder / file
-    if "/" not in str(name):  # the Hub's are OWNER/NAME: do not wait for a network
+    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(name)):  # no OWNER/NAME of the Hub's: do not wait for a network
         packaged = ", ".join(sorted(p.name for p in PRETRAINED.iterdir() if p.is_dir()))
         raise InputError(
             f"{name}: no such folder; must be one, a model of the package ({packaged}) or the Hub's OWNER/NAME"

@@ -63,7 +63,9 @@ Steps = Annotated[int, typer.Option(help="Sampling steps.", min=1)]
 Sampler = Annotated[SamplerName, typer.Option(help="The paper's pictures: ddim with 200 steps.")]
 CheckpointEvery = Annotated[int | None, typer.Option(help="Steps between checkpoints.", min=1)]
 PictureEvery = Annotated[int | None, typer.Option(help="Steps between pictures.", min=1)]
-Concepts = Annotated[str | None, typer.Option(help="Only these concepts, such as 0,3. Default: all.")]
+Concepts = Annotated[
+    str | None, typer.Option(help="Such as 0,3. Default: those that carry a factor, if known, or all.")
+]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue from the run's checkpoint.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the run in that folder.")]
 

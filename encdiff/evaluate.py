@@ -133,7 +133,8 @@ def read_codes(path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray, list[st
     except FileNotFoundError:
         raise
     except (OSError, ValueError, zipfile.BadZipFile) as error:
-        reason = str(error).splitlines()[0] if zipfile.is_zipfile(path) else "no zip file"  # else numpy names pickles
+        pickles = isinstance(error, ValueError) and not zipfile.is_zipfile(path)  # numpy would name allow_pickle
+        reason = "no zip file" if pickles else str(error).splitlines()[0]
         raise InputError(f"{path}: not an .npz of arrays ({reason})") from None
     for name in ("codes", "factors"):
         if name not in held:

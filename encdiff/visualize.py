@@ -118,11 +118,14 @@ def traversal(
 
     strips = sampled[1:].unflatten(0, (len(concepts), columns))
     place = ((own[0].cpu() - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)  # of the image's own value
+    told = (
+        "A label names the factor that the concept tells most of, over the whole data; where several carry it, one "
+        f"alone may move little.{_left_out(model, chosen, concepts)} "
+    )
     sheet = Sheet(
         "Traversing concepts",
-        "One scalar moves from low to high while the others stay as they are. A label names the factor that the "
-        "concept tells most of, over the whole data; where several carry it, one alone may move little. The dot marks "
-        f"the image's own value.{_left_out(model, chosen, concepts)}",
+        f"One scalar moves from low to high while the others stay as they are. {told if labels else ''}The dot marks "
+        "the image's own value.",
     )
     left = _draw_originals(sheet, {"original": image[None], "reconstructed": sampled[:1]})
     for part in panels(range(len(concepts))):

@@ -3,11 +3,13 @@ import pickle
 import sys
 import types
 from dataclasses import replace
+from unittest.mock import Mock
 
 import pytest
 import torch
 from _golden import FOLDER, draw, load, relative_error, weight
 from _tiny import TINY
+from huggingface_hub.errors import OfflineModeIsEnabled
 
 from encdiff import EncDiff, InputError
 from encdiff.checkpoint import atomic_path, load_tensors, save_tensors
@@ -171,10 +173,12 @@ def test_a_full_disk_keeps_the_older_model(model, tmp_path, monkeypatch):
     assert {p.name: p.read_bytes() for p in (tmp_path / "model").iterdir()} == before
 
 
-def test_bad_model_folders(model, tmp_path):
+def test_bad_model_folders(model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("encdiff.checkpoint.hf_hub_download", Mock(side_effect=OfflineModeIsEnabled("no network")))
+    with pytest.raises(InputError, match=r"neither a folder here nor a model that the Hub gave \(no network\)"):
+        EncDiff.from_pretrained("owner/model")
     folder = tmp_path / "model"
-    with pytest.raises(InputError, match="neither a folder here nor a model that the Hub gave"):
-        EncDiff.from_pretrained(str(folder))
     model.save_pretrained(folder)
     values = json.loads((folder / "config.json").read_text())
 

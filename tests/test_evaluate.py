@@ -186,6 +186,12 @@ def test_codes_of_any_model(codes_file):
     assert "+-" in text and "seeds 0 to 2" in text and "codes.npz" in text
 
 
+def test_what_is_no_zip_file(tmp_path):
+    (tmp_path / "codes.npz").write_text("codes")
+    with pytest.raises(InputError, match=r"codes.npz: not an .npz of arrays \(no zip file\)"):
+        evaluate_codes(tmp_path / "codes.npz")
+
+
 @pytest.mark.parametrize(
     "arrays, message",
     [

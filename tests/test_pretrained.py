@@ -56,8 +56,9 @@ def test_its_reconstructions_are_near_the_images_by_every_sampler(model, drawn):
 
 def test_a_name_that_is_nothing_is_refused_without_a_network(monkeypatch):
     monkeypatch.setattr("encdiff.checkpoint.hf_hub_download", lambda *_, **__: pytest.fail("asked the Hub"))
-    with pytest.raises(InputError, match=r"quickstrat: no such folder; must be one, .* \(quickstart\)"):
-        EncDiff.from_pretrained("quickstrat")
+    for name in ("quickstrat", "./model", "/no/such", "runs/seed0/modle"):
+        with pytest.raises(InputError, match=rf"{name}: no such folder; must be one, .* \(quickstart\)"):
+            EncDiff.from_pretrained(name)
 
 
 def test_a_folder_of_that_name_comes_first(tmp_path, monkeypatch):
