@@ -69,7 +69,7 @@ RECIPES: dict[str, TrainConfig] = {
     "cars3d": PAPER,
     "celeba": PAPER,
     "quickstart": TrainConfig(  # docs/recipes.md
-        steps=4000,
+        steps=3000,
         batch_size=64,
         learning_rate=2e-3,
         warmup=100,
