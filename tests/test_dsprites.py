@@ -60,6 +60,7 @@ def test_the_bomb_is_live(tmp_path):
     np.savez(tmp_path / "x.npz", **arrays())
     with np.load(tmp_path / "x.npz", allow_pickle=True) as content:
         content["metadata"]
+    assert (tmp_path / "unpickled").is_dir()
     (tmp_path / "unpickled").rmdir()
 
 

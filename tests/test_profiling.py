@@ -84,6 +84,7 @@ def test_trace_counts_calls_and_writes_a_trace(network, tmp_path):
 def test_capture_does_nothing_without_a_gpu():
     with capture():
         pass
+    assert not torch.cuda.is_initialized()
 
 
 @pytest.mark.parametrize("what", ["train", "sample"])

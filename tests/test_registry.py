@@ -76,3 +76,5 @@ def test_bad_rows_are_refused_before_anything_is_computed(codes, factors, messag
 def test_factor_names_are_used():
     with pytest.raises(InputError, match="factor hue is constant"):
         score(["mig"], IDENTITY, GRID * [0, 1, 1, 1], factor_names=("hue", "size", "shape", "angle"))
+    with pytest.raises(InputError, match="factor 3 is constant"):  # of names, fewer than factors
+        score(["mig"], IDENTITY, GRID * [1, 1, 1, 0], factor_names=("hue",))

@@ -31,7 +31,8 @@ def check_samples(
             f"{names[1]} is {factors.dtype} {factors.shape}; it must be integers (n, F), n >= 2, F >= {least_factors}"
         )
     for k, column in enumerate(factors.T):
-        values, label = len(_distinct(column)), factor_names[k].removeprefix("factor ") if factor_names else k
+        values, label = len(_distinct(column)), factor_names[k] if len(factor_names) > k else k
+        label = str(label).removeprefix("factor ")  # the name that a file of codes without names gives
         if values < 2:
             raise InputError(f"{names[1]}: factor {label} is constant; each must take at least two values")
         if 2 * values > len(factors):
