@@ -1,0 +1,253 @@
+"""`python -m bench.gpu`: see the package's docstring."""
+
+import argparse
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import bench.gpu as package
+
+ROOT = Path(__file__).parents[2]
+CALLS = {
+    1: "right,machine,step,profile,whole,compiled,ops,sampling,tiles,paper",
+    2: "right,machine,step,profile,compiled,sampling,tiles,ops,paper",
+}
+SECONDS = {  # of each block at most
+    "right": 120, "machine": 20, "step": 60, "profile": 30, "whole": 40, "compiled": 90, "ops": 40, "sampling": 40,
+    "tiles": 40, "paper": 600,
+}  # fmt: skip
+FIRST_STAGE = 45  # seconds of its training, beside the checks
+TAIL = 12  # seconds kept for packing
+
+
+def link_kernels() -> None:
+    """Make `encdiff.kernels` importable from a checkout that is not installed."""
+    if importlib.util.find_spec("encdiff.kernels") is None and not (ROOT / "encdiff/kernels").exists():
+        (ROOT / "encdiff/kernels").symlink_to(Path("../kernels"))
+
+
+def commit() -> str:
+    """Of the checkout, or what ENCDIFF_COMMIT says of a copy without history."""
+    git = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
+    try:
+        found = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        found = "unknown"
+    return os.environ.get("ENCDIFF_COMMIT") or found
+
+
+class Session:
+    """One call: its workers, its blocks in order, its summary."""
+
+    def __init__(self, lab, blocks: list[str]):
+        self.lab, self.blocks, self.workers = lab, blocks, {}
+        self.said = lab.load("said") or {}  # of a process before this one: see `go_on_anew`
+
+    def start_workers(self) -> None:
+        from bench.gpu import workers
+        from bench.gpu.compiled import PEERS
+
+        shares = 1 if self.lab.cpu else 6
+        names = ["build"] if "whole" in self.blocks or "paper" in self.blocks or "step" in self.blocks else []
+        names += [f"peer {name}" for name in PEERS] if "compiled" in self.blocks else []
+        names += [f"right {n}/{shares}" for n in range(shares)] if "right" in self.blocks else []
+        if "paper" in self.blocks and not (self.lab.out / "first_stage").exists():
+            names += ["first stage"]
+        names += [f"tiles {n}/{shares}" for n in range(shares)] if "tiles" in self.blocks else []
+        for name in names:
+            extra = ["--seconds", str(3 if self.lab.cpu else FIRST_STAGE)] if name == "first stage" else []
+            self.workers[name] = workers.start(self.lab, name, *extra)
+
+    def run(self) -> None:
+        from bench.gpu.lab import Late, alarm
+
+        self.start_workers()
+        for n, name in enumerate(self.blocks):
+            seconds = min(SECONDS[name], self.lab.left - TAIL)
+            began = time.monotonic()
+            try:
+                if seconds < 2:
+                    raise Late("not begun: no time left")
+                with alarm(seconds):
+                    lines = self.block(name, seconds)
+            except Exception as error:
+                lines = [f"{type(error).__name__}: {str(error).strip()[:400]}", *self.partial(name)]
+            self.said[name] = (time.monotonic() - began, lines)
+            print(f"== {name}: {time.monotonic() - began:.1f} s, {self.lab.left:.0f} s left", flush=True)
+            self.write_summary()
+            if "CUDA error" in lines[0] and self.blocks[n + 1 :]:
+                self.go_on_anew(self.blocks[n + 1 :])
+        self.stop_workers()
+
+    def stop_workers(self) -> None:
+        for worker in self.workers.values():
+            worker.stop()
+
+    def go_on_anew(self, blocks: list[str]) -> None:
+        """After an error that the device does not recover from within a process: the rest in a new one."""
+        self.stop_workers()
+        left = ["--only", ",".join(blocks), "--minutes", str(self.lab.left / 60), "--caches", str(self.lab.caches)]
+        os.execv(sys.executable, [sys.executable, "-m", "bench.gpu", str(self.lab.out), "--go-on", *left])
+
+    def block(self, name: str, seconds: float) -> list[str]:
+        return getattr(self, f"block_{name}")(seconds)
+
+    def partial(self, name: str) -> list[str]:
+        """What a block that did not end has left."""
+        try:
+            return self.describe(name, self.lab.load(name) or {})
+        except Exception as error:
+            return [f"({type(error).__name__} while reading what it left)"]
+
+    def describe(self, name: str, found) -> list[str]:
+        from bench.gpu import checks, compiled, machine, operations, paper, sampling, steps, tiles
+
+        makers: dict[str, Callable] = {
+            "right": checks.lines, "machine": machine.lines, "step": steps.lines, "profile": steps.profile_lines,
+            "whole": sampling.check_lines, "compiled": compiled.lines, "ops": operations.lines,
+            "sampling": sampling.lines, "tiles": tiles.lines, "paper": paper.lines,
+        }  # fmt: skip
+        return makers[name](found) if found else []
+
+    def done(self, name: str, found) -> list[str]:
+        self.lab.save(name, found)
+        return self.describe(name, found)
+
+    def block_right(self, seconds: float) -> list[str]:
+        end, found, said = time.monotonic() + seconds, [], []
+        for name, worker in self.workers.items():
+            if name.split()[0] in ("right", "build", "first"):
+                result = worker.wait(end)
+                if isinstance(result, list):
+                    found += result
+                else:
+                    said.append(f"{name}: {json.dumps(result)[:300]}")
+        return self.done("right", found) + said
+
+    def block_machine(self, seconds: float) -> list[str]:
+        from bench.gpu import machine
+
+        return self.done("machine", machine.measure(self.lab))
+
+    def block_step(self, seconds: float) -> list[str]:
+        from bench.gpu import steps
+
+        return self.done("step", steps.measure(self.lab))
+
+    def block_profile(self, seconds: float) -> list[str]:
+        from bench.gpu import steps
+
+        return self.done("profile", steps.measure_profile(self.lab))
+
+    def block_whole(self, seconds: float) -> list[str]:
+        from bench.gpu import sampling
+
+        return self.done("whole", sampling.check(self.lab))
+
+    def block_sampling(self, seconds: float) -> list[str]:
+        from bench.gpu import sampling
+
+        return self.done("sampling", sampling.measure(self.lab))
+
+    def block_ops(self, seconds: float) -> list[str]:
+        from bench.gpu import operations
+
+        return self.done("ops", operations.measure(self.lab))
+
+    def block_tiles(self, seconds: float) -> list[str]:
+        from bench.gpu import tiles
+
+        end = time.monotonic() + seconds / 3
+        compiled = [worker.wait(end) for name, worker in self.workers.items() if name.startswith("tiles")]
+        return [f"compiled ahead: {json.dumps(compiled)[:200]}", *self.done("tiles", tiles.measure(self.lab))]
+
+    def block_compiled(self, seconds: float) -> list[str]:
+        end, found = time.monotonic() + seconds, {}
+        for name, worker in self.workers.items():
+            if name.startswith("peer "):
+                worker.result.with_suffix(".go").touch()
+                found[name.removeprefix("peer ")] = worker.wait(end)
+                self.lab.save("compiled", found)
+        return self.done("compiled", found)
+
+    def block_paper(self, seconds: float) -> list[str]:
+        from bench.gpu import paper
+
+        kept = 1 if self.lab.cpu else 45  # for the images, the latents before and the scores after
+        changes = {"precision": "float32", "batch_size": 8} if self.lab.cpu else {}
+        return self.done(
+            "paper", paper.measure(self.lab, max(2, min(seconds - kept, 3 if self.lab.cpu else 600)), **changes)
+        )
+
+    def write_summary(self) -> None:
+        self.lab.save("said", self.said)
+        text = [f"commit {os.environ['ENCDIFF_COMMIT']}"]
+        for name, (seconds, lines) in self.said.items():
+            text += [f"== {name}, {seconds:.1f} s", *lines]
+        (self.lab.out / "summary.md").write_text("\n".join(text) + "\n")
+
+
+def pack(folder: Path, archive: Path, *names: str) -> None:
+    with tarfile.open(archive, "w:gz", compresslevel=3) as tar:
+        for name in names:
+            for path in sorted(folder.glob(name)):
+                tar.add(path, arcname=path.relative_to(folder))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=package.__doc__.splitlines()[0])
+    parser.add_argument("out", type=Path, help="folder for the results")
+    parser.add_argument(
+        "--call", type=int, default=1, choices=sorted(CALLS), help="which blocks: 1, all; 2, after tuning"
+    )
+    parser.add_argument("--minutes", type=float, default=5.3, help="for everything together")
+    parser.add_argument("--only", help="these blocks, such as right,step")
+    parser.add_argument("--caches", type=Path, help="folder of what Triton and Inductor compiled; default OUT/caches")
+    parser.add_argument("--cpu", action="store_true", help="go through the same code without a GPU, on a tiny model")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--go-on", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--seconds", type=float, default=0, help=argparse.SUPPRESS)
+    given = parser.parse_args(arguments)
+    blocks = (given.only or CALLS[given.call]).split(",")
+    if unknown := sorted(set(blocks) - SECONDS.keys()):
+        parser.error(f"--only: no block {unknown[0]!r}, must be among {', '.join(SECONDS)}")
+    out = given.out.resolve()
+    caches = (given.caches or out / "caches").resolve()
+    os.environ["TRITON_CACHE_DIR"], os.environ["TORCHINDUCTOR_CACHE_DIR"] = (
+        str(caches / "triton"),
+        str(caches / "inductor"),
+    )
+    os.environ["ENCDIFF_COMMIT"] = commit()
+    if given.cpu:
+        os.environ["TRITON_INTERPRET"] = "1"
+    link_kernels()
+    import torch
+
+    if not given.cpu and not torch.cuda.is_available():
+        print("bench.gpu: no GPU that PyTorch can use; --cpu goes through the same code without one", file=sys.stderr)
+        return 2
+    from bench.gpu import workers
+    from bench.gpu.lab import Lab
+
+    out.mkdir(parents=True, exist_ok=True)
+    lab = Lab(out, caches, given.cpu, time.monotonic() + 60 * given.minutes)
+    if given.worker:
+        workers.work(lab, given.worker, given.seconds)
+        return 0
+    if not given.go_on:
+        (out / "said.json").unlink(missing_ok=True)
+    session = Session(lab, blocks)
+    session.run()
+    pack(out, out / "results.tgz", "*.json", "*.png", "summary.md", "parts/*.log", "parts/*.json")
+    print((out / "summary.md").read_text())
+    return int(any(not r["ok"] for r in lab.load("right") or []))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

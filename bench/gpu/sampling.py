@@ -1,0 +1,99 @@
+"""Blocks `whole` and `sampling`: what runs is right as a whole, and images from codes by DDIM.
+
+Times of sampling are of all evaluations of the U-Net with the bank before and the decoder after them, divided by the
+evaluations.
+"""
+
+import copy
+
+import torch
+
+from bench.baselines import fresh_model, published_twin
+from bench.cost import sampling_cost
+from bench.gpu.lab import Lab, called
+from bench.gpu.steps import advance, ours
+from encdiff import SamplingEngine
+from encdiff.ops import normal, q_sample
+
+
+def check(lab: Lab) -> dict:
+    """Native noise on the device = on the CPU; graph = eager; the sampling engine = sample; each as a number."""
+    found: dict[str, object] = {}
+    ids, on = torch.arange(64), lab.device
+    x0, t = torch.randn(64, 3, 16, 16), torch.randint(1000, (64,))
+    alphas = fresh_model(lab.config, torch.device("cpu")).alphas_cumprod
+    for name, make in {
+        "normal": lambda d: normal((64, 3, 16, 16), 1, ids.to(d), impl="native"),
+        "q_sample": lambda d: q_sample(
+            x0.to(d), None, t.to(d), alphas.to(d), seed=1, sample_ids=ids.to(d), impl="native"
+        )[0],
+    }.items():  # fmt: skip
+        cpu, device = make("cpu"), make(on).cpu()
+        found[f"native {name}: greatest difference"] = (cpu - device).abs().max().item()
+    for masters in (False, True):
+        runs = {}
+        for engine in ("eager",) if lab.cpu else ("eager", "graph"):
+            training = ours(lab, masters=masters, precision="bf16", engine=engine)
+            torch.manual_seed(7)
+            training.latents = torch.randn(lab.batch, *training.model.latent_shape).to(on)
+            step = advance(training, lab)
+            torch.manual_seed(7)
+            step = advance(training, lab)
+            runs[engine] = [float(step()["loss"]) for _ in range(20)]
+        found[f"losses of 20 steps, masters={masters}"] = runs
+        if not lab.cpu:
+            found[f"graph - eager, masters={masters}"] = max(abs(a - b) for a, b in zip(*runs.values(), strict=True))
+    model = fresh_model(lab.config, on).eval()
+    scalars = torch.randn(3, lab.config.concepts, device=on)
+    engine = SamplingEngine(model, sampler="ddim", steps=4)
+    for _ in range(3):
+        drawn = engine(scalars)
+    expected = model.sample(scalars, sampler="ddim", steps=4)
+    twin = published_twin(model).sample(scalars, normal((3, *model.latent_shape), 0, ids[:3].to(on) * 0), 4)
+    found["engine - sample, relative"] = ((drawn - expected).norm() / expected.norm()).item()
+    found["sample - published, relative"] = ((expected - twin).norm() / twin.norm()).item()
+    return found
+
+
+def check_lines(found: dict) -> list[str]:
+    return [f"{name}: {value:.3g}" for name, value in found.items() if isinstance(value, float)]
+
+
+def measure(lab: Lab) -> dict:
+    steps = 3 if lab.cpu else 20
+    found = {"steps": steps, "seconds": {}, "bound": {}}
+    model = fresh_model(lab.config, lab.device).eval()
+    half = copy.deepcopy(model).to(torch.bfloat16).to(memory_format=torch.channels_last)
+    half.first_stage_model.float()
+    twin = published_twin(model)
+    for batch in (1, lab.batch):
+        scalars = torch.randn(batch, lab.config.concepts, device=lab.device)
+        x_T = torch.randn(batch, *model.latent_shape, device=lab.device)
+        engine = SamplingEngine(model, sampler="ddim", steps=steps)
+        bf16 = SamplingEngine(half, sampler="ddim", steps=steps)
+
+        def published_bf16(scalars=scalars, x_T=x_T):
+            with torch.autocast(lab.device.type, torch.bfloat16):
+                return twin.sample(scalars, x_T, steps)
+
+        runs = {
+            "published, float32": lambda scalars=scalars, x_T=x_T: twin.sample(scalars, x_T, steps),
+            "published, bf16 autocast": published_bf16,
+            "ours, float32": lambda scalars=scalars, x_T=x_T, engine=engine: engine(scalars, x_T=x_T),
+            "ours, bf16": lambda scalars=scalars, x_T=x_T, bf16=bf16: bf16(scalars.bfloat16(), x_T=x_T),
+        }
+        for name, run in runs.items():
+            try:
+                found["seconds"][f"{name}, B={batch}"] = called(run, lab.device, calls=4, warm_up=2) / steps
+            except Exception as error:
+                if type(error).__name__ == "Late":
+                    raise
+                found.setdefault("errors", {})[f"{name}, B={batch}"] = f"{type(error).__name__}: {error}"[:300]
+        found["bound"][batch] = sampling_cost(lab.config, batch, steps, torch.bfloat16)
+        lab.save("sampling", found)
+    return found
+
+
+def lines(found: dict) -> list[str]:
+    said = [f"{name:38} {1e3 * s:8.3f} ms an evaluation" for name, s in found["seconds"].items()]
+    return said + [f"{name}: {e}" for name, e in found.get("errors", {}).items()]

@@ -1,0 +1,154 @@
+"""Block `tiles`: every tile of the tables that dispatch reads, timed at the paper's layers; the best, ready to paste.
+
+Many processes compile first (`compile_share`), with what they find in Triton's cache on disk; then one times.
+"""
+
+from collections.abc import Callable, Iterator
+from itertools import product
+from typing import NamedTuple
+
+import torch
+from encdiff.kernels import _cross_attention_plan as plan
+from encdiff.kernels import self_attention as attention
+from encdiff.kernels.cross_attention import cross_attention_folded, cross_attention_heads, cross_attention_kept
+
+from bench.gpu.checks import layers
+from bench.gpu.lab import Lab, Run, replayed
+
+
+class Sweep(NamedTuple):
+    """`table[key] = put(candidate)` for each candidate, then `run()`."""
+
+    name: str
+    table: dict
+    key: tuple
+    candidates: list
+    run: Run
+    layers: int  # how many of a U-Net's layers have this shape
+
+
+def sweeps(lab: Lab) -> Iterator[Sweep]:
+    """Of the 16 attending layers of the paper's U-Net, bf16."""
+    c, B, N = lab.config, lab.batch, lab.config.concepts
+    counts = {256: 5, 64: 5, 16: 5, 4: 1}  # of the paper's
+    warps = (2, 4, 8)
+    for L, C in layers(c):
+        width, H = C // c.heads, c.heads
+        n = counts.get(L, 1)
+        x, dy = (torch.randn(B, L, C, device=lab.device, dtype=torch.bfloat16) for _ in range(2))
+        keys, values = (torch.randn(B, H, N, C, device=lab.device, dtype=torch.bfloat16) / 8 for _ in range(2))
+        b_o, gamma, beta = (torch.randn(C, device=lab.device) for _ in range(3))
+        rows = [r for r in (16, 32, 64, 128) if r <= max(16, L)]
+
+        def folded(x=x, keys=keys, values=values, b_o=b_o, gamma=gamma, beta=beta):
+            return cross_attention_folded(x, keys, values, b_o, gamma, beta, None, 1e-5, True, "none")
+
+        def folded_backward(x=x, keys=keys, values=values, gamma=gamma, beta=beta, dy=dy):
+            return torch.ops.encdiff.cross_attention_folded_bwd(
+                x, keys, values, gamma, beta, None, dy, 1e-5, True, False
+            )
+
+        if plan.can_fold(C, N, 2):
+            tiles = [plan.FoldedTile(*t) for t in product(rows, (1, 2, 4), warps) if 8 <= t[0] * t[1] / t[2] <= 32]
+            for kernel, run in (("fwd", folded), ("dx", folded_backward), ("dkv", folded_backward)):
+                key = (kernel, True, plan.pad(C, 64))
+                yield Sweep(f"FOLDED {kernel} C={C} L={L}", plan.FOLDED_TILES, key, tiles, run, n)
+        key = (plan.pad(C, 128), plan.pad(width, 16))
+        if C >= 128 and plan.can_keep(C, N, width, 2):
+            w_q, w_o = (torch.randn(C, C, device=lab.device, dtype=torch.bfloat16) / C**0.5 for _ in range(2))
+            k, v = (torch.randn(B, N, C, device=lab.device, dtype=torch.bfloat16) for _ in range(2))
+
+            def kept(x=x, k=k, v=v, w_q=w_q, w_o=w_o, b_o=b_o, gamma=gamma, beta=beta, H=H):
+                return cross_attention_kept(x, k, v, w_q, w_o, H, b_o, gamma, beta, None, 1e-5, True, "none")
+
+            tiles = [
+                plan.KeptTile(*t) for t in product((16, 32, 64), (1, 2), (32, 64), (4, 8)) if 4 <= t[0] / t[3] <= 16
+            ]
+            yield Sweep(f"KEPT C={C} L={L}", plan.KEPT_TILES, key, tiles, kept, n)
+        q, do = (torch.randn(B, L, C, device=lab.device, dtype=torch.bfloat16) for _ in range(2))
+        k, v = (torch.randn(B, N, C, device=lab.device, dtype=torch.bfloat16) for _ in range(2))
+        lse = cross_attention_heads(q, k, v, None, H, width**-0.5, False)[1]
+
+        def heads(q=q, k=k, v=v, H=H, width=width):
+            return cross_attention_heads(q, k, v, None, H, width**-0.5, False)
+
+        def heads_backward(q=q, k=k, v=v, lse=lse, do=do, H=H, width=width):
+            return torch.ops.encdiff.cross_attention_heads_bwd(q, k, v, None, lse, do, H, width**-0.5, False)
+
+        for kernel, run in (("fwd", heads), ("dq", heads_backward), ("dkv", heads_backward)):
+            tiles = [plan.HeadsTile(r, 128 if kernel != "dkv" else 32, w) for r, w in product(rows, (1, 2, 4))]
+            yield Sweep(
+                f"HEADS {kernel} C={C} L={L}", plan.HEADS_TILES, (kernel, True, plan.pad(width, 32)), tiles, run, n
+            )
+        qkv = torch.randn(B, L, 3 * C, device=lab.device, dtype=torch.bfloat16)
+        o, lse_self = attention.self_attention(qkv, H, width**-0.5)
+
+        def attend(qkv=qkv, H=H, width=width):
+            return attention.self_attention(qkv, H, width**-0.5)
+
+        def attend_backward(qkv=qkv, o=o, lse=lse_self, do=do, H=H, width=width):
+            return torch.ops.encdiff.self_attention_backward(qkv, o, lse, do, H, width**-0.5)
+
+        for kernel, run in (("fwd", attend), ("bwd", attend_backward)):
+            shapes = product((16, 32, 64, 128, 256), (16, 32, 64), (1, 2, 4, 8))
+            fitting = [t for t in shapes if max(t[:2]) <= max(16, L) and 8 <= t[0] * t[1] / t[2] / 32 <= 32]
+            tiles = [(attention.Tile(*t),) for t in fitting]
+            key = (kernel, True, attention.pad_width(width))
+            yield Sweep(f"SELF {kernel} d={width} L={L}", attention.TILES, key, tiles, run, n)
+
+
+def candidates(lab: Lab, sweep: Sweep) -> list:
+    """All of them; without a GPU, where kernels are interpreted, the first."""
+    return sweep.candidates[:1] if lab.cpu else sweep.candidates
+
+
+def compile_share(lab: Lab, share: int, shares: int) -> dict:
+    """Run every candidate of this share once, so that Triton's cache holds it."""
+    tried = failed = 0
+    for n, (sweep, tile) in enumerate((s, t) for s in sweeps(lab) for t in candidates(lab, s)):
+        if n % shares == share:
+            tried += 1
+            failed += attempt(sweep, tile, sweep.run) is None
+    return {"tried": tried, "failed": failed}
+
+
+def attempt(sweep: Sweep, tile, run: Callable):
+    """What `run` gives with this tile in the table, None where it does not compile or asks for too much."""
+    before = sweep.table[sweep.key]
+    sweep.table[sweep.key] = tile
+    try:
+        return run()
+    except Exception as error:
+        if type(error).__name__ == "Late":
+            raise
+        return None
+    finally:
+        sweep.table[sweep.key] = before
+
+
+def measure(lab: Lab) -> dict:
+    found: dict[str, dict] = {}
+    for sweep in sweeps(lab):
+        now = attempt(sweep, sweep.table[sweep.key], lambda s=sweep: replayed(s.run, lab.device, repeats=5))
+        times = {}
+        for tile in candidates(lab, sweep):
+            seconds = attempt(sweep, tile, lambda s=sweep: replayed(s.run, lab.device, calls=10, repeats=3))
+            if seconds is not None:
+                times[str(tuple(tile[0] if isinstance(tile[0], tuple) else tile))] = 1e6 * seconds
+        ranked = dict(sorted(times.items(), key=lambda item: item[1]))
+        found[sweep.name] = {
+            "now_us": None if now is None else 1e6 * now,
+            "key": str(sweep.key),
+            "us": ranked,
+            "layers": sweep.layers,
+        }
+        lab.save("tiles", found)
+    return found
+
+
+def lines(found: dict) -> list[str]:
+    said = []
+    for name, r in found.items():
+        best = next(iter(r["us"].items()), ("none", float("nan")))
+        said.append(f"{name:26} {r['key']:22} now {r['now_us'] or float('nan'):7.2f} best {best[1]:7.2f} us {best[0]}")
+    return said

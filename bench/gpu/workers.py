@@ -1,0 +1,102 @@
+"""What runs beside: processes that build, compile and check while nothing is timed, and compiled peers that wait."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import NamedTuple
+
+from bench.gpu.lab import Lab
+
+ROOT = Path(__file__).parents[2]
+
+
+class Worker(NamedTuple):
+    """`python -m bench.gpu OUT --worker NAME`: it leaves NAME.json in the folder of parts."""
+
+    name: str
+    process: subprocess.Popen
+    result: Path
+
+    def wait(self, end: float) -> dict | list:
+        """Its result, or {"error": ...} if it failed or is not done by `end` (then it is stopped)."""
+        try:
+            self.process.wait(max(0.1, end - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            self.stop()
+            return {"error": f"{self.name}: out of time"}
+        if not self.result.exists():
+            return {"error": f"{self.name}: exit status {self.process.returncode}, see its log"}
+        return json.loads(self.result.read_text())
+
+    def stop(self) -> None:
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, 9)
+            self.process.wait()
+
+
+def start(lab: Lab, name: str, *arguments: str) -> Worker:
+    """Begin one; what it prints goes to parts/NAME.log."""
+    parts = lab.out / "parts"
+    parts.mkdir(exist_ok=True)
+    slug = name.replace(" ", "-").replace("/", "-of-")
+    command = [sys.executable, "-u", "-m", "bench.gpu", str(lab.out), "--caches", str(lab.caches), "--worker", name]
+    command += [*arguments, *(["--cpu"] if lab.cpu else [])]
+    with (parts / f"{slug}.log").open("wb") as log:
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True
+        )
+    return Worker(name, process, parts / f"{slug}.json")
+
+
+def work(lab: Lab, name: str, seconds: float) -> None:
+    """In the worker: do what its name says, write its result."""
+    slug = name.replace(" ", "-").replace("/", "-of-")
+    began = time.monotonic()
+
+    def ready() -> None:
+        waiting = time.monotonic()
+        (lab.out / "parts" / f"{slug}.ready").write_text(str(waiting - began))
+        while not (lab.out / "parts" / f"{slug}.go").exists():
+            time.sleep(0.05)
+
+    try:
+        result = _work(lab, name, seconds, ready)
+    except Exception as error:
+        traceback.print_exc()
+        result = {"error": f"{type(error).__name__}: {str(error).strip()[:600]}"}
+    if isinstance(result, dict) and (marker := lab.out / "parts" / f"{slug}.ready").exists():
+        result["compile_s"] = float(marker.read_text())
+    path = lab.out / "parts" / f"{slug}.json"
+    path.with_suffix(".part").write_text(json.dumps(result))
+    path.with_suffix(".part").replace(path)
+
+
+def _work(lab: Lab, name: str, seconds: float, ready) -> dict | list:
+    kind, _, rest = name.partition(" ")
+    if kind == "build":
+        from encdiff.ops import _native
+
+        problem, has_cuda = _native.load()
+        return {"problem": problem, "cuda": has_cuda}
+    if kind == "right":
+        from bench.gpu import checks
+
+        share, shares = map(int, rest.split("/"))
+        return checks.measure(lab, share, shares, lab.batch)
+    if kind == "tiles":
+        from bench.gpu import tiles
+
+        os.nice(10)  # it goes on while others are timed
+        share, shares = map(int, rest.split("/"))
+        return tiles.compile_share(lab, share, shares)
+    if kind == "first":
+        from bench.gpu import paper
+
+        return paper.first_stage(lab, seconds)
+    from bench.gpu import compiled
+
+    return compiled.PEERS[rest](lab, ready)
