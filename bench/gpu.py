@@ -70,7 +70,6 @@ def plan(work: Path, cpu: bool) -> list[Phase]:
 
     whole = ("unet", "train_step", "sampling")
     ops = sorted(p.stem.removeprefix("bench_") for p in (ROOT / "bench").glob("bench_*.py"))
-    kernels = sorted(str(p) for p in (ROOT / "tests").glob("test_*.py") if "kernels" in p.read_text())
     uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # so that a read past a tensor's end leaves its allocation
     return [
         Phase("machine", 20, ["bash", "-c", "nvidia-smi; nvcc --version; df -h ."] if not cpu else ["uname", "-a"]),
@@ -84,8 +83,8 @@ def plan(work: Path, cpu: bool) -> list[Phase]:
         Phase("paper", 25, [*encdiff, "train", "--run", str(work / "paper"), *train, *paper]),
         Phase("profile", 30, [*encdiff, "profile", "--out", str(work / "profile")] + ([] if cpu else [
             "--preset", "shapes3d", "--precision", "bf16"])),
-        Phase("tests", 90, [*pytest, *workers, "tests"]),
-        Phase("kernels", 60, [*pytest, *([] if cpu else ["-p", "bench.on_gpu"]), *kernels]),
+        Phase("tests", 90, [*pytest, *workers, "tests", "-m", "not on_gpu"]),
+        Phase("kernels", 60, [*pytest, *workers, "tests", "-m", "on_gpu"]),
         Phase("memcheck", 45, [*sanitizer, *([] if cpu else ["memcheck"]), *python, "-m", "bench.small"], uncached),
         Phase("racecheck", 45, [*sanitizer, *([] if cpu else ["racecheck"]), *python, "-m", "bench.small"]),
         bench("compiled", 180, [*whole, *(op for op in ops if op not in whole)], slow),
