@@ -5,9 +5,10 @@ RESULT ?= bench/results/latest.json
 OUT ?= runs/gpu
 CHECK_PYTHON := import sys; sys.exit(sys.version_info < (3, 11) and "needs Python 3.11 or newer: make PYTHON=python3.12")
 PIP := .venv/bin/python -m pip install --disable-pip-version-check -c constraints.txt
+PIP_OLDEST := .venv-oldest/bin/python -m pip install --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint gate sanitize bench gpu clean
+.PHONY: help demo test oldest lint gate sanitize bench gpu clean
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
@@ -17,6 +18,10 @@ demo: .venv/.installed  ## render data, train a small model, evaluate it, draw p
 
 test: .venv/.installed-dev  ## run the tests, and every benchmark once as a smoke test
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --benchmark-disable tests bench
+
+# By hand, not in CI: some gigabytes. Its library also serves .venv, since the ABI is stable.
+oldest: .venv-oldest/.installed  ## the tests in a second environment, of the oldest torch; needs nvcc for the CUDA half
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n 2 tests
 
 lint: .venv/.installed-dev  ## check style and formatting
 	.venv/bin/ruff check .
@@ -39,8 +44,8 @@ bench: .venv/.installed-dev  ## time ops and whole models on this machine; RESUL
 gpu:  ## with an NVIDIA GPU, in ten minutes, without network: build, test, sanitize, time, train; OUT=folder for results
 	@"$(PYTHON)" -m bench.gpu "$(OUT)" $(ARGS)
 
-clean:  ## remove .venv, builds and caches, but never a run
-	rm -rf .venv build dist encdiff.egg-info encdiff/_C*.so .pytest_cache .ruff_cache .hypothesis .benchmarks .coverage
+clean:  ## remove both environments, builds and caches, but never a run
+	rm -rf .venv .venv-oldest build dist encdiff.egg-info encdiff/_C*.so .pytest_cache .ruff_cache .hypothesis .benchmarks .coverage
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch comes first and by its exact version, so that nothing else chooses one; it also brings setuptools for the build.
@@ -52,4 +57,12 @@ clean:  ## remove .venv, builds and caches, but never a run
 
 .venv/.installed-dev: .venv/.installed
 	$(PIP) --no-build-isolation -e ".[dev]"
+	touch $@
+
+# triton 3.6, which torch 2.11 names, cannot interpret beside numpy 2.4; constraints.txt is that of torch 2.13.
+.venv-oldest/.installed: pyproject.toml setup.py encdiff/__init__.py encdiff/_build.py $(wildcard csrc/*)
+	.venv-oldest/bin/python -m pip --version 2>/dev/null || \
+	{ "$(PYTHON)" -c '$(CHECK_PYTHON)' && "$(PYTHON)" -m venv .venv-oldest; }
+	$(PIP_OLDEST) "setuptools>=77" torch==2.11.0 "numpy<2.4"
+	ENCDIFF_CUDA=1 $(PIP_OLDEST) --no-build-isolation "numpy<2.4" -e ".[dev]"
 	touch $@

@@ -114,7 +114,7 @@ void run(void (*kernel)(const Args&, int64_t, int64_t), const Args& args, const 
   STD_TORCH_CHECK(current_stream, "this torch has no CUDA streams");
   const torch::stable::accelerator::DeviceGuard guard(like.get_device_index());
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(current_stream(like.get_device_index(), &stream));
+  TORCH_ERROR_CODE_CHECK(current_stream(like.get_device_index(), &stream));
   if (args.batch * args.size) launch(args, like.get_device_index(), stream);
 #else
   STD_TORCH_CHECK(false, "built without CUDA");

@@ -16,12 +16,12 @@ def load(name: str) -> dict[str, np.ndarray]:
 
 
 def draw(key: str, shape: tuple[int, ...]) -> Tensor:
-    """The input tensor of that key, float32."""
-    return torch.from_numpy(_standard_normal("input:" + key, shape))
+    """The input tensor of that key, float32, on the default device."""
+    return torch.as_tensor(_standard_normal("input:" + key, shape))
 
 
 def weight(name: str, shape: tuple[int, ...]) -> Tensor:
-    """The weight tensor of that full checkpoint name, float32."""
+    """The weight tensor of that full checkpoint name, float32, on the default device."""
     n = _standard_normal(name, shape)
     if name.endswith("running_var"):
         n = 1 + 0.1 * np.abs(n)
@@ -31,7 +31,7 @@ def weight(name: str, shape: tuple[int, ...]) -> Tensor:
         n = 1 + 0.1 * n
     else:
         n = 0.1 * n
-    return torch.from_numpy(n.astype(np.float32))
+    return torch.as_tensor(n.astype(np.float32))
 
 
 def fill(module: nn.Module, prefix: str = "") -> nn.Module:
@@ -44,8 +44,8 @@ def fill(module: nn.Module, prefix: str = "") -> nn.Module:
 
 def relative_error(actual: Tensor, expected: np.ndarray | Tensor) -> float:
     """Norm of the difference over the norm, in float64."""
-    expected = torch.as_tensor(expected).double()
-    return ((actual.detach().double() - expected).norm() / expected.norm()).item()
+    expected = torch.as_tensor(expected, device="cpu").double()
+    return ((actual.detach().cpu().double() - expected).norm() / expected.norm()).item()
 
 
 def _standard_normal(key: str, shape: tuple[int, ...]) -> np.ndarray:

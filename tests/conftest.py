@@ -6,13 +6,13 @@ from zlib import crc32
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub and matplotlib read them
 os.environ["MPLBACKEND"] = "Agg"
-os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported: kernels run on the CPU, one program after the other
 os.environ.pop("ENCDIFF_IMPL", None)  # a user's settings must not decide what is tested
 os.environ.pop("ENCDIFF_DATA", None)
 
 import numpy as np
 import pytest
 import torch
+from _place import DEVICE
 from _tiny import TINY
 from hypothesis import settings
 
@@ -32,6 +32,16 @@ def seeds(request) -> None:
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
+
+
+@pytest.fixture(autouse=True)
+def default_device(request) -> None:
+    """Tests marked on_gpu build their tensors on the GPU if there is one, but for those of them marked on_cpu."""
+    marked = request.node.get_closest_marker
+    if marked("on_gpu") and not marked("on_cpu"):
+        torch.set_default_device(DEVICE)
+    yield
+    torch.set_default_device(None)
 
 
 @pytest.fixture

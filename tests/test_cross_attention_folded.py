@@ -11,6 +11,7 @@ from encdiff.models.attention import TransformerBlock
 from encdiff.ops import cross_attention_folded as folded_module
 from encdiff.ops.cross_attention_folded import Kept, cross_attention_folded, fold, fold_pays, keep
 
+pytestmark = pytest.mark.on_gpu
 TOKEN_SIDE = ("context", "w_q", "w_k", "w_v", "w_o")
 
 
@@ -46,6 +47,7 @@ def test_folded_gradients():
     assert torch.autograd.gradcheck(f, inputs)
 
 
+@pytest.mark.on_cpu
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -145,6 +147,7 @@ def test_library_op_of_kept():
     torch.library.opcheck(kernels.cross_attention_kept, (x, keys, keys, w_q, w_q, *options, "mean"))
 
 
+@pytest.mark.on_cpu
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -167,6 +170,7 @@ def test_folding_pays_where_it_saves_products():
     assert fold_pays(torch.zeros(1, 20, 16), 256, 8) and not fold_pays(torch.zeros(1, 20, 16), 64, 8)
 
 
+@pytest.mark.on_cpu
 def test_sampling_folds_once_for_all_steps(model):
     scalars = torch.randn(2, 3)
     with ops.record_impls() as ran:

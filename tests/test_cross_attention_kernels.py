@@ -1,9 +1,10 @@
-"""The Triton kernels of cross-attention, interpreted: every route, forward and backward, against float64."""
+"""The Triton kernels of cross-attention: every route, forward and backward, against float64."""
 
 import sys
 
 import pytest
 import torch
+from _place import DEVICE, interpreted
 from encdiff.kernels import _cross_attention_plan as plan
 from encdiff.kernels import cross_attention as kernels
 from torch.nn import functional as F
@@ -12,6 +13,7 @@ from encdiff import ops
 from encdiff.errors import InputError
 from encdiff.ops import cross_attention_folded as folded_module
 
+pytestmark = pytest.mark.on_gpu
 LEAVES = ("x", "context", "w_q", "w_k", "w_v", "w_o", "b_o", "norm_weight", "norm_bias", "token_bias")
 
 
@@ -33,7 +35,7 @@ def outcome(tensors, dtype=None, **options) -> dict[str, torch.Tensor]:
     """The output and the gradient of every leaf."""
     tensors = {name: (t if dtype is None else t.to(dtype)).detach().requires_grad_() for name, t in tensors.items()}
     y = ops.cross_attention(**tensors, **options)
-    upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y.dtype)
+    upstream = torch.randn(y.shape, generator=torch.Generator(y.device).manual_seed(1)).to(y.dtype)
     return {"y": y.detach()} | dict(zip(tensors, torch.autograd.grad(y, tensors.values(), upstream), strict=True))
 
 
@@ -100,7 +102,7 @@ def stock(tensors, heads) -> dict[str, torch.Tensor]:
         logits = logits + (bias[:, None, None] if bias.ndim == 2 else bias[:, :, None]).to(logits.dtype)
     a = torch.einsum("bhij,bhjd->bhid", logits.softmax(-1), v).transpose(1, 2).flatten(2)
     y = tensors["x"] + F.linear(a, tensors["w_o"], tensors["b_o"])
-    upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y.dtype)
+    upstream = torch.randn(y.shape, generator=torch.Generator(y.device).manual_seed(1)).to(y.dtype)
     return {"y": y.detach()} | dict(zip(tensors, torch.autograd.grad(y, tensors.values(), upstream), strict=True))
 
 
@@ -175,7 +177,7 @@ def test_every_output_is_written_and_nothing_beyond_is_read(name, route, monkeyp
 def test_autocast_multiplies_in_bfloat16_and_keeps_the_type(name, route):
     route(name)
     tensors = leaves(2, 9, 16, 5, 4, 2, 8)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE, torch.bfloat16):
         actual, published = outcome(tensors, heads=2, residual=True, impl="triton"), stock(tensors, 2)
     expected = outcome(tensors, torch.float64, heads=2, residual=True, impl="reference")
     joint = [{"y": o.pop("y"), "gradients": torch.cat([g.flatten() for g in o.values()])} for o in
@@ -230,8 +232,9 @@ def test_compiles_whole_with_any_batch(route):
         return ops.cross_attention(**tensors, heads=2, residual=True, impl="triton")
 
     compiled = torch.compile(f, fullgraph=True, dynamic=True, backend=backend)
-    for B in (2, 3, 5):
-        tensors = leaves(B, 6, 16, 5, 4, 2, 8)
+    several = [leaves(B, 6, 16, 5, 4, 2, 8) for B in (2, 3, 5)]
+    torch.set_default_device(None)  # under one, torch cannot trace `unflatten`
+    for tensors in several:
         torch.testing.assert_close(compiled(tensors), f(tensors))
     assert len(graphs) == 1, "the batch must not be compiled in"
 
@@ -239,6 +242,7 @@ def test_compiles_whole_with_any_batch(route):
 # ---- the cost model
 
 
+@interpreted
 def test_auto_never_interprets_and_says_so():
     tensors = leaves(1, 4, 16, 3, 4, 2, 8)
     with ops.record_impls() as ran:
@@ -247,6 +251,7 @@ def test_auto_never_interprets_and_says_so():
     assert "triton: kernels are interpreted on the CPU" in ops.explain("cross_attention", **tensors, heads=2)
 
 
+@interpreted
 def test_without_triton_or_interpreter_the_reason_says_so(monkeypatch):
     monkeypatch.setattr(folded_module, "TRITON", False)
     monkeypatch.delenv("TRITON_INTERPRET")

@@ -1,11 +1,14 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from _place import interpreted
 
 from encdiff import ops
 from encdiff.errors import InputError
 from encdiff.models.attention import GEGLU
 from encdiff.ops.geglu import geglu
+
+pytestmark = pytest.mark.on_gpu
 
 CASES = {
     "paper's narrowest": ((2, 5, 512), torch.float32),
@@ -113,6 +116,7 @@ def test_the_layer_is_the_published_one():
             torch.testing.assert_close(layer(x), h * F.gelu(g))
 
 
+@interpreted
 def test_dispatch_says_why(monkeypatch):
     x = torch.randn(2, 4)
     assert "geglu: triton: interpreted on the CPU" in ops.explain("geglu", x)

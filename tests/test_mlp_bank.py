@@ -3,11 +3,14 @@ import itertools
 import pytest
 import torch
 from _golden import draw, fill, load, relative_error
+from _place import GPU, interpreted
 from torch import nn
 
 from encdiff import ops
 from encdiff.errors import InputError
 from encdiff.models.tokens import MLPBank
+
+pytestmark = pytest.mark.on_gpu
 
 ACTIVATIONS = {"elu": nn.ELU, "silu": nn.SiLU, "gelu": nn.GELU, "relu": nn.ReLU}
 
@@ -63,6 +66,7 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(lambda s, *p: ops.mlp_bank(s, p[:2], p[2:]), (scalars, *parameters))
 
 
+@pytest.mark.on_cpu
 def test_bad_input():
     weights, biases = [torch.zeros(3, 4, 1), torch.zeros(3, 2, 4)], [torch.zeros(3, 4), torch.zeros(3, 2)]
     with pytest.raises(InputError, match=r"layer 0 has weight \(3, 4, 1\) and bias \(3, 4\), must be \(5, out, 1\)"):
@@ -212,13 +216,13 @@ def test_triton_twice_the_same_bits():
 
 
 def test_triton_past_65_535_rows(nan_memory, monkeypatch):
-    """In long tiles: in those of the GPU the interpreter takes minutes."""
     from encdiff.kernels import mlp_bank
     from encdiff.kernels.mlp_bank import Bank, Tile
 
-    monkeypatch.setattr(mlp_bank, "BLOCK_SUM", 16384)
-    for name in ("forward_tile", "backward_tile"):
-        monkeypatch.setattr(Bank, name, property(lambda _: Tile(4096, 16, 4)))
+    if not GPU:  # in its tiles the interpreter takes minutes; these are larger than it has room for
+        monkeypatch.setattr(mlp_bank, "BLOCK_SUM", 16384)
+        for name in ("forward_tile", "backward_tile"):
+            monkeypatch.setattr(Bank, name, property(lambda _: Tile(4096, 16, 4)))
     tensors = leaves(65_537, 1, (1, 2, 3))
     torch.testing.assert_close(*(run(tensors, "relu", impl) for impl in ("triton", "reference")), rtol=1e-4, atol=1e-3)
 
@@ -266,6 +270,7 @@ def test_compiles_whole_with_a_dynamic_batch(impl):
     assert len(graphs) == 1
 
 
+@interpreted
 def test_dispatch_says_why():
     scalars, *parameters = leaves(2, 2, (1, 3, 4, 2))
     arguments = (scalars, parameters[:3], parameters[3:])
@@ -293,6 +298,7 @@ def test_triton_refuses(B, N, widths, dtype, reason):
     run(tensors, "elu", None)
 
 
+@pytest.mark.on_cpu
 def test_triton_refuses_a_cpu_that_does_not_interpret(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     scalars, *parameters = leaves(2, 2, (1, 3, 4, 2))

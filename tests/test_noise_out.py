@@ -90,6 +90,21 @@ def test_the_draw_counter_is_read_at_each_call():
         counter += 1
 
 
+@impls
+def test_out_is_written_in_one_graph(impl):
+    def both(x, t, c, out):
+        made = torch.empty_like(x), torch.empty_like(x)  # in the graph, unlike `out`
+        x_t, v = q_sample(x, None, t, ALPHA_BAR, "v", seed=1, out=made, impl=impl)
+        return step(x_t, v, c, clip=0.5, return_x0=True, out=out, impl=impl)
+
+    compiled = torch.compile(both, backend="aot_eager", fullgraph=True)
+    x, t, c = draw((3, 2, 5)), torch.tensor([1, 2, 999]), draw((3, 5)) * torch.tensor([1.0, 1, 1, 1, 0])
+    given, expected = ([x.clone(), t, c, tuple(torch.full(x.shape, math.nan) for _ in range(2))] for _ in range(2))
+    for actual, exact in zip(compiled(*given), both(*expected), strict=True):
+        torch.testing.assert_close(actual, exact)
+    torch.testing.assert_close(given, expected)  # what was written into the tensors themselves
+
+
 def test_out_is_checked():
     x, t, c = draw((2, 3)), torch.tensor([1, 2]), torch.zeros(2, 5)
     for call, says in [

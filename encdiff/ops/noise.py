@@ -244,7 +244,7 @@ def _check_past(x_t: torch.Tensor, unconditional: torch.Tensor | None, history: 
 
 
 def _check_out(out: tuple[torch.Tensor, ...], count: int, like: torch.Tensor, other: str, *inputs) -> None:
-    if len(out) != count or len({id(y) for y in out}) != count:
+    if len(out) != count or any(out[0] is y for y in out[1:]):  # torch 2.11 does not compile `id`
         raise InputError(f"out has {len(out)} tensors, must have {count}, none of them twice")
     for y in out:
         _check_same("out", y, other, like)
