@@ -15,12 +15,12 @@ import bench.gpu as package
 
 ROOT = Path(__file__).parents[2]
 CALLS = {
-    1: "right,machine,step,profile,whole,compiled,ops,sampling,tiles,paper",
+    1: "right,tests,machine,step,profile,whole,compiled,ops,sampling,tiles,paper",
     2: "right,machine,step,profile,compiled,sampling,tiles,ops,paper",
 }
 SECONDS = {  # of each block at most
-    "right": 120, "machine": 20, "step": 60, "profile": 30, "whole": 40, "compiled": 90, "ops": 40, "sampling": 40,
-    "tiles": 40, "paper": 600,
+    "right": 100, "tests": 110, "machine": 20, "step": 60, "profile": 30, "whole": 40, "compiled": 90, "ops": 40,
+    "sampling": 40, "tiles": 40, "paper": 600,
 }  # fmt: skip
 FIRST_STAGE = 45  # seconds of its training, beside the checks
 TAIL = 12  # seconds kept for packing
@@ -59,9 +59,11 @@ class Session:
         names += [f"right {n}/{shares}" for n in range(shares)] if "right" in self.blocks else []
         if "paper" in self.blocks and not (self.lab.out / "first_stage").exists():
             names += ["first stage"]
+        names += ["tests"] if "tests" in self.blocks else []
         names += [f"tiles {n}/{shares}" for n in range(shares)] if "tiles" in self.blocks else []
         for name in names:
-            extra = ["--seconds", str(3 if self.lab.cpu else FIRST_STAGE)] if name == "first stage" else []
+            seconds = {"first stage": 3 if self.lab.cpu else FIRST_STAGE, "tests": SECONDS["tests"] - 25}.get(name)
+            extra = ["--seconds", str(seconds)] if seconds else []
             self.workers[name] = workers.start(self.lab, name, *extra)
 
     def run(self) -> None:
@@ -106,12 +108,12 @@ class Session:
             return [f"({type(error).__name__} while reading what it left)"]
 
     def describe(self, name: str, found) -> list[str]:
-        from bench.gpu import checks, compiled, machine, operations, paper, sampling, steps, tiles
+        from bench.gpu import checks, compiled, machine, operations, paper, sampling, steps, tiles, workers
 
         makers: dict[str, Callable] = {
-            "right": checks.lines, "machine": machine.lines, "step": steps.lines, "profile": steps.profile_lines,
-            "whole": sampling.check_lines, "compiled": compiled.lines, "ops": operations.lines,
-            "sampling": sampling.lines, "tiles": tiles.lines, "paper": paper.lines,
+            "right": checks.lines, "tests": workers.test_lines, "machine": machine.lines, "step": steps.lines,
+            "profile": steps.profile_lines, "whole": sampling.check_lines, "compiled": compiled.lines,
+            "ops": operations.lines, "sampling": sampling.lines, "tiles": tiles.lines, "paper": paper.lines,
         }  # fmt: skip
         return makers[name](found) if found else []
 
@@ -129,6 +131,9 @@ class Session:
                 else:
                     said.append(f"{name}: {json.dumps(result)[:300]}")
         return self.done("right", found) + said
+
+    def block_tests(self, seconds: float) -> list[str]:
+        return self.done("tests", self.workers["tests"].wait(time.monotonic() + min(seconds, 30)))
 
     def block_machine(self, seconds: float) -> list[str]:
         from bench.gpu import machine

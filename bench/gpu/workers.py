@@ -93,6 +93,8 @@ def _work(lab: Lab, name: str, seconds: float, ready) -> dict | list:
         os.nice(10)  # it goes on while others are timed
         share, shares = map(int, rest.split("/"))
         return tiles.compile_share(lab, share, shares)
+    if kind == "tests":
+        return run_tests(lab, seconds)
     if kind == "first":
         from bench.gpu import paper
 
@@ -100,3 +102,34 @@ def _work(lab: Lab, name: str, seconds: float, ready) -> dict | list:
     from bench.gpu import compiled
 
     return compiled.PEERS[rest](lab, ready)
+
+
+def run_tests(lab: Lab, seconds: float) -> dict:
+    """The tests of kernels on the device, as far as they come in so many seconds: counts, and what failed."""
+    processes = [] if lab.cpu else ["-n", "6"]
+    chosen = ["tests/test_geglu.py"] if lab.cpu else ["-m", "on_gpu", "tests"]
+    command = [sys.executable, "-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider", *processes, *chosen]
+    log = lab.out / "parts" / "pytest.log"
+    with log.open("w") as file:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=file, start_new_session=True, env=test_env())
+        try:
+            process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, 2)  # pytest then prints the failures so far
+            try:
+                process.wait(8)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, 9)
+    text = log.read_text(errors="replace").splitlines()
+    counts = {word: sum(f" {word} " in f" {line} " for line in text) for word in ("PASSED", "FAILED", "SKIPPED")}
+    failed = sorted({line.strip() for line in text if line.startswith(("FAILED", "ERROR"))} or
+                    {line.strip() for line in text if " FAILED " in line})  # fmt: skip
+    return {"ended": process.returncode is not None and process.returncode >= 0, **counts, "failed": failed[:60]}
+
+
+def test_env() -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": str(ROOT)}
+
+
+def test_lines(found: dict) -> list[str]:
+    return [", ".join(f"{k} {v}" for k, v in found.items() if k != "failed"), *found.get("failed", [])[:15]]
