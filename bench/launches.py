@@ -84,7 +84,8 @@ class Counting(TorchDispatchMode):
         inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         outputs = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
         name = func._schema.name
-        if name.startswith("prim") or func.is_view or name.split("::")[1] in FREE:
+        launched = outputs or name.startswith(("aten::_foreach", "aten::_fused"))
+        if not launched or name.startswith("prim") or func.is_view or name.split("::")[1] in FREE:
             return result
         for group, cost in _costs(name, args, inputs, outputs):
             self.groups[group] = self.groups.get(group, Cost()) + cost
