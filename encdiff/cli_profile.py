@@ -51,7 +51,7 @@ def profile(
     model = _model(run, preset or "quickstart").to(where)
     batch_size = batch_size or (128 if model.config.first_stage == "vq" else 64)
     if phase is Phase.train:
-        work = _training_step(model, batch_size, precision=precision, engine=engine)
+        model, work = _training_step(model, batch_size, precision=precision, engine=engine)
     else:
         scalars = torch.randn(batch_size, *model.config.code_shape, device=where)
         work = partial(model.sample, scalars, sampler=sampler, steps=steps)
@@ -80,7 +80,7 @@ def _model(run: Path | None, preset: str):
 
 
 def _training_step(model, batch_size: int, **options):
-    """One step on random images, as `encdiff train` takes it, the first stage's encoding included."""
+    """What computes, and one step on random images as `encdiff train` takes it, the first stage's encoding included."""
     import torch
 
     from encdiff.train import TrainConfig, Training
@@ -89,4 +89,4 @@ def _training_step(model, batch_size: int, **options):
     size, device = model.config.image_size, training.device
     images = torch.randint(256, (batch_size, size, size, 3), dtype=torch.uint8, device=device)
     indices = torch.arange(batch_size, device=device)
-    return lambda: training.advance(images, indices)
+    return training.computing, lambda: training.advance(images, indices)

@@ -16,8 +16,8 @@ Work = Callable[..., tuple[Tensor, ...]]
 def choose(engine: str, device: torch.device) -> str:
     """The engine that `auto` means on a device; InputError for one that cannot run there.
 
-    A GPU waits for the host in every small layer, so there `auto` is the graph. On a CPU it is eager: compiling the
-    quickstart model takes minutes and saves a fifth of a step (docs/performance.md).
+    A GPU waits for the host in every small layer, so there `auto` is the graph, and `compile` compiles inside it. On a
+    CPU it is eager: compiling the quickstart model takes minutes and saves a fifth of a step (docs/performance.md).
     """
     if engine not in ENGINES:
         raise InputError(f"engine is {engine!r}, must be one of {', '.join(ENGINES)}")
@@ -33,7 +33,8 @@ class Graph:
 
     Inputs are tensors of fixed shapes, outputs are overwritten by the next call. `work` must read nothing back to the
     host, and keep its state (weights, moments, averages) in tensors that it updates in place. The first `warm_up` calls
-    run as they are, on a side stream: libraries choose their algorithms and allocate. Nothing is run twice.
+    run as they are, on a side stream: libraries choose their algorithms and allocate, and parts under `torch.compile`
+    are compiled. Nothing is run twice.
     """
 
     def __init__(self, work: Work, warm_up: int = 3):
@@ -58,7 +59,7 @@ class Graph:
         self.side = self.side or torch.cuda.Stream(device)
         main, side = torch.cuda.current_stream(device), self.side
         side.wait_stream(main)
-        with torch.cuda.stream(side):
+        with torch.cuda.stream(side), _uncached():
             outputs = self.work(**inputs)
         main.wait_stream(side)
         for tensor in (*inputs.values(), *outputs):  # not to be handed out again before the other stream is done
@@ -69,15 +70,21 @@ class Graph:
     def _capture(self, inputs: dict[str, Tensor]) -> None:
         device = next(iter(inputs.values())).device
         graph, held = torch.cuda.CUDAGraph(), {name: tensor.clone() for name, tensor in inputs.items()}
-        # cache_enabled=False: autocast's copies of weights would die with the caller's block, and the graph reads them
-        autocast = torch.autocast(
-            "cuda", torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda"), cache_enabled=False
-        )
         # thread_local: the thread that reads the next batch may pin memory meanwhile
         recording = torch.cuda.graph(graph, stream=torch.cuda.Stream(device), capture_error_mode="thread_local")
-        with torch.cuda.device(device), autocast, recording:
+        with torch.cuda.device(device), _uncached(), recording:
             outputs = self.work(**held)
         self.inputs, self.outputs, self.graph = held, outputs, graph
+
+
+def _uncached() -> torch.autocast:
+    """Autocast as it is, but without its cache: copies of weights would die with the caller's block, not the graph.
+
+    Compiled code is guarded by whether there is a cache: warm-up and capture run under the same.
+    """
+    return torch.autocast(
+        "cuda", torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda"), cache_enabled=False
+    )
 
 
 class SamplingEngine:

@@ -141,15 +141,14 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, prefix: str = "optimizer
     return {f"{prefix}.{i}.{key}": torch.as_tensor(v) for i, entry in state.items() for key, v in entry.items()}
 
 
-def load_optimizer(
-    optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], source: str | Path, prefix: str = "optimizer"
-) -> None:
-    """Put back what `optimizer_tensors` took from Adam; the hyper-parameters stay those of `optimizer`.
+def optimizer_state(
+    parameters: list[Tensor], tensors: dict[str, Tensor], source: str | Path, prefix: str = "optimizer"
+) -> dict[int, dict[str, Tensor]]:
+    """What `optimizer_tensors` took from Adam, by the parameter's index, moments with the parameter's strides.
 
-    Raises InputError, naming `source`, unless there are a step and both moments for some of its parameters, and they
+    Raises InputError, naming `source`, unless there are a step and both moments for some of the parameters, and they
     fit: a fused optimiser runs over memory and would read beyond a smaller one.
     """
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         if name.startswith(prefix + "."):
@@ -162,6 +161,18 @@ def load_optimizer(
             state.setdefault(int(index), {})[key] = tensor
     if not state or any(entry.keys() != {"step", "exp_avg", "exp_avg_sq"} for entry in state.values()):
         raise InputError(f"{source}: the state of the optimiser {prefix!r} is missing or incomplete")
+    return state
+
+
+def load_optimizer(
+    optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], source: str | Path, prefix: str = "optimizer"
+) -> None:
+    """Put back what `optimizer_tensors` took from Adam; the hyper-parameters stay those of `optimizer`.
+
+    Raises InputError as `optimizer_state`.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    state = optimizer_state(parameters, tensors, source, prefix)
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 

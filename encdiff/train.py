@@ -18,6 +18,7 @@ from encdiff.engine import Graph, choose, float32_precision
 from encdiff.errors import InputError
 from encdiff.fields import Checked, Count, Fraction, Natural, NotNegative, Positive, Range
 from encdiff.fit import fit
+from encdiff.masters import Masters
 from encdiff.models import EncDiff
 from encdiff.profiling import phase
 from encdiff.runs import load_optimizer, optimizer_tensors
@@ -40,7 +41,7 @@ class TrainConfig(Checked):
     gradient_clip: NotNegative = 0.0  # greatest norm of all gradients; 0: none
     ema: Fraction = 0.9999  # the U-Net's average decays by min(ema, (1 + n) / (10 + n))
     timesteps: Literal["uniform", "logit-normal", "power"] = "uniform"  # their distribution: ops.timesteps
-    precision: Literal["float32", "tf32", "bf16"] = "float32"  # tf32: on a GPU; bf16: autocast
+    precision: Literal["float32", "tf32", "bf16"] = "float32"  # tf32: on a GPU; bf16: on a GPU with masters
     engine: Literal["auto", "eager", "compile", "graph"] = "auto"  # how a step runs: encdiff/engine.py
     checkpoint_activations: bool = False  # compute residual blocks anew in the backward pass: less memory, more time
     seed: Natural = 0
@@ -84,29 +85,43 @@ RECIPES: dict[str, TrainConfig] = {
 
 
 class Training:
-    """Everything that changes from step to step: model, EMA, optimiser, step count."""
+    """Everything that changes from step to step: model, EMA, optimiser, step count.
+
+    masters: for precision "bf16": float32 masters beside a bfloat16 copy that computes (`encdiff.masters`), in place of
+        autocast; None: on a GPU. Checkpoints are the same. The model's parameters then must stay where they are.
+    """
 
     TERMS = ("loss", "gradient_norm", "learning_rate")
 
-    def __init__(self, model: EncDiff, config: TrainConfig):
+    def __init__(self, model: EncDiff, config: TrainConfig, masters: bool | None = None):
+        if masters and config.precision != "bf16":
+            raise InputError(f"masters is True, needs precision 'bf16', but it is {config.precision!r}")
         # channels last: the faster layout of convolutions, on a CPU and a GPU
         self.model, self.config, self.step = model.train().to(memory_format=torch.channels_last), config, 0
         self.device = next(model.parameters()).device
+        model.unet.checkpoint_activations = config.checkpoint_activations
         self.ema = copy.deepcopy(model.unet).requires_grad_(False)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(
+        engine, on_gpu = choose(config.engine, self.device), self.device.type == "cuda"
+        if masters or (masters is None and config.precision == "bf16" and on_gpu):
+            self.optimizer, self.masters = None, Masters(model, self.ema, config.betas, config.weight_decay)
+        else:
+            self.optimizer, self.masters = self._adamw(), None
+        self.computing = model if self.masters is None else self.masters.compute  # whose loss it is
+        self.latents: Tensor | None = None  # of the whole data set, if that pays
+        # one graph for each shape; on a GPU inside the CUDA graph, since compiled parts alone wait for the host
+        self._loss = torch.compile(self._loss, dynamic=False) if engine == "compile" else self._loss
+        self._run = Graph(self._work) if engine == "graph" or (engine == "compile" and on_gpu) else self._work
+
+    def _adamw(self) -> torch.optim.AdamW:
+        return torch.optim.AdamW(
             self.parameters,
-            torch.tensor(config.learning_rate, device=self.device),  # a tensor: a captured graph reads it anew
-            config.betas,
-            weight_decay=config.weight_decay,
+            torch.tensor(self.config.learning_rate, device=self.device),  # a tensor: a captured graph reads it anew
+            self.config.betas,
+            weight_decay=self.config.weight_decay,
             fused=True,
             capturable=self.device.type == "cuda",
         )
-        self.latents: Tensor | None = None  # of the whole data set, if that pays
-        engine = choose(config.engine, self.device)
-        self._loss = torch.compile(self._loss) if engine == "compile" else self._loss
-        self._run = Graph(self._work) if engine == "graph" else self._work
-        model.unet.checkpoint_activations = config.checkpoint_activations
 
     def begin(self, images: Tensor) -> None:
         """Divide latents by their standard deviation over the first batch, as the published code does."""
@@ -139,37 +154,50 @@ class Training:
         if self.latents is not None:
             inputs["x0"] = self.latents[indices]
         rate, n = self.rate(), self.step + 1
-        average = 1 - min(self.config.ema, (1 + n) / (10 + n))
-        self.optimizer.param_groups[0]["lr"].fill_(rate)
+        follow = 1 - min(self.config.ema, (1 + n) / (10 + n))
+        inputs["draw"] = torch.full((), draw, device=self.device)
+        if self.masters is None:
+            self.optimizer.param_groups[0]["lr"].fill_(rate)
+            inputs["follow"] = torch.full((), follow, device=self.device)
+        else:
+            self.masters.check()
+            self.masters.prepare(rate, follow)
         with float32_precision(self.config.precision == "tf32"):
-            loss, norm = self._run(
-                **inputs,
-                draw=torch.full((), draw, device=self.device),
-                average=torch.full((), average, device=self.device),
-            )
+            loss, norm = self._run(**inputs)
         self.step += 1
+        if self.masters is not None:
+            self.masters.updates += 1
         return {"loss": loss, "gradient_norm": norm, "learning_rate": rate}
 
-    def _work(self, average: Tensor, **inputs: Tensor) -> tuple[Tensor, Tensor]:
+    def _work(self, follow: Tensor | None = None, **inputs: Tensor) -> tuple[Tensor, Tensor]:
         """The whole step on the device, nothing read back: loss, gradients, clipping, AdamW, EMA."""
-        self.optimizer.zero_grad(set_to_none=True)
+        (self.masters or self.optimizer).zero_grad()
         with phase("forward"):
             loss = self._loss(**inputs)
         with phase("backward"):
             loss.backward()
         with phase("optimizer"):
-            norm = nn.utils.clip_grad_norm_(self.parameters, self.config.gradient_clip or math.inf)
+            if self.masters is not None:
+                return loss.detach(), self.masters.step(self.config.gradient_clip)
+            norm = self._clip()
             self.optimizer.step()
         with phase("average"), torch.no_grad():
-            averages = list(self.ema.parameters())
-            torch._foreach_lerp_(averages, list(self.model.unet.parameters()), [average] * len(averages))
+            lerp(list(self.ema.parameters()), list(self.model.unet.parameters()), follow)
         return loss.detach(), norm
 
+    def _clip(self) -> Tensor:
+        """The norm of all gradients, which then is at most `gradient_clip`."""
+        if self.config.gradient_clip:
+            return nn.utils.clip_grad_norm_(self.parameters, self.config.gradient_clip)
+        return nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+
     def _loss(self, images: Tensor, sample_ids: Tensor, draw: Tensor, x0: Tensor | None = None) -> Tensor:
-        c, model = self.config, self.model
+        c, model = self.config, self.computing
         t = ops.timesteps(model.config.num_timesteps, c.seed, sample_ids, draw, kind=c.timesteps)
         images = to_float(images).contiguous(memory_format=torch.channels_last)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=c.precision == "bf16"):
+        x0 = self.model.to_latents(images) if x0 is None else x0  # in float32, whatever the rest computes in
+        autocast = c.precision == "bf16" and self.masters is None
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=autocast):
             return model.loss(images, t=t, x0=x0, seed=c.seed, sample_ids=sample_ids, draw=draw)
 
     def model_config(self) -> dict:
@@ -178,14 +206,17 @@ class Training:
     def tensors(self) -> dict[str, Tensor]:
         model = {f"model.{k}": v for k, v in self.model.state_dict().items()}
         ema = {f"ema.{k}": v for k, v in self.ema.state_dict().items()}
-        return model | ema | optimizer_tensors(self.optimizer)
+        return model | ema | (self.masters.tensors() if self.masters else optimizer_tensors(self.optimizer))
 
     def load(self, tensors: dict[str, Tensor], metadata: dict[str, str], source: Path) -> None:
         """Continue from `tensors`; InputError, naming `source`, if they are of another configuration."""
         for prefix, module in (("model.", self.model), ("ema.", self.ema)):
             own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
             load_state(module, own, source)
-        load_optimizer(self.optimizer, tensors, source)
+        if self.masters is None:
+            load_optimizer(self.optimizer, tensors, source)
+        else:
+            self.masters.load(tensors, source)
         self.model.config = replace(self.model.config, scaling_factor=float(metadata["scaling_factor"]))
 
     def averaged_model(self) -> EncDiff:
@@ -202,6 +233,16 @@ class Training:
         if half := len(images) // 2:
             picture = swap_grid(self.averaged_model(), images[:half], images[half : 2 * half], steps=20)
             save_png(picture, samples / f"swap-{self.step:07d}.png")
+
+
+def lerp(into: list[Tensor], of: list[Tensor], weight: Tensor) -> None:
+    """into += weight (of - into) for each pair, weight a number on their device, float32."""
+    if into[0].is_cuda:  # there `_foreach_lerp_` takes such a weight one tensor at a time
+        difference = torch._foreach_sub(of, into)
+        torch._foreach_mul_(difference, weight)
+        torch._foreach_add_(into, difference)
+    else:
+        torch._foreach_lerp_(into, of, [weight] * len(into))
 
 
 def train(

@@ -292,9 +292,12 @@ def _setup(ctx, inputs, output):
     ctx.save_for_backward(x, keys, values, gamma, beta, bias)
     ctx.bo_dtype = None if b_o is None else b_o.dtype
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # zeros for the maps would be a launch that nobody reads
 
 
 def _backward(ctx, dy, dmaps):
+    if dy is None:
+        return (None,) * 10
     x, keys, values, gamma, beta, bias = ctx.saved_tensors
     wanted = ctx.needs_input_grad
     dx, dk, dv, dgamma, dbeta, dbias = cross_attention_folded_bwd(

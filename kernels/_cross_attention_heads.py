@@ -221,9 +221,12 @@ def _setup(ctx, inputs, output):
     _, lse, p = output
     ctx.save_for_backward(q, k, v, bias, lse)
     ctx.mark_non_differentiable(lse, p)
+    ctx.set_materialize_grads(False)  # zeros for lse and maps would be launches that nobody reads
 
 
 def _backward(ctx, do, dlse, dmaps):
+    if do is None:
+        return (None,) * 7
     q, k, v, bias, lse = ctx.saved_tensors
     wanted = ctx.needs_input_grad[3]
     dq, dk, dv, dbias = cross_attention_heads_bwd(q, k, v, bias, lse, do, ctx.heads, ctx.scale, wanted)

@@ -1,8 +1,11 @@
 """GroupNorm, scale and shift, SiLU: one launch forward, two backward. The contract is that of `encdiff.ops.group_norm`.
 
-Features are (B, L, C), channels innermost. One program normalises K groups of one sample: BLOCK_C columns, each group
-padded to BLOCK_D of them. Where the L positions fit one tile (SINGLE) it stays in registers, otherwise it is read
-again: twice more forward, once more backward. The variance is centred: the mean comes first.
+Features are (B, L, C), channels innermost. One program normalises K groups of one sample: BLOCK_C columns, BLOCK_D for
+each group. Where the L positions fit one tile (SINGLE) it stays in registers, otherwise it is read again: twice more
+forward, once more backward. The variance is centred: the mean comes first.
+
+WIDTH is the channels of a group where they are compiled in. A power of two fills its columns, then a thread moves
+VECTOR elements at a time; three quarters of one leave gaps, then 2 or 4. 0: any number, element by element.
 """
 
 from collections.abc import Iterator
@@ -15,20 +18,30 @@ from torch import Tensor
 
 from ._gate import GateCase, gate_signature
 
-# The kernels specialise no argument, so the code depends on the block sizes alone and gate_cases lists all of it.
-BLOCK_D = (2, 4, 8, 16, 32, 64)  # channels of one group, padded
-COLUMNS = 32  # of one program at least: 64 bytes of bfloat16
+WIDTHS = (2, 4, 6, 8, 12, 16)  # those of the U-Nets: 64 to 512 channels in 32 groups
+BLOCK_D = (4, 16, 64)  # columns of a group of any other width
+VECTOR = tl.constexpr(4)  # neighbours of one thread; of 8, each column's figures take more registers than there are
+COLUMNS = {4: 256, 16: 128, 64: 64, 256: 32}  # positions of a tile -> its columns: 64 bytes of bfloat16 at least
 TILE = 8192  # elements of one program at most
-BLOCK_L = (16, 64, 256)  # positions of one tile, cut to TILE
+# What the kernels do not specialise: all but the pointers to features, which `_aligned` sees to. So the code depends on
+# the block sizes alone and gate_cases lists all of it.
+GENERAL = ("p_mean", "p_rstd", "p_w", "p_b", "p_scale", "p_shift", "p_dscale", "p_dshift", "p_rows", "p_dw", "p_db")
+GENERAL += ("B", "L", "C", "G", "stride_scale", "stride_shift")
 
 
 @triton.jit
-def _columns(i_t, G, D, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr):
+def _columns(i_t, C, G, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, WIDTH: tl.constexpr):
     """Group and channel of every column, the first column of each group, and which of them there are."""
     o_j = tl.arange(0, BLOCK_C)
     o_g, o_d = i_t * (BLOCK_C // BLOCK_D) + o_j // BLOCK_D, o_j % BLOCK_D
-    m = (o_g < G) & (o_d < D)
-    return o_g, o_g * D + o_d, m & (o_d == 0), m
+    if WIDTH == BLOCK_D:
+        o_c = i_t * BLOCK_C + o_j  # said in this way, the compiler knows that neighbours are neighbours
+        m = o_c < C
+    else:
+        D = WIDTH if WIDTH > 0 else C // G
+        o_c = o_g * D + o_d
+        m = (o_g < G) & (o_d < D)
+    return o_g, o_c, m & (o_d == 0), m
 
 
 @triton.jit
@@ -70,18 +83,20 @@ def _affine(p_w, p_b, p_scale, p_shift, o_c, m_c, HAS_SCALE: tl.constexpr, HAS_S
     return w, b, scale, shift
 
 
-@triton.jit(do_not_specialize=range(14))
+@triton.jit(do_not_specialize=GENERAL)
 def group_norm_fwd_kernel(
     p_x, p_w, p_b, p_scale, p_shift, p_y, p_mean, p_rstd, L, C, G, stride_scale, stride_shift, eps,
-    BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, SINGLE: tl.constexpr,
+    BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, WIDTH: tl.constexpr, SINGLE: tl.constexpr,
     HAS_SCALE: tl.constexpr, HAS_SHIFT: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
     tiles = tl.cdiv(G, BLOCK_C // BLOCK_D)
-    i_b, i_t, D = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles, C // G
-    o_g, o_c, m_g, m_c = _columns(i_t, G, D, BLOCK_C, BLOCK_D)
+    i_b, i_t = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles
+    n = (L * (C // G)).to(tl.float32)
+    if WIDTH > 0:
+        C = C // VECTOR * VECTOR  # said in this way, the compiler knows that rows are aligned
+    o_g, o_c, m_g, m_c = _columns(i_t, C, G, BLOCK_C, BLOCK_D, WIDTH)
     p_x += i_b * L * C
     p_y += i_b * L * C
-    n = (L * D).to(tl.float32)
     x = _load(p_x, 0, o_c, m_c, L, C, BLOCK_L)
     total = tl.sum(x, 0)
     if not SINGLE:
@@ -89,7 +104,7 @@ def group_norm_fwd_kernel(
             total += tl.sum(_load(p_x, i_l, o_c, m_c, L, C, BLOCK_L), 0)
     mean = _over_groups(total, BLOCK_C, BLOCK_D) / n
     total = tl.zeros((BLOCK_C,), tl.float32)
-    for i_l in range(0, L, BLOCK_L):
+    for i_l in range(0, BLOCK_L if SINGLE else L, BLOCK_L):
         if not SINGLE:
             x = _load(p_x, i_l, o_c, m_c, L, C, BLOCK_L)
         m = (i_l + tl.arange(0, BLOCK_L) < L)[:, None] & m_c[None, :]
@@ -102,7 +117,7 @@ def group_norm_fwd_kernel(
         p_w, p_b, p_scale + i_b * stride_scale, p_shift + i_b * stride_shift, o_c, m_c, HAS_SCALE, HAS_SHIFT
     )
     gain, offset = rstd * w * scale, b * scale + shift
-    for i_l in range(0, L, BLOCK_L):
+    for i_l in range(0, BLOCK_L if SINGLE else L, BLOCK_L):
         if not SINGLE:
             x = _load(p_x, i_l, o_c, m_c, L, C, BLOCK_L)
         u = (x - mean[None, :]) * gain[None, :] + offset[None, :]
@@ -123,23 +138,26 @@ def _normalised(p_dy, p_x, i_l, mean, rstd, gain, offset, o_c, m_c, L, C, BLOCK_
     return x_hat, du
 
 
-@triton.jit(do_not_specialize=range(16))
+@triton.jit(do_not_specialize=GENERAL)
 def group_norm_bwd_kernel(
     p_dy, p_x, p_mean, p_rstd, p_w, p_b, p_scale, p_shift, p_dx, p_dscale, p_dshift, p_rows, L, C, G,
     stride_scale, stride_shift,
-    BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, SINGLE: tl.constexpr,
+    BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, WIDTH: tl.constexpr, SINGLE: tl.constexpr,
     HAS_SCALE: tl.constexpr, HAS_SHIFT: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
     """p_rows (B, 2, C) takes each sample's share of the gradients of weight and bias."""
     tiles = tl.cdiv(G, BLOCK_C // BLOCK_D)
-    i_b, i_t, D = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles, C // G
-    o_g, o_c, _, m_c = _columns(i_t, G, D, BLOCK_C, BLOCK_D)
+    i_b, i_t = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles
+    n = (L * (C // G)).to(tl.float32)
+    if WIDTH > 0:
+        C = C // VECTOR * VECTOR  # said in this way, the compiler knows that rows are aligned
+    o_g, o_c, _, m_c = _columns(i_t, C, G, BLOCK_C, BLOCK_D, WIDTH)
     p_x += i_b * L * C
     p_dy += i_b * L * C
     p_dx += i_b * L * C
-    w, b, scale, shift = _affine(
-        p_w, p_b, p_scale + i_b * stride_scale, p_shift + i_b * stride_shift, o_c, m_c, HAS_SCALE, HAS_SHIFT
-    )
+    p_scale += i_b * stride_scale
+    p_shift += i_b * stride_shift
+    w, b, scale, shift = _affine(p_w, p_b, p_scale, p_shift, o_c, m_c, HAS_SCALE, HAS_SHIFT)
     mean, rstd = _column(p_mean + i_b * G, o_g, m_c), _column(p_rstd + i_b * G, o_g, m_c)
     gain, offset = w * scale, b * scale + shift
     x_hat, du = _normalised(p_dy, p_x, 0, mean, rstd, gain, offset, o_c, m_c, L, C, BLOCK_L, SILU)
@@ -149,6 +167,14 @@ def group_norm_bwd_kernel(
             x_hat, du = _normalised(p_dy, p_x, i_l, mean, rstd, gain, offset, o_c, m_c, L, C, BLOCK_L, SILU)
             sum_du += tl.sum(du, 0)
             sum_xdu += tl.sum(du * x_hat, 0)
+    mean_d = _over_groups(sum_du * gain, BLOCK_C, BLOCK_D) / n
+    mean_xd = _over_groups(sum_xdu * gain, BLOCK_C, BLOCK_D) / n
+    for i_l in range(0, BLOCK_L if SINGLE else L, BLOCK_L):
+        if not SINGLE:
+            x_hat, du = _normalised(p_dy, p_x, i_l, mean, rstd, gain, offset, o_c, m_c, L, C, BLOCK_L, SILU)
+        dx = rstd[None, :] * (du * gain[None, :] - mean_d[None, :] - x_hat * mean_xd[None, :])
+        _store(p_dx, dx, i_l, o_c, m_c, L, C, BLOCK_L)
+    w, b, scale, _ = _affine(p_w, p_b, p_scale, p_shift, o_c, m_c, HAS_SCALE, HAS_SHIFT)  # again: registers are dear
     if HAS_SCALE:
         tl.store(p_dscale + i_b * C + o_c, (w * sum_xdu + b * sum_du).to(p_dscale.dtype.element_ty), mask=m_c)
     if HAS_SHIFT:
@@ -156,44 +182,65 @@ def group_norm_bwd_kernel(
     p_rows += i_b * 2 * C
     tl.store(p_rows + o_c, sum_xdu * scale, mask=m_c)
     tl.store(p_rows + C + o_c, sum_du * scale, mask=m_c)
-    n = (L * D).to(tl.float32)
-    mean_d = _over_groups(sum_du * gain, BLOCK_C, BLOCK_D) / n
-    mean_xd = _over_groups(sum_xdu * gain, BLOCK_C, BLOCK_D) / n
-    for i_l in range(0, L, BLOCK_L):
-        if not SINGLE:
-            x_hat, du = _normalised(p_dy, p_x, i_l, mean, rstd, gain, offset, o_c, m_c, L, C, BLOCK_L, SILU)
-        dx = rstd[None, :] * (du * gain[None, :] - mean_d[None, :] - x_hat * mean_xd[None, :])
-        _store(p_dx, dx, i_l, o_c, m_c, L, C, BLOCK_L)
+
+
+@triton.jit(do_not_specialize=GENERAL)
+def group_norm_bwd_kernel_sum(p_rows, p_dw, p_db, B, C, BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr):
+    """The sum of p_rows (B, 2, C) over the batch, always in the same order: half of the programs for p_dw."""
+    tiles = tl.cdiv(C, BLOCK_C)
+    half = tl.program_id(0) // tiles
+    o_c = tl.program_id(0) % tiles * BLOCK_C + tl.arange(0, BLOCK_C)
+    total = tl.zeros((BLOCK_C,), tl.float32)
+    for i_b in range(0, B, BLOCK_B):
+        o_b = i_b + tl.arange(0, BLOCK_B)
+        m = (o_b < B)[:, None] & (o_c < C)[None, :]
+        o = (2 * o_b + half).to(tl.int64)[:, None] * C + o_c[None, :]
+        total += tl.sum(tl.load(p_rows + o, mask=m, other=0.0), 0)
+    if half == 0:
+        tl.store(p_dw + o_c, total.to(p_dw.dtype.element_ty), mask=o_c < C)
+    else:
+        tl.store(p_db + o_c, total.to(p_db.dtype.element_ty), mask=o_c < C)
+
+
+SUM = {"BLOCK_B": 128, "BLOCK_C": 32}  # a program reads 128 bytes of each row, those of the paper's batch at once
+SUM_WARPS = 8
 
 
 class Tile(NamedTuple):
-    """Positions and columns of one program, columns of one group, and whether one tile holds all positions."""
+    """Positions and columns of one program, columns and channels (0: any) of one group, whether it is read once."""
 
     rows: int
     columns: int
     group: int
+    width: int
     single: bool
 
     @classmethod
-    def of(cls, L: int, D: int) -> "Tile":
-        group = min(d for d in BLOCK_D if d >= D)
-        columns = max(COLUMNS, group)
-        rows = min([r for r in BLOCK_L if r >= L] or BLOCK_L[-1:])
+    def of(cls, L: int, C: int, groups: int) -> "Tile":
+        D = C // groups
+        width = D if D in WIDTHS and C % 8 == 0 else 0
+        group = triton.next_power_of_2(D) if width else min(d for d in BLOCK_D if d >= D)
+        # fewer to compile: narrow groups are those of large images
+        lengths = list(COLUMNS)[width < 8 :] if width else [16, 256]
+        rows = next((r for r in lengths if r >= L), lengths[-1])
+        columns = max(COLUMNS[rows], group)
+        if width != group:  # there are gaps
+            columns = max(columns, min(2 * columns, TILE // rows))
         rows = min(rows, TILE // columns)
-        return cls(rows, columns, group, rows >= L)
+        return cls(rows, columns, group, width, rows >= L)
 
     @property
     def num_warps(self) -> int:
-        """32 elements for each thread."""
-        return max(1, self.rows * self.columns // 1024)
+        """16 elements for each thread: of 32 the backward takes more registers than two blocks of eight warps have."""
+        return self.rows * self.columns // 512
 
     def programs(self, groups: int) -> int:
         """For one sample."""
         return triton.cdiv(groups, self.columns // self.group)
 
     def constexprs(self, has_scale: bool, has_shift: bool, silu: bool) -> dict:
-        blocks = {"BLOCK_L": self.rows, "BLOCK_C": self.columns, "BLOCK_D": self.group, "SINGLE": self.single}
-        return blocks | {"HAS_SCALE": has_scale, "HAS_SHIFT": has_shift, "SILU": silu}
+        blocks = {"BLOCK_L": self.rows, "BLOCK_C": self.columns, "BLOCK_D": self.group, "WIDTH": self.width}
+        return blocks | {"SINGLE": self.single, "HAS_SCALE": has_scale, "HAS_SHIFT": has_shift, "SILU": silu}
 
 
 def _row(t: Tensor | None, other: Tensor) -> tuple[Tensor, int]:
@@ -204,12 +251,18 @@ def _row(t: Tensor | None, other: Tensor) -> tuple[Tensor, int]:
     return t, t.stride(0)
 
 
+def _aligned(x: Tensor) -> Tensor:
+    """Contiguous, from a multiple of 16 bytes on."""
+    x = x.contiguous()
+    return x.clone() if x.data_ptr() % 16 else x
+
+
 def _launch_forward(x, weight, bias, scale, shift, groups, eps, silu) -> tuple[Tensor, Tensor, Tensor]:
-    (batch, L, C), x = x.shape, x.contiguous()
+    (batch, L, C), x = x.shape, _aligned(x)
     y = torch.empty_like(x)
     mean, rstd = (x.new_empty(batch, groups, dtype=torch.float32) for _ in range(2))
     if x.numel():
-        tile = Tile.of(L, C // groups)
+        tile = Tile.of(L, C, groups)
         (s, stride_s), (t, stride_t) = _row(scale, weight), _row(shift, weight)
         with torch.cuda.device_of(x):
             group_norm_fwd_kernel[batch * tile.programs(groups),](
@@ -221,24 +274,25 @@ def _launch_forward(x, weight, bias, scale, shift, groups, eps, silu) -> tuple[T
 
 def _launch_backward(dy, x, mean, rstd, weight, bias, scale, shift, groups, silu) -> tuple[Tensor, ...]:
     """The gradients of x, weight, bias, scale and shift; an empty one for what is not given."""
-    (batch, L, C), x = x.shape, x.contiguous()
-    dx = torch.empty_like(x)
+    (batch, L, C), x, dy = x.shape, _aligned(x), _aligned(dy)
+    dx, dweight, dbias = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, weight, bias))
     dscale, dshift = (_like_row(t, x) for t in (scale, shift))
     rows = x.new_empty(batch, 2, C, dtype=torch.float32)
     if x.numel():
-        tile = Tile.of(L, C // groups)
+        tile = Tile.of(L, C, groups)
         (s, stride_s), (t, stride_t) = _row(scale, weight), _row(shift, weight)
         with torch.cuda.device_of(x):
             group_norm_bwd_kernel[batch * tile.programs(groups),](
-                dy.contiguous(), x, mean, rstd, weight.contiguous(), bias.contiguous(), s, t, dx, dscale, dshift, rows,
+                dy, x, mean, rstd, weight.contiguous(), bias.contiguous(), s, t, dx, dscale, dshift, rows,
                 L, C, groups, stride_s, stride_t, **tile.constexprs(scale is not None, shift is not None, silu),
                 num_warps=tile.num_warps, num_stages=1,
             )  # fmt: skip
+            blocks = 2 * triton.cdiv(C, SUM["BLOCK_C"])
+            group_norm_bwd_kernel_sum[blocks,](rows, dweight, dbias, batch, C, **SUM, num_warps=SUM_WARPS)
     else:
-        for t in (rows, dscale, dshift):
+        for t in (dweight, dbias, dscale, dshift):
             t.zero_()
-    dweight, dbias = rows.sum(0).unbind()
-    return dx, dweight.to(weight.dtype, copy=True), dbias.to(bias.dtype, copy=True), dscale, dshift
+    return dx, dweight, dbias, dscale, dshift
 
 
 def _like_row(t: Tensor | None, x: Tensor) -> Tensor:
@@ -277,9 +331,13 @@ def _(dy, x, mean, rstd, weight, bias, scale, shift, groups, silu):
 def _setup_context(ctx, inputs, output) -> None:
     x, weight, bias, scale, shift, ctx.groups, _, ctx.silu = inputs
     ctx.save_for_backward(x, *output[1:], weight, bias, scale, shift)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # zeros for mean and rstd would be launches that nobody reads
 
 
 def _autograd(ctx, dy, *_):
+    if dy is None:
+        return (None,) * 8
     scale, shift = ctx.saved_tensors[-2:]
     *gradients, dscale, dshift = group_norm_backward(dy, *ctx.saved_tensors, ctx.groups, ctx.silu)
     return *gradients, None if scale is None else dscale, None if shift is None else dshift, None, None, None
@@ -290,20 +348,27 @@ group_norm.register_autograd(_autograd, setup_context=_setup_context)
 
 def gate_cases() -> Iterator[GateCase]:
     """Every tile with the longest code: scale, shift and SiLU; those of the paper's narrowest group in float32 too."""
-    lengths = {min(rows, TILE // max(COLUMNS, D)) for rows in BLOCK_L for D in BLOCK_D} | {BLOCK_L[-1] + 1}
-    tiles = dict.fromkeys(Tile.of(L, D) for D in BLOCK_D for L in sorted(lengths))
+    lengths = (*COLUMNS, max(COLUMNS) + 1)
+    tiles = dict.fromkeys(Tile.of(L, 8 * D, 8) for D in WIDTHS for L in lengths)
+    tiles |= dict.fromkeys(Tile.of(L, D - 1, 1) for D in BLOCK_D for L in lengths)  # of other widths
     for kernel in (group_norm_fwd_kernel, group_norm_bwd_kernel):
         for tile in tiles:
-            for kind in ("fp32", "bf16") if tile.group == 2 else ("bf16",):
+            for kind in ("fp32", "bf16") if tile.width == 2 else ("bf16",):
                 yield _case(kernel, tile, kind, True)
-        yield _case(kernel, Tile.of(256, 2), "fp32", False)
+        yield _case(kernel, Tile.of(256, 64, 32), "fp32", False)
+    for kind in ("fp32", "bf16"):
+        types = {"p_rows": "*fp32:1", "p_dw": f"*{kind}:1", "p_db": f"*{kind}:1"}
+        signature = gate_signature(group_norm_bwd_kernel_sum, types, SUM)
+        name = f"group_norm_bwd_kernel_sum {kind}"
+        yield GateCase(name, group_norm_bwd_kernel_sum, signature, SUM, SUM_WARPS, tensor_cores=False)
 
 
 def _case(kernel, tile: Tile, kind: str, options: bool) -> GateCase:
     constexprs = tile.constexprs(options, options, options)
     own = {"p_mean", "p_rstd", "p_rows"}
-    types = {n: f"*{'fp32' if n in own else kind}:1" for n in kernel.arg_names if n.startswith("p_")} | {"eps": "fp32"}
-    name = f"{kernel.__name__} {kind} {tile.rows}x{tile.columns}/{tile.group}"
+    types = {n: f"*{'fp32' if n in own else kind}" for n in kernel.arg_names if n.startswith("p_")} | {"eps": "fp32"}
+    types |= {n: f"{types[n]}:1" for n in types if n in GENERAL}
+    name = f"{kernel.__name__} {kind} {tile.rows}x{tile.columns}/{tile.group} of {tile.width or 'any'}"
     name += f"{' once' if tile.single else ''}{'' if options else ' plain'}"
     return GateCase(
         name, kernel, gate_signature(kernel, types, constexprs), constexprs, tile.num_warps, 1, tensor_cores=False

@@ -1,4 +1,5 @@
 import math
+import sys
 
 import pytest
 import torch
@@ -247,3 +248,33 @@ def test_bad_input(change, message):
     arguments = dict(x=x, context=context, w_q=w_q, w_k=w_k, w_v=w_v, w_o=w_o, b_o=b_o, heads=2) | change
     with pytest.raises(InputError, match=message):
         ops.cross_attention(**arguments)
+
+
+@pytest.mark.parametrize(
+    "impl, width",
+    [("native", 8), ("transposed", 8), ("sdpa", 8), ("reference", 8), ("triton", 8), ("triton", 5), ("by heads", 5)],
+)
+def test_keys_and_values_at_hand(impl, width, monkeypatch):
+    """As parts of one wider product of the tokens, as in the U-Net."""
+    if impl == "by heads":
+        module = sys.modules["encdiff.ops.cross_attention"]  # the package's attribute of that name is the function
+        monkeypatch.setattr(module, "choose_route", lambda *sizes: "heads")
+        impl = "triton"
+    x, tokens, weights, b_o = inputs(2, 7, 16, 5, 4, 2, width, torch.float32)
+    bias = None if impl in ("native", "sdpa") else torch.randn(2, 5)
+    options = dict(heads=2, residual=True, token_bias=bias)
+    given = [t.requires_grad_() for t in (x, tokens, *weights, b_o)]
+    w_k, w_v = given[3:5]
+    expected = ops.cross_attention(*given, **options, impl="reference")
+    k, _, v = F.linear(tokens, torch.cat([w_k, w_v, w_v])).split(len(w_k), dim=-1)
+    actual = ops.cross_attention(x, tokens.detach(), *given[2:], **options, projected=(k, v), impl=impl)
+    upstream = torch.randn_like(x)
+    gradients = [torch.autograd.grad(y, given, upstream) for y in (actual, expected)]
+    for mine, theirs in zip((actual, *gradients[0]), (expected, *gradients[1]), strict=True):
+        assert relative_error(mine, theirs.detach()) < 2e-6
+
+
+def test_keys_at_hand_must_fit():
+    x, tokens, weights, _ = inputs(2, 7, 16, 5, 4, 2, 8)
+    with pytest.raises(InputError, match=r"projected is \(2, 5, 8\), must be \(2, 5, 16\)"):
+        ops.cross_attention(x, tokens, *weights, heads=2, projected=torch.zeros(2, 2, 5, 8).unbind())

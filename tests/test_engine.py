@@ -1,5 +1,7 @@
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -60,6 +62,17 @@ def test_graph_and_eager_steps_agree(tmp_path):
     assert graph == pytest.approx(eager, rel=0.1)
 
 
+@needs_gpu
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_a_graph_holds_compiled_code_that_is_compiled_once(precision, tmp_path):
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = losses(tmp_path, "compile", steps=20, precision=precision)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert not torch._dynamo.utils.counters["graph_break"]
+    assert compiled == pytest.approx(losses(tmp_path, "eager", steps=20, precision=precision), rel=1e-2)
+
+
 class Replayed:
     """Stands for a CUDA graph where there is no GPU: what was captured is run again on the captured tensors."""
 
@@ -88,6 +101,25 @@ def test_a_graph_runs_each_call_once_on_its_own_inputs(monkeypatch):
     for i in range(6):
         (out,) = graph(x=torch.full((2,), float(i)), y=torch.ones(2))
         assert out.tolist() == [i + 1.0] * 2 and len(runs) == i + 1
+
+
+def test_warm_up_and_capture_share_their_compiled_code(monkeypatch):
+    graphs = []
+    for name in ("Stream", "CUDAGraph"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: Mock())
+    for name in ("stream", "device", "graph"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, **__: nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: Mock())
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda *_: None)
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    graph = Graph(torch.compile(lambda x: (x + 1,), backend=backend))
+    for _ in range(4):
+        graph(x=torch.ones(2, device="cpu"))
+    assert graph.graph is not None and len(graphs) == 1
 
 
 def test_the_engine_of_a_device():

@@ -11,6 +11,10 @@ pytestmark = pytest.mark.on_gpu
 
 CASES = {  # (B, C, H, W, groups, (scale, shift, SiLU), channels-last)
     "paper's widest level, smallest": (2, 64, 2, 2, 32, (True, True, True), True),
+    "16 bytes at a time, part of the columns": (2, 40, 3, 3, 5, (True, True, True), True),
+    "16 bytes at a time, several tiles of positions and columns": (1, 72, 2, 129, 9, (True, True, True), True),
+    "a group of 12": (2, 48, 3, 5, 4, (True, True, True), True),
+    "groups of 6, two tiles of columns": (1, 144, 1, 5, 24, (True, False, True), True),
     "odd everything": (3, 15, 3, 7, 5, (True, True, True), True),
     "several tiles": (1, 6, 17, 16, 3, (True, True, True), True),
     "contiguous": (2, 8, 5, 4, 2, (False, True, True), False),
@@ -139,6 +143,29 @@ def test_triton_twice_the_same_bits():
         assert torch.equal(a, b)
 
 
+def test_triton_copies_what_is_not_aligned():
+    shapes = (2, 16, 3, 2), (2, 3, 2, 16)
+    x, dy = (torch.randn(193)[1:].view(shapes[1]).permute(0, 3, 1, 2) for _ in range(2))
+    assert x.data_ptr() % 16 and x.shape == shapes[0]
+    weight, bias, results = torch.randn(16), torch.randn(16), []
+    for impl in ("triton", "reference"):
+        leaf = x.detach().requires_grad_()
+        y = group_norm(leaf, weight, bias, 2, silu=True, impl=impl)
+        results.append([y, *torch.autograd.grad(y, leaf, dy)])
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("batch", [1, 130])  # the sum takes 128 rows at a time
+def test_triton_sums_over_the_batch(batch):
+    tensors, upstream = leaves(batch, 40, 1, 1, (False, False, False)), torch.randn(batch, 40, 1, 1)
+    tensors[1] = tensors[1].detach().half().requires_grad_()  # gradients come in each parameter's type
+    actual = run(tensors, 5, (False,) * 3, "triton", upstream)
+    expected = run(doubles(tensors), 5, (False,) * 3, "reference", upstream.double())
+    assert actual[2].dtype == torch.float16 and actual[3].dtype == torch.float32
+    for a, e in zip(actual, expected, strict=True):
+        assert error(a, e) <= max(1e-6, torch.finfo(a.dtype).eps)
+
+
 def test_opcheck():
     from encdiff.kernels.group_norm import group_norm as fused
     from encdiff.kernels.group_norm import group_norm_backward
@@ -187,10 +214,12 @@ def test_gate_covers_what_dispatch_can_choose():
     from encdiff.kernels.group_norm import BLOCK_D, Tile, gate_cases
 
     assert BLOCK_D[-1] == FUSED_CHANNELS
-    gated = {(*(c.constexprs[f"BLOCK_{n}"] for n in "LCD"), c.constexprs["SINGLE"]) for c in gate_cases()}
+    names = ("BLOCK_L", "BLOCK_C", "BLOCK_D", "WIDTH", "SINGLE")
+    gated = {tuple(c.constexprs.get(n) for n in names) for c in gate_cases()}
     for channels in range(1, FUSED_CHANNELS + 1):
-        for positions in (1, 4, 15, 16, 17, 64, 100, 128, 129, 256, 257, 4096):
-            assert tuple(Tile.of(positions, channels)) in gated
+        for groups in (1, 3, 32):
+            for positions in (1, 4, 15, 16, 17, 64, 100, 128, 129, 256, 257, 4096):
+                assert tuple(Tile.of(positions, channels * groups, groups)) in gated
 
 
 @pytest.mark.on_cpu

@@ -18,7 +18,7 @@ LAYERS = [
     {"diffusion", "data", "metrics", "profiling"},
     {"models"},
     {"runs", "visualize", "engine", "protocol"},
-    {"fit", "evaluate"},
+    {"fit", "evaluate", "masters"},
     {"train", "train_autoencoder"},
     {"demo", "cli_support"},
     {"phases"},

@@ -1,3 +1,4 @@
+import copy
 import json
 
 import pytest
@@ -6,6 +7,8 @@ from _golden import draw, fill, load, relative_error
 
 from encdiff import ops
 from encdiff.errors import InputError
+from encdiff.models import attention
+from encdiff.models import unet as unet_module
 from encdiff.models.unet import UNet, timestep_embedding
 
 PREFIX = "model.diffusion_model."
@@ -117,3 +120,74 @@ def test_timestep_embedding():
 def test_bad_arguments(change, message):
     with pytest.raises(InputError, match=message):
         UNet(**(SMALL | change))
+
+
+def drawn(**config) -> UNet:
+    unet = UNet(**(SMALL | config))
+    for parameter in unet.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return unet
+
+
+def outcome(unet: UNet, dtype=torch.float64) -> dict[str, torch.Tensor]:
+    """y and all gradients, from the same inputs each time; for channels-last features."""
+    generator = torch.Generator().manual_seed(2)
+    unet = copy.deepcopy(unet).to(dtype, memory_format=torch.channels_last)
+    x, tokens, upstream = (
+        torch.randn(s, generator=generator).to(dtype) for s in ((2, 2, 8, 12), (2, 5, 4), (2, 2, 8, 12))
+    )
+    x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
+    y = unet(x, torch.tensor([3, 700]), tokens.requires_grad_())
+    y.backward(upstream)
+    assert all(p.grad.stride() == p.stride() for p in unet.parameters()), "fused AdamW refuses such gradients"
+    return {"y": y.detach(), "x": x.grad, "tokens": tokens.grad} | {n: p.grad for n, p in unet.named_parameters()}
+
+
+def one_by_one(emb, blocks):
+    """As the published code has it."""
+    return [block.emb_layers(emb).chunk(1 + block.scale_shift, dim=1) for block in blocks]
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_joined_products_are_those_of_the_layers(variant, checkpoint, monkeypatch):
+    """The timestep for all residual blocks, the tokens for all cross-attentions, 1x1 convolutions as products."""
+    unet = drawn(**VARIANTS[variant])
+    unet.checkpoint_activations = checkpoint
+    monkeypatch.setattr(attention, "projecting_pays", lambda tokens: True)
+    joined = outcome(unet)
+    monkeypatch.setattr(attention, "projecting_pays", lambda tokens: False)
+    monkeypatch.setattr(unet_module, "project_times", one_by_one)
+    for module in (attention, unet_module):
+        monkeypatch.setattr(module, "pointwise", lambda x, conv: conv(x))
+    for name, expected in outcome(unet).items():
+        torch.testing.assert_close(joined[name], expected, rtol=1e-9, atol=1e-11, msg=name)
+
+
+def test_joined_products_of_the_kernels(monkeypatch):
+    """As a GPU runs them, interpreted: against the references in float64."""
+    unet = drawn()
+    expected = outcome(unet)
+    monkeypatch.setattr(attention, "projecting_pays", lambda tokens: True)
+    with ops.use_impl("triton"), ops.record_impls() as ran:
+        actual = outcome(unet, torch.float32)
+    assert ("cross_attention", "triton") in ran
+    for name, exact in expected.items():
+        assert relative_error(actual[name], exact) < 1e-4, name
+
+
+def test_folded_blocks_project_no_tokens(monkeypatch):
+    unet, tokens = drawn(attention_levels=(0, 1)), torch.randn(2, 5, 4)
+    monkeypatch.setattr(attention, "projecting_pays", lambda tokens: True)
+    inputs = torch.randn(2, 2, 8, 8), torch.tensor([3, 700])
+    before = unet(*inputs, tokens)
+    with attention.fold_tokens(unet, tokens):
+        projected = attention.project_tokens(tokens, unet.attending)
+        folded = [block.is_folded(tokens) for block in unet.attending]
+        assert set(folded) == {True, False} and [pair is None for pair in projected] == folded
+        torch.testing.assert_close(unet(*inputs, tokens), before)
+
+
+def test_a_residual_block_projects_alone_what_it_is_not_given():
+    block, x, emb = drawn().res_blocks[0], torch.randn(2, 8, 4, 4), torch.randn(2, 32)
+    assert torch.equal(block(x, emb), block(x, unet_module.project_times(emb, [block])[0]))

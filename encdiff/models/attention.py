@@ -4,7 +4,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal, NamedTuple
 
+import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
@@ -18,6 +20,7 @@ class Conditioning(NamedTuple):
     tokens: Tensor  # S (B, N, D)
     token_bias: Tensor | None = None  # (B, N), added to the logits
     maps: list[Tensor] | None = None  # collects (B, h, w, N), the attention averaged over heads, layer by layer
+    projected: list[tuple[Tensor, Tensor] | None] | None = None  # of `project_tokens`, by a block's place
 
 
 class Attention(nn.Module):
@@ -77,6 +80,7 @@ class TransformerBlock(nn.Module):
         self.folded: tuple[Tensor, Folded] | None = None  # the tokens of `fold_tokens` and what they became
         self.gate: Literal["compute", "keep", "reuse"] = "compute"  # cross-attention: its output is kept, then reused
         self.kept: Tensor | None = None
+        self.place = 0  # among the blocks of a U-Net
 
     def forward(self, x: Tensor, cond: Conditioning) -> Tensor:
         if self.self_attention:
@@ -93,14 +97,33 @@ class TransformerBlock(nn.Module):
     def _cross_attend(self, x: Tensor, cond: Conditioning, residual: bool = True) -> Tensor:
         maps = None if cond.maps is None else "mean"
         options = dict(residual=residual, token_bias=cond.token_bias, maps=maps, **_norm(self.norm2))
-        if self.folded is not None and self.folded[0] is cond.tokens:
+        if self.is_folded(cond.tokens):
             y = cross_attention_folded(x, self.folded[1], self.attn2.to_out[0].bias, **options)
         else:
-            y = ops.cross_attention(x, cond.tokens, *self.attn2.weights(), heads=self.attn2.heads, **options)
+            options |= {"heads": self.attn2.heads, "projected": cond.projected and cond.projected[self.place]}
+            y = ops.cross_attention(x, cond.tokens, *self.attn2.weights(), **options)
         if cond.maps is not None:
             y, attention = y
             cond.maps.append(attention)
         return y
+
+    def is_folded(self, tokens: Tensor) -> bool:
+        return self.folded is not None and self.folded[0] is tokens
+
+
+def project_tokens(tokens: Tensor, blocks: list[TransformerBlock]) -> list[tuple[Tensor, Tensor] | None] | None:
+    """Keys and values (B, N, heads*d) of every block that asks for them, in one product; None: each makes its own."""
+    asking = [b for b in blocks if b.cross_attention and b.gate != "reuse" and not b.is_folded(tokens)]
+    if not (asking and projecting_pays(tokens)):
+        return None
+    weights = [w for block in asking for w in (block.attn2.to_k.weight, block.attn2.to_v.weight)]
+    parts = iter(F.linear(tokens, torch.cat(weights)).split([len(w) for w in weights], dim=-1))
+    return [(next(parts), next(parts)) if block in asking else None for block in blocks]
+
+
+def projecting_pays(tokens: Tensor) -> bool:
+    """On a GPU: there a product of so few tokens takes as long as its launch."""
+    return tokens.is_cuda
 
 
 @contextmanager
@@ -144,13 +167,26 @@ class SpatialTransformer(nn.Module):
 
     def forward(self, x: Tensor, cond: Conditioning) -> Tensor:
         height = x.shape[2]
-        h = rearrange(self.proj_in(normalise(x, self.norm)), "b c h w -> b (h w) c")
+        h = rearrange(pointwise(normalise(x, self.norm), self.proj_in), "b c h w -> b (h w) c")
         first_map = 0 if cond.maps is None else len(cond.maps)
         for block in self.transformer_blocks:
             h = block(h, cond)
         if cond.maps is not None:
             cond.maps[first_map:] = [rearrange(m, "b (h w) n -> b h w n", h=height) for m in cond.maps[first_map:]]
-        return x + self.proj_out(rearrange(h, "b (h w) c -> b c h w", h=height))
+        return x + pointwise(rearrange(h, "b (h w) c -> b c h w", h=height), self.proj_out)
+
+
+def pointwise(x: Tensor, conv: nn.Conv2d) -> Tensor:
+    """A 1x1 convolution of (B, C, H, W); of channels-last features as a product, which adds the bias itself.
+
+    cuDNN would add it in a pass of its own.
+    """
+    if not x.is_contiguous(memory_format=torch.channels_last):
+        return conv(x)
+    weight = conv.weight  # as a matrix by a view whose gradient has the weight's own strides: fused AdamW asks for them
+    weight = weight.flatten(1) if weight.stride(3) == 1 else weight.permute(0, 2, 3, 1).flatten(1)
+    y = F.linear(x.flatten(2).transpose(1, 2), weight, conv.bias)
+    return y.transpose(1, 2).unflatten(2, x.shape[2:])
 
 
 def normalise(x: Tensor, norm: nn.GroupNorm, **options) -> Tensor:

@@ -10,7 +10,15 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from encdiff.errors import InputError
-from encdiff.models.attention import Conditioning, SpatialTransformer, normalise, zero_init
+from encdiff.models.attention import (
+    Conditioning,
+    SpatialTransformer,
+    TransformerBlock,
+    normalise,
+    pointwise,
+    project_tokens,
+    zero_init,
+)
 
 
 class UNet(nn.Module):
@@ -102,6 +110,11 @@ class UNet(nn.Module):
                 self.output_blocks.append(Stage(layers))
 
         self.out = nn.Sequential(nn.GroupNorm(groups, c), nn.SiLU(), zero_init(nn.Conv2d(c, channels, 3, padding=1)))
+        # plain lists, not modules of a second name
+        self.res_blocks = [module for module in self.modules() if isinstance(module, ResBlock)]
+        self.attending = [module for module in self.modules() if isinstance(module, TransformerBlock)]
+        for place, block in (*enumerate(self.res_blocks), *enumerate(self.attending)):
+            block.place = place
 
     def forward(
         self,
@@ -118,10 +131,11 @@ class UNet(nn.Module):
         """
         if self.concept_embed is not None and not (token_bias is None and maps is None):
             raise InputError("conditioning is 'adagn': there is no attention to concepts to bias or to show")
-        cond = Conditioning(tokens, token_bias, maps)
+        cond = Conditioning(tokens, token_bias, maps, project_tokens(tokens, self.attending))
         emb = self.time_embed(timestep_embedding(t, self.width).to(self.time_embed[0].weight.dtype))
         if self.concept_embed is not None:
             emb = emb + self.concept_embed(tokens.flatten(1))
+        emb = project_times(emb, self.res_blocks)
         h, skips = x, []
         for stage in self.input_blocks:
             h = self._apply_stage(stage, h, emb, cond)
@@ -144,10 +158,10 @@ class Stage(nn.Sequential):
     def __init__(self, layers: list[nn.Module]):
         super().__init__(*layers)
 
-    def forward(self, h: Tensor, emb: Tensor, cond: Conditioning) -> Tensor:
+    def forward(self, h: Tensor, emb: list[tuple[Tensor, ...]], cond: Conditioning) -> Tensor:
         for layer in self:
             if isinstance(layer, ResBlock):
-                h = layer(h, emb)
+                h = layer(h, emb[layer.place])
             elif isinstance(layer, SpatialTransformer):
                 h = layer(h, cond)
             else:
@@ -168,22 +182,43 @@ class ResBlock(nn.Module):
             nn.GroupNorm(groups, c_out), nn.SiLU(), nn.Identity(), zero_init(nn.Conv2d(c_out, c_out, 3, padding=1))
         )
         self.skip_connection = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
+        self.place = 0  # among the residual blocks of a U-Net
 
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor | tuple[Tensor, ...]) -> Tensor:
+        """x (B, C, H, W) and the embedded timestep (B, E), or what `project_times` made of it for this block."""
         norm, _, conv = self.in_layers
         h = normalise(x, norm, silu=True)
         if self.sample is not None:
             h, x = _resample(h, self.sample), _resample(x, self.sample)
         h = conv(h)
-        e = self.emb_layers(emb)
+        e = project_times(emb, [self])[0] if isinstance(emb, Tensor) else emb
         norm, conv = self.out_layers[0], self.out_layers[-1]
         if self.scale_shift:
-            scale, shift = e.chunk(2, dim=1)
+            scale, shift = e
             h = normalise(h, norm, scale=scale, shift=shift, silu=True)
         else:
-            h = normalise(h + e[:, :, None, None], norm, silu=True)
+            h = normalise(h + e[0][:, :, None, None], norm, silu=True)
         h = conv(h)
-        return self.skip_connection(x) + h
+        if isinstance(self.skip_connection, nn.Conv2d):
+            x = pointwise(x, self.skip_connection)
+        return x + h
+
+
+def project_times(emb: Tensor, blocks: list[ResBlock]) -> list[tuple[Tensor, ...]]:
+    """What every block makes of the embedded timestep (B, E): (scale, shift), each (B, C), or (shift,).
+
+    One product for all blocks, since each alone is too small for a GPU.
+    """
+    linears = [block.emb_layers[1] for block in blocks]
+    weight, bias = (_join([getattr(linear, name) for linear in linears]) for name in ("weight", "bias"))
+    parts = [1 + block.scale_shift for block in blocks]
+    widths = [len(linear.bias) // n for linear, n in zip(linears, parts, strict=True) for _ in range(n)]
+    rows = iter(F.linear(F.silu(emb), weight, bias).split(widths, dim=1))
+    return [tuple(next(rows) for _ in range(n)) for n in parts]
+
+
+def _join(tensors: list[Tensor]) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
 
 class Resample(nn.Module):

@@ -1,6 +1,7 @@
 """The fused ops: one file each, with its reference beside it and the choice of implementation in `_dispatch`."""
 
 from encdiff.ops._dispatch import OPS, explain, record_impls, use_impl
+from encdiff.ops.adamw import adamw
 from encdiff.ops.cross_attention import cross_attention
 from encdiff.ops.geglu import geglu
 from encdiff.ops.group_norm import group_norm
@@ -10,6 +11,6 @@ from encdiff.ops.philox import normal, timesteps, uniform
 from encdiff.ops.self_attention import self_attention
 
 __all__ = [
-    "OPS", "cross_attention", "explain", "geglu", "group_norm", "mlp_bank", "normal", "q_sample", "record_impls",
-    "self_attention", "step", "timesteps", "uniform", "use_impl",
+    "OPS", "adamw", "cross_attention", "explain", "geglu", "group_norm", "mlp_bank", "normal", "q_sample",
+    "record_impls", "self_attention", "step", "timesteps", "uniform", "use_impl",
 ]  # fmt: skip

@@ -27,7 +27,7 @@ from encdiff.ops._dispatch import Implementation, Op, always
 from encdiff.ops.cross_attention_folded import (
     check_options,
     cross_attention_folded_triton,
-    fold_matrices,
+    fold_projected,
     interpreted,
     triton_reasons,
 )
@@ -35,14 +35,14 @@ from encdiff.ops.cross_attention_folded import (
 
 def cross_attention_reference(
     x, context, w_q, w_k, w_v, w_o, b_o=None, *,
-    heads, norm_weight=None, norm_bias=None, norm_eps=1e-5, residual=False, token_bias=None, maps=None,
+    heads, norm_weight=None, norm_bias=None, norm_eps=1e-5, residual=False, token_bias=None, maps=None, projected=None,
 ):  # fmt: skip
     """The formula in float32, whatever the storage type; see `cross_attention`."""
     with exact(x) as dtype:
         h = layer_norm(x.to(dtype), norm_weight, norm_bias, norm_eps)
-        q, k, v = (
-            split_heads(s.to(dtype) @ w.to(dtype).T, heads) for s, w in ((h, w_q), (context, w_k), (context, w_v))
-        )
+        w_q, *tokens = (t.to(dtype) for t in (w_q, *(projected or (context, w_k, w_v))))
+        k, v = tokens if projected else (tokens[0] @ w.T for w in tokens[1:])
+        q, k, v = (split_heads(t, heads) for t in (h @ w_q.T, k, v))
         logits = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
         p = softmax(logits, token_bias)
         y = project_out(merge_heads(p @ v), w_o, b_o, x if residual else None).to(x.dtype)
@@ -53,11 +53,11 @@ def cross_attention_reference(
 
 def cross_attention_sdpa(
     x, context, w_q, w_k, w_v, w_o, b_o=None, *,
-    heads, norm_weight=None, norm_bias=None, norm_eps=1e-5, residual=False, token_bias=None, maps=None,
+    heads, norm_weight=None, norm_bias=None, norm_eps=1e-5, residual=False, token_bias=None, maps=None, projected=None,
 ):  # fmt: skip
     """The stock fused attention between separate projections; cannot return maps."""
     h = layer_norm(x, norm_weight, norm_bias, norm_eps)
-    q, k, v = (split_heads(F.linear(s, w), heads) for s, w in ((h, w_q), (context, w_k), (context, w_v)))
+    q, k, v = (split_heads(t, heads) for t in (F.linear(h, w_q), *(projected or _project(context, w_k, w_v))))
     a = F.scaled_dot_product_attention(q, k, v)
     return project_out(merge_heads(a), w_o, b_o, x if residual else None)
 
@@ -75,12 +75,12 @@ def _sdpa_reasons(x, context, *weights, maps=None, token_bias=None, **_) -> list
 
 def cross_attention_native(
     x, context, w_q, w_k, w_v, w_o, b_o=None, *,
-    heads, norm_weight=None, norm_bias=None, norm_eps=1e-5, residual=False, token_bias=None, maps=None,
+    heads, norm_weight=None, norm_bias=None, norm_eps=1e-5, residual=False, token_bias=None, maps=None, projected=None,
 ):  # fmt: skip
     """The CPU's own attention between separate projections; neither token bias nor maps."""
     h = layer_norm(x, norm_weight, norm_bias, norm_eps)
-    q, k, v = (F.linear(s, w) for s, w in ((h, w_q), (context, w_k), (context, w_v)))
-    return project_out(native_attention(q, k, v, heads), w_o, b_o, x if residual else None)
+    k, v = projected or _project(context, w_k, w_v)
+    return project_out(native_attention(F.linear(h, w_q), k, v, heads), w_o, b_o, x if residual else None)
 
 
 def _native_reasons(x, context, w_q, *weights, heads, maps=None, token_bias=None, **_) -> list[str]:
@@ -98,7 +98,7 @@ def _native_doubts(x, context, w_q, *weights, heads, **_) -> list[str]:
 
 def cross_attention_transposed(
     x, context, w_q, w_k, w_v, w_o, b_o=None, *,
-    heads, norm_weight=None, norm_bias=None, norm_eps=1e-5, residual=False, token_bias=None, maps=None,
+    heads, norm_weight=None, norm_bias=None, norm_eps=1e-5, residual=False, token_bias=None, maps=None, projected=None,
 ):  # fmt: skip
     """Queries as the last axis: no copy to split or merge heads, products unpadded, softmax in vectors of queries.
 
@@ -106,8 +106,9 @@ def cross_attention_transposed(
     """
     with exact(x) as dtype:
         s, w_q, w_k, w_v, w_o = (t.to(dtype) for t in (context, w_q, w_k, w_v, w_o))
-        k = split_heads(F.linear(s, w_k * (w_q.shape[0] // heads) ** -0.5), heads)
-        v = (w_v @ s.mT).unflatten(1, (heads, -1))  # (B, H, d, N)
+        scale = (w_q.shape[0] // heads) ** -0.5
+        k, v = (F.linear(s, w_k * scale), w_v @ s.mT) if projected is None else _scaled(*projected, scale, dtype)
+        k, v = split_heads(k, heads), v.unflatten(1, (heads, -1))  # (B, H, N, d), (B, H, d, N)
 
         def attend(x, k, v, token_bias=None):
             h = layer_norm(x.to(dtype), norm_weight, norm_bias, norm_eps)
@@ -124,6 +125,15 @@ def cross_attention_transposed(
     return torch.cat(parts) if maps is None else tuple(torch.cat(part) for part in zip(*parts, strict=True))
 
 
+def _project(context: Tensor, w_k: Tensor, w_v: Tensor) -> tuple[Tensor, Tensor]:
+    return F.linear(context, w_k), F.linear(context, w_v)
+
+
+def _scaled(k: Tensor, v: Tensor, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Scaled keys (B, N, H*d), and values (B, H*d, N)."""
+    return k.to(dtype) * scale, v.to(dtype).mT
+
+
 def _together(k: Tensor, queries: int) -> int:
     """How many samples have a mebibyte of logits, for k (B, H, N, d)."""
     return max(1, 2**18 // max(1, k.shape[1] * k.shape[2] * queries))
@@ -131,29 +141,30 @@ def _together(k: Tensor, queries: int) -> int:
 
 def cross_attention_triton(
     x, context, w_q, w_k, w_v, w_o, b_o=None, *,
-    heads, norm_weight=None, norm_bias=None, norm_eps=1e-5, residual=False, token_bias=None, maps=None,
+    heads, norm_weight=None, norm_bias=None, norm_eps=1e-5, residual=False, token_bias=None, maps=None, projected=None,
 ):  # fmt: skip
     """The kernels of `encdiff.kernels.cross_attention`, on the route that their cost model chooses."""
     dtype = product_dtype(x)
     options = dict(norm_weight=norm_weight, norm_bias=norm_bias, norm_eps=norm_eps, residual=residual)
     options |= dict(token_bias=token_bias, maps=maps)
     route = choose_route(x.shape[1], x.shape[2], context.shape[1], heads, dtype.itemsize)
-    s, *weights = (t.to(dtype) for t in (context, w_q, w_k, w_v, w_o))
+    k, v = projected or _project(*(t.to(dtype) for t in (context, w_k, w_v)))
+    k, v, w_q, w_o = (t.to(dtype) for t in (k, v, w_q, w_o))
     if route == "folded":
-        return cross_attention_folded_triton(x, fold_matrices(s, *weights, heads=heads), b_o, **options)
-    return _by_heads(x, s, *weights, b_o, heads=heads, **options)
+        return cross_attention_folded_triton(x, fold_projected(k, v, w_q, w_o, heads=heads), b_o, **options)
+    return _by_heads(x, k, v, w_q, w_o, b_o, heads=heads, **options)
 
 
-def _by_heads(
-    x, context, w_q, w_k, w_v, w_o, b_o, *, heads, norm_weight, norm_bias, norm_eps, residual, token_bias, maps
-):  # fmt: skip
+def _by_heads(x, k, v, w_q, w_o, b_o, *, heads, norm_weight, norm_bias, norm_eps, residual, token_bias, maps):
     """Ordinary projections around the attention in Triton; widths of heads are filled up to multiples of 8."""
     from encdiff.kernels.cross_attention import cross_attention_heads as kernel
 
     width = w_q.shape[0] // heads
-    w_q, w_k, w_v, w_o = (fill_heads(w, heads, -width % 8) for w in (w_q, w_k, w_v, w_o.T))
-    h = layer_norm(x, norm_weight, norm_bias, norm_eps).to(context.dtype)
-    q, k, v = (F.linear(s, w).contiguous() for s, w in ((h, w_q), (context, w_k), (context, w_v)))
+    w_q, w_o = (fill_heads(w, heads, -width % 8) for w in (w_q, w_o.T))
+    if width % 8:
+        k, v = (F.pad(t.unflatten(-1, (heads, -1)), (0, -width % 8)).flatten(-2) for t in (k, v))
+    h = layer_norm(x, norm_weight, norm_bias, norm_eps).to(k.dtype)
+    q, k, v = (t.contiguous() for t in (F.linear(h, w_q), k, v))
     a, _, p = kernel(q, k, v, kernel_bias(token_bias, heads), heads, width**-0.5, maps is not None)
     y = project_out(a, w_o.T, b_o, x if residual else None).to(x.dtype)
     return y if maps is None else (y, (p if maps == "head" else p.mean(1)).to(x.dtype))
@@ -207,6 +218,7 @@ def cross_attention(
     residual: bool = False,
     token_bias: Tensor | None = None,
     maps: Literal["head", "mean"] | None = None,
+    projected: tuple[Tensor, Tensor] | None = None,
     impl: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Cross-attention from B x L queries to N concept tokens, with its projections, LayerNorm and residual.
@@ -223,6 +235,7 @@ def cross_attention(
         token_bias: added to the logits of each token, (B, N) or (B, heads, N): -inf masks a concept, log 2 doubles its
             odds. A row whose tokens are all masked attends to nothing.
         maps: also return the attention, "head" (B, heads, L, N) or "mean" over heads (B, L, N).
+        projected: S Wk^T and S Wv^T (B, N, heads*d) where they are at hand, any strides; w_k and w_v are then not read.
         impl: force an implementation (`encdiff.explain` lists them); None chooses.
 
     Returns:
@@ -234,10 +247,13 @@ def cross_attention(
     Source: arXiv 2402.09712, section 3.2; attention as in arXiv 2112.10752, eq. 5.
     """
     _check(x, context, w_q, w_k, w_v, w_o, heads)
+    for t in projected or ():
+        if tuple(t.shape) != (*context.shape[:2], len(w_q)):
+            raise InputError(f"projected is {tuple(t.shape)}, must be {(*context.shape[:2], len(w_q))}")
     check_options(x, heads, context.shape[1], norm_weight, norm_bias, token_bias, maps)
     return _op(
         x, context, w_q, w_k, w_v, w_o, b_o, heads=heads, norm_weight=norm_weight, norm_bias=norm_bias,
-        norm_eps=norm_eps, residual=residual, token_bias=token_bias, maps=maps, impl=impl,
+        norm_eps=norm_eps, residual=residual, token_bias=token_bias, maps=maps, projected=projected, impl=impl,
     )  # fmt: skip
 
 

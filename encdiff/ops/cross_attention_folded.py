@@ -48,7 +48,7 @@ class Kept(NamedTuple):
 
     def fold(self) -> Folded:
         """What `fold_matrices` makes of the same tokens."""
-        return _fold_heads(*(t.unflatten(-1, (self.heads, -1)) for t in self[:2]), self.w_q, self.w_o)
+        return fold_projected(self.keys, self.values, self.w_q, self.w_o.T, heads=self.heads)
 
 
 def fold(context: Tensor, w_q: Tensor, w_k: Tensor, w_v: Tensor, w_o: Tensor, *, heads: int) -> Folded | Kept:
@@ -72,15 +72,24 @@ def keep(context: Tensor, w_q: Tensor, w_k: Tensor, w_v: Tensor, w_o: Tensor, *,
 
 def fold_matrices(context: Tensor, w_q: Tensor, w_k: Tensor, w_v: Tensor, w_o: Tensor, *, heads: int) -> Folded:
     """Tokens and weights as two matrices for each head; arguments as in `cross_attention`. Exact, differentiable."""
-    k, v = (F.linear(context, w).unflatten(-1, (heads, -1)) for w in (w_k, w_v))
-    return _fold_heads(k, v, w_q, w_o.T)
+    return fold_projected(F.linear(context, w_k), F.linear(context, w_v), w_q, w_o, heads=heads)
 
 
-def _fold_heads(k: Tensor, v: Tensor, w_q: Tensor, w_o: Tensor) -> Folded:
-    """k, v (B, N, heads, d); w_q, w_o (heads*d, C)."""
-    heads, width = k.shape[2:]
-    w_q, w_o = (w.unflatten(0, (heads, width)) for w in (w_q, w_o))
-    return Folded(k.transpose(1, 2) @ (w_q * width**-0.5), v.transpose(1, 2) @ w_o)
+def fold_projected(k: Tensor, v: Tensor, w_q: Tensor, w_o: Tensor, *, heads: int) -> Folded:
+    """`fold_matrices` of keys and values (B, N, heads*d) that are at hand, in any strides."""
+    width = k.shape[-1] // heads
+    return Folded(_fold_heads(k, w_q * width**-0.5, heads), _fold_heads(v, w_o.T, heads))
+
+
+def _fold_heads(t: Tensor, w: Tensor, heads: int) -> Tensor:
+    """t (B, N, heads*d) and w (heads*d, C) -> (B, heads, N, C), contiguous.
+
+    One product for each head and all samples: the weights are not repeated for each of them, and their gradient is a
+    product, too, with no sum over samples after it.
+    """
+    s = t.flatten(0, 1).unflatten(1, (heads, -1)).transpose(0, 1)  # (H, B*N, d)
+    folded = torch.bmm(s, w.unflatten(0, (heads, -1)))
+    return folded.unflatten(1, t.shape[:2]).transpose(0, 1).contiguous()
 
 
 def fold_pays(context: Tensor, channels: int, heads: int) -> bool:

@@ -64,7 +64,7 @@ def _group_means(v: Tensor, groups: int) -> Tensor:
 
 
 def group_norm_triton(x, weight, bias, groups, eps=1e-5, *, scale=None, shift=None, silu=False):
-    """One fused kernel forward, one and a sum backward."""
+    """One fused kernel forward, two backward."""
     from encdiff.kernels.group_norm import group_norm as fused
 
     h = x.flatten(2).transpose(1, 2)  # (B, H W, C): a view of channels-last features

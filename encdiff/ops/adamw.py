@@ -1,0 +1,128 @@
+"""One step of AdamW over flat buffers, with the average of the weights and their bfloat16 copy."""
+
+import os
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from encdiff.errors import InputError
+from encdiff.ops._dispatch import Implementation, Op, always
+
+_TRITON_INSTALLED = find_spec("triton") is not None
+
+
+def adamw_reference(
+    master, gradient, exp_avg, exp_avg_sq, schedule, average=None, weights=None, scale=None, *,
+    betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01,
+):  # fmt: skip
+    """The formulas in the master's type, tensor by tensor; see `adamw`."""
+    rate, follow, bias1, bias2 = schedule.to(master.dtype).unbind()
+    g = gradient.to(master.dtype)
+    g = g if scale is None else g * scale.to(master.dtype)
+    exp_avg.lerp_(g, 1 - betas[0])
+    exp_avg_sq.mul_(betas[1]).addcmul_(g, g, value=1 - betas[1])
+    step = exp_avg / (exp_avg_sq.sqrt() / bias2.sqrt() + eps)
+    master.mul_(1 - rate * weight_decay).sub_(step * (rate / bias1))
+    if average is not None:
+        average.lerp_(master[: len(average)], follow)
+    if weights is not None:
+        weights.copy_(master)
+
+
+def adamw_triton(
+    master, gradient, exp_avg, exp_avg_sq, schedule, average=None, weights=None, scale=None, *,
+    betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01,
+):  # fmt: skip
+    """One launch."""
+    from encdiff.kernels.adamw import adamw as fused
+
+    fused(master, gradient, exp_avg, exp_avg_sq, schedule, average, weights, scale, *betas, eps, weight_decay)
+
+
+def _triton_reasons(master, gradient, exp_avg, exp_avg_sq, schedule, *_, **__) -> list[str]:
+    reasons = [] if _TRITON_INSTALLED else ["triton is not installed"]
+    if master.is_cuda:
+        if torch.cuda.get_device_capability(master.device) < (8, 0):
+            reasons.append("the GPU is older than compute capability 8.0")
+    elif master.device.type != "cpu" or os.environ.get("TRITON_INTERPRET") != "1":
+        reasons.append(f"master is on {master.device.type}")
+    if master.dtype != torch.float32 or schedule.dtype != torch.float32:
+        reasons.append(f"master and schedule are {master.dtype} and {schedule.dtype}, not float32")
+    return reasons
+
+
+def _triton_doubts(master, *_, **__) -> list[str]:
+    return [] if master.is_cuda else ["interpreted on the CPU: slow, for tests"]
+
+
+_op = Op(
+    "adamw",
+    [
+        Implementation("triton", adamw_triton, _triton_reasons, _triton_doubts),
+        Implementation("reference", adamw_reference, always),
+    ],
+)
+
+
+@torch.no_grad()
+def adamw(
+    master: Tensor,
+    gradient: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    schedule: Tensor,
+    average: Tensor | None = None,
+    weights: Tensor | None = None,
+    scale: Tensor | None = None,
+    *,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.01,
+    impl: str | None = None,
+) -> None:
+    """One step of `torch.optim.AdamW`, in place, then average += follow (master - average) and weights = master.
+
+    Unlike the other ops it writes its inputs: all but gradient, schedule and scale. What changes from step to step is
+    read from the device, so that a captured CUDA graph follows it.
+
+    Args:
+        master: (n,) float32, the weights (float64 too in the reference, moments and average then likewise).
+        gradient: (n,) bfloat16, float16 or float32.
+        exp_avg, exp_avg_sq: (n,) in the master's dtype, the moments.
+        schedule: (4,) float32: learning rate, follow = 1 - decay of the average, 1 - beta1^t and 1 - beta2^t for the
+            t-th step from 1 on.
+        average: (k,), k <= n, in the master's dtype, of the first k weights; or None.
+        weights: (n,) bfloat16 or float16, the rounded copy that computes; or None.
+        scale: (), multiplies the gradient: that of clipping; None: 1.
+        betas, eps, weight_decay: as in `torch.optim.AdamW`.
+        impl: force an implementation (`encdiff.explain` lists them); None chooses.
+
+    Raises:
+        InputError: shapes, dtypes, layouts or devices that do not fit, or a forced implementation that cannot serve.
+
+    Source: arXiv 1711.05101, algorithm 2; the moments' bias as in arXiv 1412.6980.
+    """
+    _check(master, gradient, exp_avg, exp_avg_sq, schedule, average, weights, scale)
+    _op(
+        master, gradient, exp_avg, exp_avg_sq, schedule, average, weights, scale,
+        betas=betas, eps=eps, weight_decay=weight_decay, impl=impl,
+    )  # fmt: skip
+
+
+def _check(master, gradient, exp_avg, exp_avg_sq, schedule, average, weights, scale) -> None:
+    if master.ndim != 1 or not master.is_floating_point():
+        raise InputError(f"master is {tuple(master.shape)} of {master.dtype}, must be (n,) of floating point")
+    n, k = len(master), None if average is None else min(average.numel(), len(master))
+    moments = {"exp_avg": (exp_avg, (n,)), "exp_avg_sq": (exp_avg_sq, (n,)), "average": (average, (k,))}
+    others = {"gradient": (gradient, (n,)), "weights": (weights, (n,)), "schedule": (schedule, (4,))}
+    others["scale"] = (scale, ())
+    for name, (t, shape) in (moments | others).items():
+        if t is None:
+            continue
+        if tuple(t.shape) != shape:
+            raise InputError(f"{name} is {tuple(t.shape)}, must be {shape} for master ({n},)")
+        if t.device != master.device or not t.is_contiguous():
+            raise InputError(f"{name} is on {t.device}, must be contiguous on master's {master.device}")
+        if name in moments and t.dtype != master.dtype:
+            raise InputError(f"{name} is {t.dtype}, must be of master's {master.dtype}")

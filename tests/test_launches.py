@@ -1,0 +1,43 @@
+"""The count of kernels of a training step and of a sampling evaluation must not grow."""
+
+import pytest
+import torch
+
+from bench.launches import Counting, count_evaluation, count_step, count_update, imagined_gpu
+
+# lower these with every kernel that is saved
+STEP = {"ours, autocast": 3000, "ours, bf16 weights": 2112}
+EVALUATION = {"ours, autocast": 903, "ours, bf16 weights": 513}
+
+
+@pytest.mark.parametrize("form", STEP)
+def test_a_step_launches_no_more_than_it_did(form):
+    assert count_step(form).total().launches <= STEP[form]
+
+
+@pytest.mark.parametrize("form", EVALUATION)
+def test_an_evaluation_launches_no_more_than_it_did(form):
+    assert count_evaluation(form).total().launches <= EVALUATION[form]
+
+
+def test_our_kernels_are_the_ones_counted():
+    groups = count_evaluation("ours, bf16 weights").groups
+    assert groups["GroupNorm"].launches == 73 and groups["attention"].launches == 32 and groups["GEGLU"].launches == 16
+
+
+def test_what_is_counted():
+    with imagined_gpu():
+        x, w, b = torch.empty(4, 6), torch.empty(8, 6), torch.empty(8)
+        conv = torch.nn.Conv2d(3, 5, 3, padding=1)
+        with Counting() as counting:
+            y = torch.nn.functional.linear(x, w, b)
+            y.view(2, 16).T.bfloat16()
+            conv(torch.empty(2, 3, 4, 4)).sum().backward()
+    assert counting.groups["products"] == (1, 4 * (24 + 48 + 8 + 32))
+    assert counting.groups["casts"] == (1, (4 + 2) * 32)
+    assert counting.groups["convolutions"].launches == 2  # of an input that needs no gradient
+    assert counting.groups["convolution biases"].launches == 2
+
+
+def test_an_update_is_more_than_one_launch_and_reads_every_weight():
+    assert 2 <= count_update().total().launches <= 60
