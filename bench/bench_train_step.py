@@ -3,7 +3,8 @@
 `published`: its eager step. `published_compiled`: the same with the stock fused attention, the loss under
 torch.compile, fused AdamW and average. `diffusers`: its U-Net, compiled, in the place of the published one. `ours` is
 `encdiff train` by default, with the latents made once for the whole run; `ours_encoding` encodes them in every step as
-the others do. Before anything is timed, loss and gradient are compared with the published form's on one noise.
+the others do; `ours_autocast` has no bfloat16 copy of the weights; `ours_compile` on a GPU lies in a CUDA graph too.
+Before anything is timed, loss and gradient are compared with the published form's on one noise.
 """
 
 import functools
@@ -39,9 +40,9 @@ def diffusers(model, precision, images, compile):
     return published_compiled(model, precision, images, compile, diffusers_unet(model.config).to(images.device))
 
 
-def ours(model, precision, images, compile, encoding=False, **options):
+def ours(model, precision, images, compile, encoding=False, masters=None, **options):
     config = TrainConfig(batch_size=len(images), learning_rate=RATE, warmup=0, precision=precision, **options)
-    training = Training(model, config)
+    training = Training(model, config, masters)
     training.latents = None if encoding else model.to_latents(images)
     uint8 = ((images + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
     indices = torch.arange(len(images), device=images.device)
@@ -54,6 +55,7 @@ STEPS = {
     "diffusers": diffusers,
     "ours": ours,
     "ours_encoding": functools.partial(ours, encoding=True),
+    "ours_autocast": functools.partial(ours, masters=False),
     "ours_eager": functools.partial(ours, engine="eager"),
     "ours_compile": functools.partial(ours, engine="compile"),
     "ours_checkpoint": functools.partial(ours, checkpoint_activations=True),
@@ -65,8 +67,10 @@ CASES = [(impl, dtype, batch) for impl in STEPS for dtype in DTYPES for batch in
 
 @pytest.mark.parametrize("impl, dtype, batch", CASES, ids=str)
 def test_train_step(measure, benchmark, device, impl, dtype, batch):
-    if impl == "ours_eager" and not GPU:
-        pytest.skip("on a CPU `ours` is the eager engine")
+    if impl in ("ours_eager", "ours_autocast") and not GPU:
+        pytest.skip("on a CPU `ours` is eager and under autocast")
+    if impl == "ours_autocast" and dtype != torch.bfloat16:
+        pytest.skip("it is of bfloat16")
     if impl == "ours_compile" and benchmark.disabled:
         pytest.skip("compiling takes longer than a smoke test may")
     config, batch = (SMOKE, 2) if benchmark.disabled else (PAPER, batch)

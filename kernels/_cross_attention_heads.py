@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._cross_attention_parts import load_rows, on_device, operand, store_rows
-from ._cross_attention_plan import FEW_TOKENS, HEADS_TILES, pad
+from ._cross_attention_plan import FEW_TOKENS, HEADS_TILES, heads_tile, pad
 from ._gate import GateCase, gate_signature
 
 
@@ -138,13 +138,7 @@ def _arguments(q: Tensor, k: Tensor, bias: Tensor | None, heads: int, scale: flo
     """The sizes every kernel takes, and its tile."""
     L, N, D = q.shape[1], k.shape[1], q.shape[2] // heads
     strides = (0, 0) if bias is None else bias.stride()[:2]
-    tile = HEADS_TILES[name, q.element_size() == 2, pad(D, 32)]
-    blocks = {
-        "BLOCK_L": tile.BLOCK_L,
-        "BLOCK_N": min(tile.BLOCK_N, FEW_TOKENS) if N <= FEW_TOKENS else tile.BLOCK_N,
-        "BLOCK_D": pad(D, 32),
-    }
-    blocks |= {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+    blocks = heads_tile(name, L, N, D, q.element_size())._asdict() | {"BLOCK_D": pad(D, 32)}
     return (L, N, heads, D // 8, scale, *strides), blocks
 
 
@@ -247,10 +241,11 @@ def gate_cases():
         dtype = "bf16" if half else "fp32"
         types = dict.fromkeys(("p_q", "p_k", "p_v", "p_o", "p_do", "p_dq", "p_dk", "p_dv", "p_maps"), f"*{dtype}")
         types |= dict.fromkeys(("p_bias", "p_lse", "p_delta", "p_dbias"), "*fp32") | {"scale": "fp32"}
-        for BLOCK_N in sorted({min(tile.BLOCK_N, FEW_TOKENS), tile.BLOCK_N}):
-            blocks = {"BLOCK_L": tile.BLOCK_L, "BLOCK_N": BLOCK_N, "BLOCK_D": BLOCK_D}
-            kernel = kernels[name]
+        size, kernel = 2 if half else 4, kernels[name]
+        chosen = [heads_tile(name, L, N, BLOCK_D, size) for L in (16, 17) for N in sorted({FEW_TOKENS, tile.BLOCK_N})]
+        for tile in dict.fromkeys(chosen):
+            blocks = {"BLOCK_L": tile.BLOCK_L, "BLOCK_N": tile.BLOCK_N, "BLOCK_D": BLOCK_D}
             yield GateCase(
-                f"cross_attention heads {name} {dtype} d<={BLOCK_D} N<={BLOCK_N}", kernel,
+                f"cross_attention heads {name} {dtype} L<={tile.BLOCK_L} d<={BLOCK_D} N<={tile.BLOCK_N}", kernel,
                 gate_signature(kernel, types, blocks), blocks, tile.num_warps, tile.num_stages, half,
             )  # fmt: skip

@@ -56,6 +56,8 @@ FOLDED_TILES = {
 # (channels padded, head width padded) -> tile; 16 bits only
 KEPT_TILES = {(128, 16): KeptTile(64, 2, 32, 8), (256, 32): KeptTile(32, 1, 64, 8)}
 
+SHORT = HeadsTile(16, FEW_TOKENS, 1)  # of 16 queries: one warp, in 64 rows three quarters would be masked
+
 # (kernel, 16 bit?, head width padded) -> tile
 HEADS_TILES = {
     ("fwd", True, 32): HeadsTile(64, 128, 4),
@@ -92,6 +94,16 @@ def can_fold(channels: int, tokens: int, size: int) -> bool:
 def head_width_limit(tokens: int, size: int) -> int:
     """The widest head that the per-head kernels serve: of a wider one in float32, many tokens spill registers."""
     return {2: 256, 4: 64 if tokens <= FEW_TOKENS else 32}.get(size, 0)
+
+
+def heads_tile(kernel: str, queries: int, tokens: int, width: int, size: int) -> HeadsTile:
+    """The per-head kernels' tile, cut to what there is: few tokens, and of narrow heads few queries."""
+    tile = HEADS_TILES[kernel, size == 2, pad(width, 32)]
+    if tokens <= FEW_TOKENS:
+        tile = tile._replace(BLOCK_N=min(tile.BLOCK_N, FEW_TOKENS))
+        if queries <= SHORT.BLOCK_L and size == 2 and width <= 32:
+            tile = SHORT
+    return tile
 
 
 def can_keep(channels: int, tokens: int, width: int, size: int) -> bool:

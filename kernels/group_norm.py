@@ -221,7 +221,7 @@ class Tile(NamedTuple):
         width = D if D in WIDTHS and C % 8 == 0 else 0
         group = triton.next_power_of_2(D) if width else min(d for d in BLOCK_D if d >= D)
         # fewer to compile: narrow groups are those of large images
-        lengths = list(COLUMNS)[width < 8 :] if width else [16, 256]
+        lengths = ([64, 256] if width < 8 else list(COLUMNS)) if width else [16, 256]
         rows = next((r for r in lengths if r >= L), lengths[-1])
         columns = max(COLUMNS[rows], group)
         if width != group:  # there are gaps
@@ -231,8 +231,8 @@ class Tile(NamedTuple):
 
     @property
     def num_warps(self) -> int:
-        """16 elements for each thread: of 32 the backward takes more registers than two blocks of eight warps have."""
-        return self.rows * self.columns // 512
+        """16 elements for each thread; 32 of the longest code, which has too few registers otherwise."""
+        return self.rows * self.columns // (512 if self.width or self.single else 1024)
 
     def programs(self, groups: int) -> int:
         """For one sample."""

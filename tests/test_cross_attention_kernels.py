@@ -64,6 +64,12 @@ CASES = {
     "folded, 256 channels in 16 bits": ("folded", (1, 4, 256, 20, 16, 8, 32), {"dtype": torch.float16}),
     "heads, one head": ("heads", (2, 17, 20, 20, 16, 1, 8), {}),
     "heads, odd sizes, bias per head": ("heads", (2, 35, 10, 40, 5, 3, 5), {"bias": "head"}),
+    "heads, paper 4x4, bfloat16": ("heads", (2, 16, 64, 20, 16, 2, 32), {"dtype": torch.bfloat16}),
+    "heads, paper 2x2, float16, bias per head": (
+        "heads",
+        (2, 4, 64, 20, 16, 2, 32),
+        {"bias": "head", "dtype": torch.float16},
+    ),
     "heads, 77 tokens 40 wide, bfloat16": (
         "heads",
         (1, 65, 16, 77, 8, 2, 40),
@@ -287,6 +293,20 @@ def test_every_shape_that_is_served_has_a_tile():
                 for width in range(8, plan.head_width_limit(tokens, size) + 1, 8):
                     tile = plan.HEADS_TILES[kernel, size == 2, plan.pad(width, 32)]
                     assert kernel == "dkv" or tokens <= tile.BLOCK_N  # the softmax is taken whole
+
+
+def test_tiles_of_heads_are_gated_and_no_longer_than_the_papers_queries():
+    gated = {
+        (*(c.constexprs[f"BLOCK_{n}"] for n in "LND"), c.num_warps) for c in kernels.gate_cases() if " heads " in c.name
+    }
+    for kernel in ("fwd", "dq", "dkv"):
+        for size, widths in ((2, (8, 16, 32, 40, 64, 128, 256)), (4, (8, 32, 64))):
+            for width in widths:
+                for tokens in (20, 77) if plan.head_width_limit(77, size) >= width else (20,):
+                    for queries in (4, 16, 17, 256):
+                        tile = plan.heads_tile(kernel, queries, tokens, width, size)
+                        assert (tile.BLOCK_L, tile.BLOCK_N, plan.pad(width, 32), tile.num_warps) in gated
+                        assert tile.BLOCK_L <= 16 or queries > 16 or width > 32 or tokens > 32
 
 
 @pytest.mark.parametrize(

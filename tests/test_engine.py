@@ -43,8 +43,9 @@ def test_compiled_and_eager_steps_agree(tmp_path, monkeypatch):
 
 @needs_gpu
 @pytest.mark.parametrize("engine", ["eager", "graph"])
-def test_a_step_does_not_wait_for_the_device(engine):
-    training = Training(EncDiff(TINY).cuda(), replace(CONFIG, engine=engine))
+@pytest.mark.parametrize("change", [{}, {"precision": "bf16"}, {"precision": "bf16", "gradient_clip": 1.0}])
+def test_a_step_does_not_wait_for_the_device(engine, change):
+    training = Training(EncDiff(TINY).cuda(), replace(CONFIG, engine=engine, **change))
     images, indices = torch.randint(256, (8, 16, 16, 3), dtype=torch.uint8).cuda(), torch.arange(8).cuda()
     try:
         for step in range(8):
