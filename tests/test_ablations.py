@@ -120,10 +120,11 @@ def test_adagn_adds_the_tokens_to_the_timesteps_embedding(images):
     assert any("attn1" in name for name in unet.state_dict())
     tokens, seen = model.tokens(model.encode(images)), []
     unet.time_embed.register_forward_hook(lambda *io: seen.append(io[2]))
-    unet.middle_block[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[1]))
+    block = unet.middle_block[0]
+    block.register_forward_pre_hook(lambda _, inputs: seen.append(torch.cat(inputs[1], dim=1)))
     out = model.denoise(x_t, t, tokens)
     weight, bias = unet.concept_embed.weight, unet.concept_embed.bias
-    torch.testing.assert_close(seen[1], seen[0] + tokens.reshape(4, -1) @ weight.T + bias)
+    torch.testing.assert_close(seen[1], block.emb_layers(seen[0] + tokens.reshape(4, -1) @ weight.T + bias))
     assert not torch.allclose(out, model.denoise(x_t, t, tokens.flip(0)), atol=1e-3)
 
 

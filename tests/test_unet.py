@@ -191,3 +191,13 @@ def test_folded_blocks_project_no_tokens(monkeypatch):
 def test_a_residual_block_projects_alone_what_it_is_not_given():
     block, x, emb = drawn().res_blocks[0], torch.randn(2, 8, 4, 4), torch.randn(2, 32)
     assert torch.equal(block(x, emb), block(x, unet_module.project_times(emb, [block])[0]))
+
+
+def test_features_are_channels_last():
+    unet, seen = drawn(), []
+    for block in unet.res_blocks:
+        block.register_forward_hook(
+            lambda block, args, y: seen.append(y.is_contiguous(memory_format=torch.channels_last))
+        )
+    unet(torch.randn(2, 2, 8, 12), torch.tensor([3, 700]), torch.randn(2, 5, 4))
+    assert seen and all(seen)

@@ -115,6 +115,7 @@ class UNet(nn.Module):
         self.attending = [module for module in self.modules() if isinstance(module, TransformerBlock)]
         for place, block in (*enumerate(self.res_blocks), *enumerate(self.attending)):
             block.place = place
+        self.to(memory_format=torch.channels_last)  # the faster layout of convolutions, on a CPU and a GPU
 
     def forward(
         self,
