@@ -126,7 +126,7 @@ class Training:
     def begin(self, images: Tensor) -> None:
         """Divide latents by their standard deviation over the first batch, as the published code does."""
         if self.model.config.first_stage == "vq":
-            with torch.no_grad(), float32_precision(self.config.precision == "tf32"):
+            with torch.no_grad(), float32_precision(self.config.precision != "float32"):
                 deviation = self.model.first_stage.encode(images).std().item()
             if not (math.isfinite(deviation) and deviation > 0):
                 raise InputError(f"first stage: its latents have standard deviation {deviation}; is it trained?")
@@ -143,7 +143,7 @@ class Training:
         """Encode the whole data set once, if the run will see each image more often and the latents can be kept."""
         visits = self.config.steps * self.config.batch_size
         if self.model.config.first_stage == "vq" and batches.resident and visits > len(batches.dataset):
-            with float32_precision(self.config.precision == "tf32"):
+            with float32_precision(self.config.precision != "float32"):
                 self.latents = torch.cat([self.model.to_latents(to_float(x)) for x in batches.everything()])
 
     def advance(self, images: Tensor, indices: Tensor) -> dict[str, Tensor]:
@@ -162,7 +162,7 @@ class Training:
         else:
             self.masters.check()
             self.masters.prepare(rate, follow)
-        with float32_precision(self.config.precision == "tf32"):
+        with float32_precision(self.config.precision != "float32"):  # bf16: of the first stage
             loss, norm = self._run(**inputs)
         self.step += 1
         if self.masters is not None:

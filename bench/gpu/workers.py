@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -38,11 +39,15 @@ class Worker(NamedTuple):
             self.process.wait()
 
 
+def slug_of(name: str) -> str:
+    return re.sub(r"\W+", "-", name)
+
+
 def start(lab: Lab, name: str, *arguments: str) -> Worker:
     """Begin one; what it prints goes to parts/NAME.log."""
     parts = lab.out / "parts"
     parts.mkdir(exist_ok=True)
-    slug = name.replace(" ", "-").replace("/", "-of-")
+    slug = slug_of(name)
     command = [sys.executable, "-u", "-m", "bench.gpu", str(lab.out), "--caches", str(lab.caches), "--worker", name]
     command += [*arguments, *(["--cpu"] if lab.cpu else [])]
     with (parts / f"{slug}.log").open("wb") as log:
@@ -54,7 +59,7 @@ def start(lab: Lab, name: str, *arguments: str) -> Worker:
 
 def work(lab: Lab, name: str, seconds: float) -> None:
     """In the worker: do what its name says, write its result."""
-    slug = name.replace(" ", "-").replace("/", "-of-")
+    slug = slug_of(name)
     began = time.monotonic()
 
     def ready() -> None:
