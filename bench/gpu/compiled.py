@@ -95,9 +95,9 @@ def lines(found: dict) -> list[str]:
         if isinstance(r, dict) and r.get("error"):
             said.append(f"{name}: {r['error'][:300]}")
         elif isinstance(r, dict) and r.get("seconds"):
-            said.append(
-                f"{name}, compiled, in a graph: {1e3 * r['seconds']:.2f} ms; compiled in {r.get('compile_s', 0):.0f} s"
-            )
+            tried = f", with cudnn.benchmark {1e3 * r['cudnn.benchmark']:.2f} ms" if "cudnn.benchmark" in r else ""
+            took = f"compiled in {r.get('compile_s', 0):.0f} s"
+            said.append(f"{name}, compiled, in a graph: {1e3 * r['seconds']:.2f} ms{tried}; {took}")
             if "profile" in r:
                 p = r["profile"]
                 said.append(f"  {p['total']['count']:.0f} kernels, {p['total']['us'] / 1e3:.2f} ms busy: " + ", ".join(
