@@ -17,9 +17,10 @@ SMOKE = EncDiffConfig(
 
 
 def fresh_model(config: EncDiffConfig, device: torch.device) -> EncDiff:
-    """Ours, every matrix drawn anew: at the published initialisation whole branches are zero."""
+    """Ours, every matrix drawn anew, on the device: at the published initialisation whole branches are zero."""
     torch.manual_seed(0)
-    model = EncDiff(config)
+    with torch.device(device):
+        model = EncDiff(config)
     for parameter in model.parameters():
         if parameter.ndim > 1:
             nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)

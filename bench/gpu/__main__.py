@@ -14,16 +14,16 @@ from pathlib import Path
 import bench.gpu as package
 
 ROOT = Path(__file__).parents[2]
-CALLS = {
-    1: "right,tests,machine,step,profile,whole,compiled,ops,sampling,tiles,paper",
-    2: "right,machine,step,profile,compiled,sampling,tiles,ops,paper",
+CALLS = {  # the blocks of each, what is wanted most first
+    1: "beside,machine,step,profile,compiled,sampling,whole,ops,tiles",
+    2: "beside,machine,step,profile,sampling,paper",
 }
 SECONDS = {  # of each block at most
-    "right": 100, "tests": 110, "machine": 20, "step": 60, "profile": 30, "whole": 40, "compiled": 90, "ops": 40,
-    "sampling": 40, "tiles": 40, "paper": 600,
+    "beside": 110, "machine": 10, "step": 45, "profile": 20, "whole": 30, "compiled": 40, "ops": 30, "sampling": 30,
+    "tiles": 60, "paper": 600,
 }  # fmt: skip
-FIRST_STAGE = 45  # seconds of its training, beside the checks
-TAIL = 12  # seconds kept for packing
+FIRST_STAGE, TESTS = 60, 75  # seconds of two workers
+TAIL = 5  # seconds kept for packing
 
 
 def link_kernels() -> None:
@@ -50,21 +50,29 @@ class Session:
         self.said = lab.load("said") or {}  # of a process before this one: see `go_on_anew`
 
     def start_workers(self) -> None:
-        from bench.gpu import workers
+        """Before anything is timed: what compiles longest first."""
         from bench.gpu.compiled import PEERS
 
-        shares = 1 if self.lab.cpu else 6
-        names = ["build"] if "whole" in self.blocks or "paper" in self.blocks or "step" in self.blocks else []
-        names += [f"peer {name}" for name in PEERS] if "compiled" in self.blocks else []
-        names += [f"right {n}/{shares}" for n in range(shares)] if "right" in self.blocks else []
-        if "paper" in self.blocks and not (self.lab.out / "first_stage").exists():
-            names += ["first stage"]
-        names += ["tests"] if "tests" in self.blocks else []
-        names += [f"tiles {n}/{shares}" for n in range(shares)] if "tiles" in self.blocks else []
+        if "beside" not in self.blocks:
+            return
+        has, shares = set(self.blocks), range(1 if self.lab.cpu else 5)
+        if "compiled" in has:
+            self.start(*(f"peer {name}" for name in PEERS))
+        self.start("build", *(f"right {n}/{len(shares)}" for n in shares))
+        if not (self.lab.out / "first_stage").exists():
+            self.start("first stage", seconds=3 if self.lab.cpu else FIRST_STAGE)
+        if "tiles" in has:
+            self.start("tests", seconds=TESTS)
+            self.start(*(f"tiles {n}/{len(shares)}" for n in shares))
+
+    def start(self, *names: str, seconds: float = 0) -> None:
+        from bench.gpu import workers
+
         for name in names:
-            seconds = {"first stage": 3 if self.lab.cpu else FIRST_STAGE, "tests": SECONDS["tests"] - 25}.get(name)
-            extra = ["--seconds", str(seconds)] if seconds else []
-            self.workers[name] = workers.start(self.lab, name, *extra)
+            self.workers[name] = workers.start(self.lab, name, "--seconds", str(seconds))
+
+    def of(self, kind: str) -> dict:
+        return {name: worker for name, worker in self.workers.items() if name.split()[0] == kind}
 
     def run(self) -> None:
         from bench.gpu.lab import Late, alarm
@@ -83,7 +91,7 @@ class Session:
             self.said[name] = (time.monotonic() - began, lines)
             print(f"== {name}: {time.monotonic() - began:.1f} s, {self.lab.left:.0f} s left", flush=True)
             self.write_summary()
-            if "CUDA error" in lines[0] and self.blocks[n + 1 :]:
+            if lines and "CUDA error" in lines[0] and self.blocks[n + 1 :]:
                 self.go_on_anew(self.blocks[n + 1 :])
         self.stop_workers()
 
@@ -108,32 +116,39 @@ class Session:
             return [f"({type(error).__name__} while reading what it left)"]
 
     def describe(self, name: str, found) -> list[str]:
-        from bench.gpu import checks, compiled, machine, operations, paper, sampling, steps, tiles, workers
+        from bench.gpu import checks, compiled, machine, operations, paper, sampling, steps, tiles
 
         makers: dict[str, Callable] = {
-            "right": checks.lines, "tests": workers.test_lines, "machine": machine.lines, "step": steps.lines,
+            "right": checks.lines, "machine": machine.lines, "step": steps.lines,
             "profile": steps.profile_lines, "whole": sampling.check_lines, "compiled": compiled.lines,
             "ops": operations.lines, "sampling": sampling.lines, "tiles": tiles.lines, "paper": paper.lines,
         }  # fmt: skip
-        return makers[name](found) if found else []
+        return makers[name](found) if found and name in makers else []
 
     def done(self, name: str, found) -> list[str]:
         self.lab.save(name, found)
         return self.describe(name, found)
 
-    def block_right(self, seconds: float) -> list[str]:
-        end, found, said = time.monotonic() + seconds, [], []
-        for name, worker in self.workers.items():
-            if name.split()[0] in ("right", "build", "first"):
-                result = worker.wait(end)
-                if isinstance(result, list):
-                    found += result
-                else:
-                    said.append(f"{name}: {json.dumps(result)[:300]}")
-        return self.done("right", found) + said
+    def block_beside(self, seconds: float) -> list[str]:
+        """Wait until the checks, tests and trainings are over and the compiled peers are ready; then all is quiet."""
+        from bench.gpu import checks, workers
 
-    def block_tests(self, seconds: float) -> list[str]:
-        return self.done("tests", self.workers["tests"].wait(time.monotonic() + min(seconds, 30)))
+        end, found = time.monotonic() + seconds - 3, []
+        for name, worker in self.of("right").items():
+            result = worker.wait(end)
+            found += result if isinstance(result, list) else [checks.failed(name, result["error"])]
+        said = self.done("right", found)
+        for name, worker in (self.of("build") | self.of("first") | self.of("tests")).items():
+            result = worker.wait(end)
+            self.lab.save(name.replace(" ", "_"), result)
+            lines = workers.test_lines(result) if name == "tests" else [json.dumps(result)[:300]]
+            said += [f"{name}: {line}" for line in lines]
+        peers = self.of("peer")
+        while time.monotonic() < end and not all(worker.ready() for worker in peers.values()):
+            time.sleep(0.2)
+        for worker in self.of("tiles").values():
+            worker.pause()
+        return [*said, f"compiled peers ready: {', '.join(n for n, w in peers.items() if w.ready()) or 'none'}"]
 
     def block_machine(self, seconds: float) -> list[str]:
         from bench.gpu import machine
@@ -168,23 +183,23 @@ class Session:
     def block_tiles(self, seconds: float) -> list[str]:
         from bench.gpu import tiles
 
-        end = time.monotonic() + seconds / 3
-        compiled = [worker.wait(end) for name, worker in self.workers.items() if name.startswith("tiles")]
+        for worker in self.of("tiles").values():
+            worker.pause(False)
+        compiled = [worker.wait(time.monotonic() + seconds / 3) for worker in self.of("tiles").values()]
         return [f"compiled ahead: {json.dumps(compiled)[:200]}", *self.done("tiles", tiles.measure(self.lab))]
 
     def block_compiled(self, seconds: float) -> list[str]:
         end, found = time.monotonic() + seconds, {}
-        for name, worker in self.workers.items():
-            if name.startswith("peer "):
-                worker.result.with_suffix(".go").touch()
-                found[name.removeprefix("peer ")] = worker.wait(end)
-                self.lab.save("compiled", found)
+        for name, worker in self.of("peer").items():
+            worker.go()
+            found[name.removeprefix("peer ")] = worker.wait(end)
+            self.lab.save("compiled", found)
         return self.done("compiled", found)
 
     def block_paper(self, seconds: float) -> list[str]:
         from bench.gpu import paper
 
-        kept = 1 if self.lab.cpu else 45  # for the images, the latents before and the scores after
+        kept = 1 if self.lab.cpu else 30  # for the images and latents before, the codes after
         changes = {"precision": "float32", "batch_size": 8} if self.lab.cpu else {}
         return self.done(
             "paper", paper.measure(self.lab, max(2, min(seconds - kept, 3 if self.lab.cpu else 600)), **changes)

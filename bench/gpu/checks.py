@@ -172,9 +172,13 @@ def measure(lab: Lab, share: int, shares: int, batch: int) -> list[dict]:
         try:
             found.append(check(case, seed=n))
         except Exception as error:
-            said = f"{type(error).__name__}: {str(error).strip()[:300]}"
-            found.append({"case": case.name, "ok": False, "wrong": [said], "errors": {}, "unstable": []})
+            found.append(failed(case.name, f"{type(error).__name__}: {str(error).strip()[:300]}"))
     return found
+
+
+def failed(case: str, why: str) -> dict:
+    """The result of a case, or of a process of several, that gave none."""
+    return {"case": case, "ok": False, "wrong": [why], "errors": {}, "unstable": []}
 
 
 def lines(found: list[dict]) -> list[str]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bench.baselines import fresh_model, published_twin
 from bench.cost import train_step_cost
-from bench.gpu.lab import Lab, Run, called, repeated
+from bench.gpu.lab import Lab, Run, called, captured, repeated
 from bench.published import PublishedTraining
 from encdiff.train import TrainConfig, Training
 
@@ -40,7 +40,9 @@ def advance(training: Training, lab: Lab) -> Run:
     return lambda: training.advance(images, indices)
 
 
-def published(lab: Lab, latents: bool, attention: str = "einsum", compile: Callable = lambda f: f, fast: bool = False):
+def published(
+    lab: Lab, latents: bool, attention: str = "einsum", compile: Callable = lambda f: f, fast=False, capturable=False
+):
     """The published step, bf16 autocast; `latents`: with the first stage's work left out, as ours."""
     twin = published_twin(fresh_model(lab.config, lab.device).train(), attention)
     if latents:
@@ -50,9 +52,9 @@ def published(lab: Lab, latents: bool, attention: str = "einsum", compile: Calla
         x0 = x0.to(lab.device)
         twin.first_stage_model.encode = lambda images: x0
     training = PublishedTraining(twin, RATE, compile(twin.loss), "bf16", fast=fast)
-    if fast:
+    if fast or capturable:
         parameters = [p for p in twin.parameters() if p.requires_grad]
-        training.optimizer = torch.optim.AdamW(parameters, RATE, fused=True, capturable=not lab.cpu)
+        training.optimizer = torch.optim.AdamW(parameters, RATE, fused=fast or None, capturable=not lab.cpu)
     size = lab.config.image_size
     images = torch.rand(lab.batch, 3, size, size, device=lab.device) * 2 - 1
     return lambda: training.advance(images)
@@ -63,23 +65,34 @@ def variants(lab: Lab) -> dict[str, Callable[[], float]]:
     on, graph = lab.device, "eager" if lab.cpu else "graph"
 
     def eager(run: Run) -> float:
-        return called(run, on, calls=10)
+        return called(run, on, calls=6, warm_up=2)
 
     def steps(**options) -> float:
         return repeated(advance(ours(lab, **options), lab), on)
 
+    def ours_eager() -> float:
+        return eager(advance(ours(lab, masters=True, precision="bf16", engine="eager"), lab))
+
+    def published_graph() -> float:
+        run = published(lab, latents=True, capturable=True)
+        if lab.cpu:
+            return eager(run)
+        graph, _held = captured(run, [run])
+        return repeated(graph.replay, on, warm_up=2)
+
     return {
-        "published": lambda: eager(published(lab, latents=False)),
-        "published, latents at hand": lambda: eager(published(lab, latents=True)),
-        "ours eager, autocast": lambda: eager(advance(ours(lab, masters=False, precision="bf16", engine="eager"), lab)),
-        "ours graph, autocast": lambda: steps(masters=False, precision="bf16", engine=graph),
         "ours graph, bf16 weights": lambda: steps(masters=True, precision="bf16", engine=graph),
-        "ours graph, bf16 weights, encoding": lambda: steps(
-            masters=True, precision="bf16", engine=graph, latents=False
-        ),
         "ours graph, bf16 weights, cudnn.benchmark": lambda: benchmarked(
             lambda: steps(masters=True, precision="bf16", engine=graph)
         ),
+        "published": lambda: eager(published(lab, latents=False)),
+        "published, latents at hand": lambda: eager(published(lab, latents=True)),
+        "published, latents at hand, in a graph": published_graph,
+        "ours graph, autocast": lambda: steps(masters=False, precision="bf16", engine=graph),
+        "ours graph, bf16 weights, encoding": lambda: steps(
+            masters=True, precision="bf16", engine=graph, latents=False
+        ),
+        "ours eager, bf16 weights": ours_eager,
         "ours graph, tf32": lambda: steps(precision="tf32", engine=graph),
         "ours graph, float32": lambda: steps(precision="float32", engine=graph),
     }  # fmt: skip
@@ -191,10 +204,8 @@ def profile(lab: Lab, run: Run, replays: int = 3) -> dict:
 def measure_profile(lab: Lab) -> dict:
     engine = "eager" if lab.cpu else "graph"
     found = {}
-    for name, masters in (("bf16 weights", True), ("autocast", False)):
-        training = ours(lab, masters=masters, precision="bf16", engine=engine)
-        found[name] = profile(lab, advance(training, lab))
-        lab.save("profile", found)
+    training = ours(lab, masters=True, precision="bf16", engine=engine)
+    found["bf16 weights"] = profile(lab, advance(training, lab))
     return found
 
 
@@ -203,5 +214,5 @@ def profile_lines(found: dict) -> list[str]:
     for name, p in found.items():
         said.append(f"{name}: {p['total']['count']:.0f} kernels, {p['total']['us'] / 1e3:.2f} ms busy")
         said += [f"  {g:18} {v['count']:6.0f} {v['us']:8.0f} us" for g, v in list(p["groups"].items())[:18]]
-        said += [f"    {r['us']:7.0f} us {r['count']:5.0f} {r['kernel'][:90]}" for r in p["kernels"][:12]]
+        said += [f"    {r['us']:7.0f} us {r['count']:5.0f} {r['kernel'][:90]}" for r in p["kernels"][:14]]
     return said

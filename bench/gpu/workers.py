@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -33,9 +34,20 @@ class Worker(NamedTuple):
             return {"error": f"{self.name}: exit status {self.process.returncode}, see its log"}
         return json.loads(self.result.read_text())
 
+    def ready(self) -> bool:
+        """Whether it waits to be let go, or is over."""
+        return self.result.with_suffix(".ready").exists() or self.process.poll() is not None
+
+    def go(self) -> None:
+        self.result.with_suffix(".go").touch()
+
+    def pause(self, paused: bool = True) -> None:
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGSTOP if paused else signal.SIGCONT)
+
     def stop(self) -> None:
         if self.process.poll() is None:
-            os.killpg(self.process.pid, 9)
+            os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
 
 
@@ -111,7 +123,7 @@ def _work(lab: Lab, name: str, seconds: float, ready) -> dict | list:
 
 def run_tests(lab: Lab, seconds: float) -> dict:
     """The tests of kernels on the device, as far as they come in so many seconds: counts, and what failed."""
-    processes = [] if lab.cpu else ["-n", "6"]
+    processes = [] if lab.cpu else ["-n", "5"]
     chosen = ["tests/test_geglu.py"] if lab.cpu else ["-m", "on_gpu", "tests"]
     command = [sys.executable, "-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider", *processes, *chosen]
     log = lab.out / "parts" / "pytest.log"
