@@ -1,7 +1,9 @@
 """How training steps and sampling run: call by call, compiled, or as one CUDA graph."""
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -90,20 +92,23 @@ def _uncached() -> torch.autocast:
 class SamplingEngine:
     """Images from scalars, batch after batch, at full speed.
 
-        draw = SamplingEngine(model, steps=20)
+        draw = SamplingEngine(model, precision="bf16", steps=20)
         images = draw(scalars)
 
     On a GPU all of it, from the bank over every step to the decoder, is one CUDA graph for each batch size, captured at
     the second call of that size; batches are filled up to a power of two, so that few graphs serve all. Elsewhere it is
     `EncDiff.sample`. The parameters must stay where they are: make a new engine after `model.to(...)`.
 
+    precision: "bf16" lets a bfloat16 copy of the U-Net compute, as it is now; x, bank and decoder stay as they are.
     `options` are those of `EncDiff.sample`, without x_T and token_bias, which are given to the call, and progress.
     """
 
-    def __init__(self, model: EncDiff, **options):
+    def __init__(self, model: EncDiff, precision: Literal["float32", "bf16"] = "float32", **options):
+        if precision not in ("float32", "bf16"):
+            raise InputError(f"precision is {precision!r}, must be float32 or bf16")
         if unknown := {"x_T", "token_bias", "progress"} & options.keys():
             raise InputError(f"{min(unknown)} is no option of the engine; x_T and token_bias are given to its calls")
-        self.model, self.options = model, options
+        self.model, self.options = _rounded(model) if precision == "bf16" else model, options
         self.graphs: dict[tuple, Graph] = {}
 
     @torch.no_grad()
@@ -124,6 +129,14 @@ class SamplingEngine:
 
     def _sample(self, **given: Tensor) -> tuple[Tensor]:
         return (self.model.sample(**given, **self.options),)
+
+
+def _rounded(model: EncDiff) -> EncDiff:
+    """A copy with its U-Net in bfloat16, channels last; all else is the model's own."""
+    shared = {id(part): part for part in (model.cond_stage_model, model.first_stage_model)}
+    copied = copy.deepcopy(model, shared)
+    copied.unet.to(torch.bfloat16).to(memory_format=torch.channels_last)
+    return copied
 
 
 def _fill_up(tensor: Tensor, rows: int) -> Tensor:

@@ -146,6 +146,22 @@ def test_a_sampling_engine_gives_what_sample_gives(size):
         torch.testing.assert_close(draw(scalars, token_bias=bias), expected, **tolerance)
 
 
+def test_a_sampling_engine_in_bfloat16_rounds_the_unet_alone(model):
+    model, options = model.to(DEVICE), {"steps": 5, "seed": 5}
+    scalars = torch.randn(3, TINY.concepts, device=DEVICE)
+    exact = model.sample(scalars, **options)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        allowed = 2 * (model.sample(scalars, **options) - exact).norm()  # of a U-Net that amplifies: it learnt nothing
+    draw = SamplingEngine(model, precision="bf16", **options)
+    for _ in range(3):
+        images = draw(scalars)
+    assert images.dtype == torch.float32 and 0 < (images - exact).norm() <= allowed
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert draw.model.bank is model.bank and draw.model.first_stage is model.first_stage
+    with pytest.raises(InputError, match="precision is 'fp8', must be float32 or bf16"):
+        SamplingEngine(model, precision="fp8")
+
+
 def test_a_sampling_engine_refuses_what_belongs_to_its_calls():
     with pytest.raises(InputError, match="x_T is no option of the engine"):
         SamplingEngine(EncDiff(TINY), x_T=torch.zeros(1))

@@ -209,7 +209,7 @@ class EncDiff(
         there (T-GATE, arXiv 2404.02747): less work, and not exact.
         """
         with self._evaluating():
-            tokens = self.tokens(scalars)
+            tokens = self.tokens(scalars).to(next(self.unet.parameters()).dtype)
             shape = (len(scalars), *self.latent_shape)
             if sample_ids is None:
                 sample_ids = torch.zeros(len(scalars), dtype=torch.int64, device=scalars.device)

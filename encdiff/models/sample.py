@@ -51,7 +51,7 @@ def sample_latents(
             nonlocal done
             done += 1
             set_gate("compute" if gate is None or done < gate else "keep" if done == gate else "reuse")
-            output = model.denoise(x_t, t, tokens, token_bias)
+            output = model.denoise(x_t, t, tokens, token_bias).to(x_t.dtype)  # x stays exact, and `step` is one kernel
             if progress:
                 progress(done, calls)
             return output
