@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bench.gpu import counterfactual
 from bench.gpu.lab import Lab
 from encdiff.data import to_float
 from encdiff.data.loader import Batches
@@ -172,6 +173,8 @@ def measure(lab: Lab, seconds: float, **changes) -> dict:
     training.picture(to_float(room.pixels[:: len(room) // 8][:8]), lab.out)
     scoring.append(_score(lab, room, model, "codes"))
     lab.save("paper", found)
+    found["counterfactual"] = counterfactual.measure(training.averaged_model(), room, np.load(lab.out / "codes.npy"))
+    lab.save("paper", found)
     for process, _ in scoring[: None if lab.cpu else -1]:  # the last codes are scored where there is time
         process.wait()
     found["scores"] = {path.stem: json.loads(path.read_text()) for _, path in scoring if path.exists()}
@@ -214,7 +217,8 @@ def lines(found: dict) -> list[str]:
     for name, s in found.get("scores", {}).items():
         dci = s["dci"]["disentanglement"]
         said.append(f"{name}: FactorVAE {s['factor_vae']['eval_accuracy']:.4f}, DCI {dci:.4f}")
-    return said
+    rates = found.get("counterfactual", {})
+    return said + [", ".join(f"{k} {v:.2f}" for k, v in rates.items() if isinstance(v, float))] * bool(rates)
 
 
 if __name__ == "__main__":

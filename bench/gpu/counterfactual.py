@@ -1,0 +1,67 @@
+"""Whether a swapped factor arrives and the others stay: outputs are read by the nearest of all the room's images.
+
+A concept stands for the factor that explains most of its variance. One factor's concepts are put from a source
+image into a target; the output's factors are those of the nearest true image. A right swap has the source's value of
+that factor and the target's of all others.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from encdiff import SamplingEngine
+from encdiff.data import to_float
+
+
+def explained(codes: np.ndarray, sizes: tuple[int, ...]) -> np.ndarray:
+    """Of each code's variance the share between a factor's values, (N, F); codes (n, N) of the complete grid."""
+    grid = codes.reshape(*sizes, -1)
+    total = codes.var(0) + 1e-12
+    axes = range(len(sizes))
+    return np.stack([grid.mean(tuple(a for a in axes if a != f)).var(0) / total for f in axes], axis=1)
+
+
+@torch.no_grad()
+def nearest(images: Tensor, pixels: Tensor, rows: int = 16384) -> Tensor:
+    """Indices (m,) of the true images, uint8 (n, S, S, 3), that are nearest to images (m, 3, S, S) in [-1, 1]."""
+    flat = images.permute(0, 2, 3, 1).flatten(1)
+    best, found = torch.full((len(flat),), torch.inf, device=flat.device), torch.zeros(len(flat), dtype=torch.int64)
+    found = found.to(flat.device)
+    for start in range(0, len(pixels), rows):
+        part = pixels[start : start + rows].flatten(1).float() / 127.5 - 1
+        distances = part.square().sum(1) - 2 * flat @ part.T  # but for |image|^2, the same for all
+        values, at = distances.min(1)
+        closer = values < best
+        best, found = torch.where(closer, values, best), torch.where(closer, at + start, found)
+    return found
+
+
+@torch.no_grad()
+def measure(model, room, codes: np.ndarray, pairs: int = 128, steps: int = 20) -> dict:
+    """Rates over random pairs: all factors right in reconstructions; each factor arrived, and the others kept."""
+    sizes, names, device = room.factor_sizes, room.factor_names, room.pixels.device
+    owner = explained(codes, sizes).argmax(1)
+    rng = np.random.default_rng(0)
+    source, target = (rng.integers(len(room), size=pairs) for _ in range(2))
+    scalars = torch.from_numpy(codes).to(device)
+    draw = SamplingEngine(model.eval(), steps=steps)
+    wanted, given = [room.factors(target)], [scalars[target]]
+    for f in range(len(sizes)):
+        factors, mixed = room.factors(target).copy(), scalars[target].clone()
+        factors[:, f] = room.factors(source)[:, f]
+        chosen = np.flatnonzero(owner == f)
+        mixed[:, chosen] = scalars[source][:, chosen]
+        wanted.append(factors)
+        given.append(mixed)
+    read = [room.factors(nearest(draw(part), room.pixels).cpu().numpy()) for part in given]
+    right = [r == w for r, w in zip(read, wanted, strict=True)]
+    moved = room.factors(source) != room.factors(target)
+    found = {"reconstructed, all factors": float(right[0].all(1).mean())}
+    found |= {f"reconstructed {name}": float(right[0][:, f].mean()) for f, name in enumerate(names)}
+    for f, name in enumerate(names):
+        others = np.delete(right[f + 1], f, axis=1)
+        found[f"{name} arrived"] = float(right[f + 1][moved[:, f], f].mean())
+        found[f"{name} swapped, others kept"] = float(others.all(1).mean())
+    images = to_float(room.pixels[torch.as_tensor(target[:32])])
+    error = (draw(given[0][:32]) - images).square().mean().item() / 4
+    return found | {"psnr": -10 * np.log10(error), "concepts of each factor": np.bincount(owner, minlength=6).tolist()}
