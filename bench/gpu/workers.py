@@ -123,8 +123,8 @@ def _work(lab: Lab, name: str, seconds: float, ready) -> dict | list:
 
 def run_tests(lab: Lab, seconds: float) -> dict:
     """The tests of kernels on the device, as far as they come in so many seconds: counts, and what failed."""
-    processes = [] if lab.cpu else ["-n", "5"]
-    chosen = ["tests/test_geglu.py"] if lab.cpu else ["-m", "on_gpu", "tests"]
+    processes = [] if lab.cpu else ["-n", "4"]
+    chosen = ["tests/test_geglu.py"] if lab.cpu else tests_for_a_gpu()
     command = [sys.executable, "-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider", *processes, *chosen]
     log = lab.out / "parts" / "pytest.log"
     with log.open("w") as file:
@@ -142,6 +142,13 @@ def run_tests(lab: Lab, seconds: float) -> dict:
     failed = sorted({line.strip() for line in text if line.startswith(("FAILED", "ERROR"))} or
                     {line.strip() for line in text if " FAILED " in line})  # fmt: skip
     return {"ended": process.returncode is not None and process.returncode >= 0, **counts, "failed": failed[:60]}
+
+
+def tests_for_a_gpu() -> list[str]:
+    """The files of tests that run on a GPU or ask for one, the latest changed first."""
+    marks = "on_gpu", "needs_gpu"
+    files = [p for p in (ROOT / "tests").glob("test_*.py") if any(mark in p.read_text() for mark in marks)]
+    return [str(p) for p in sorted(files, key=lambda p: -p.stat().st_mtime)]
 
 
 def test_env() -> dict[str, str]:
