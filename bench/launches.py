@@ -35,6 +35,7 @@ KERNELS = {
     "encdiff::group_norm_backward": 4,  # gradients, the sum over the batch, a copy of each half
     "encdiff::cross_attention_folded_bwd": 4,  # keys and values, x, two sums of the shares of the LayerNorm's
     "encdiff::cross_attention_heads_bwd": 2,
+    "encdiff::layer_norm_backward": 2,  # dx with the shares, their sum
     "encdiff::mlp_bank_backward": 2,
     "aten::baddbmm": 2,  # the addend is copied to where the product adds to it
     "aten::convolution": 1,  # and one for a bias, counted on its own
@@ -50,7 +51,7 @@ FREE = {"detach", "alias", "_unsafe_view", "empty", "empty_like", "empty_strided
 GROUPS = {
     "products": {"mm", "bmm", "addmm", "baddbmm"},
     "GroupNorm": {"group_norm", "group_norm_backward", "native_group_norm", "native_group_norm_backward"},
-    "LayerNorm": {"native_layer_norm", "native_layer_norm_backward"},
+    "LayerNorm": {"layer_norm", "layer_norm_backward", "native_layer_norm", "native_layer_norm_backward"},
     "GEGLU": {"geglu", "geglu_backward", "gelu", "gelu_backward"},
     "copies": {"clone", "copy_", "cat", "stack", "slice_backward", "select_backward"},
     "fills": {"zeros", "zeros_like", "ones_like", "new_zeros", "fill_", "zero_", "full", "full_like", "zero"},

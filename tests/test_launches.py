@@ -6,8 +6,8 @@ import torch
 from bench.launches import Counting, count_evaluation, count_step, count_update, imagined_gpu
 
 # lower these with every kernel that is saved
-STEP = {"ours, autocast": 3000, "ours, bf16 weights": 2112}
-EVALUATION = {"ours, autocast": 903, "ours, bf16 weights": 513}
+STEP = {"ours, autocast": 2728, "ours, bf16 weights": 1928}
+EVALUATION = {"ours, autocast": 871, "ours, bf16 weights": 513}
 
 
 @pytest.mark.parametrize("form", STEP)

@@ -50,6 +50,7 @@ def cases(lab: Lab, batch: int) -> Iterator[Case]:
             yield from _attention(draw, dtype, batch, L, C, c)
             yield _group_norm(draw, dtype, batch, L, C, c.groups)
             yield _geglu(draw, dtype, batch, L, c.feedforward * C)
+            yield _layer_norm(draw, dtype, batch, L, C)
         widest = max(C for _, C in layers(c))
         yield _group_norm(draw, dtype, batch, layers(c)[-1][0], 2 * widest, c.groups)
         yield _bank(draw, dtype, batch, c)
@@ -109,6 +110,15 @@ def _group_norm(draw, dtype, B, L, C, groups) -> Case:
 def _geglu(draw, dtype, B, L, inner) -> Case:
     name = f"geglu {dtype} L={L} N={inner}".replace("torch.", "")
     return Case(name, dtype, lambda: {"x": draw(B, L, 2 * inner)}, lambda i, impl: ops.geglu(i["x"], impl=impl))
+
+
+def _layer_norm(draw, dtype, B, L, C) -> Case:
+    name = f"layer_norm {dtype} L={L} C={C}".replace("torch.", "")
+
+    def inputs():
+        return {"x": 1 + 2 * draw(B, L, C), "weight": 1 + 0.1 * draw(C), "bias": 0.1 * draw(C)}
+
+    return Case(name, dtype, inputs, lambda i, impl: ops.layer_norm(**i, impl=impl))
 
 
 def _bank(draw, dtype, B, c) -> Case:

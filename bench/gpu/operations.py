@@ -84,6 +84,13 @@ def rows(lab: Lab, forms: tuple[str, ...] = ("ours", "published", "sdpa")) -> It
 
         yield Row(f"group_norm {side}x{side}x{C}", {"ours": ours_norm, "published": stock_norm}, maps,
                   norm.parameters(), 2 * B * L * C * 2)  # fmt: skip
+        layer = nn.LayerNorm(C).to(on, half)
+
+        def ours_layer_norm(x, layer=layer):
+            return ops.layer_norm(x, layer.weight, layer.bias, layer.eps)
+
+        yield Row(f"layer_norm {L}x{C}", {"ours": ours_layer_norm, "published": layer}, lambda f=features: [f()],
+                  layer.parameters(), 2 * B * L * C * 2)  # fmt: skip
         inner = c.feedforward * C
 
         def stock_geglu(x):

@@ -87,7 +87,7 @@ class TransformerBlock(nn.Module):
             x = ops.self_attention(x, *self.attn1.weights(), heads=self.attn1.heads, residual=True, **_norm(self.norm1))
         if self.cross_attention:
             x = self._cross_attend(x, cond) if self.gate == "compute" else self._gated(x, cond)
-        return x + self.ff(self.norm3(x))
+        return x + self.ff(ops.layer_norm(x, self.norm3.weight, self.norm3.bias, self.norm3.eps))
 
     def _gated(self, x: Tensor, cond: Conditioning) -> Tensor:
         if self.gate == "keep":

@@ -9,6 +9,7 @@ from einops import rearrange
 from torch import Tensor
 
 from encdiff.ops import _native
+from encdiff.ops.layer_norm import fuses, layer_norm_triton
 
 NATIVE_WIDTH = 64  # csrc/attention.h: kMaxWidth
 
@@ -27,7 +28,17 @@ def product_dtype(x: Tensor) -> torch.dtype:
 
 
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    """In x's dtype; computed in the wider of x's and the weights', which are not rounded to a half-precision x."""
+    """In x's dtype; computed in the wider of x's and the weights', which are not rounded to a half-precision x.
+
+    By the fused kernel where `ops.layer_norm` would choose it; as a part of another op it is not recorded.
+    """
+    if weight is not None and fuses(x, weight, bias):
+        return layer_norm_triton(x, weight, bias, eps)
+    return stock_layer_norm(x, weight, bias, eps)
+
+
+def stock_layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """The same by PyTorch alone, for references."""
     if weight is None:
         return x
     dtype = torch.promote_types(x.dtype, weight.dtype)

@@ -22,6 +22,7 @@ from encdiff.ops._attention import (
     project_out,
     softmax,
     split_heads,
+    stock_layer_norm,
 )
 from encdiff.ops._dispatch import Implementation, Op, always
 from encdiff.ops.cross_attention_folded import (
@@ -39,7 +40,7 @@ def cross_attention_reference(
 ):  # fmt: skip
     """The formula in float32, whatever the storage type; see `cross_attention`."""
     with exact(x) as dtype:
-        h = layer_norm(x.to(dtype), norm_weight, norm_bias, norm_eps)
+        h = stock_layer_norm(x.to(dtype), norm_weight, norm_bias, norm_eps)
         w_q, *tokens = (t.to(dtype) for t in (w_q, *(projected or (context, w_k, w_v))))
         k, v = tokens if projected else (tokens[0] @ w.T for w in tokens[1:])
         q, k, v = (split_heads(t, heads) for t in (h @ w_q.T, k, v))

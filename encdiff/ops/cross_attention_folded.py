@@ -24,7 +24,15 @@ from encdiff.kernels._cross_attention_plan import (
     can_keep,
     choose_form,
 )
-from encdiff.ops._attention import exact, has_gradient, kernel_bias, layer_norm, product_dtype, products_out, softmax
+from encdiff.ops._attention import (
+    exact,
+    has_gradient,
+    kernel_bias,
+    product_dtype,
+    products_out,
+    softmax,
+    stock_layer_norm,
+)
 from encdiff.ops._dispatch import Implementation, Op, always
 
 TRITON = find_spec("triton") is not None
@@ -107,7 +115,7 @@ def cross_attention_folded_reference(
 ):  # fmt: skip
     """Two products in plain PyTorch, in float32 whatever the storage type; see `cross_attention_folded`."""
     with exact(x) as dtype:
-        h = layer_norm(x.to(dtype), norm_weight, norm_bias, norm_eps)
+        h = stock_layer_norm(x.to(dtype), norm_weight, norm_bias, norm_eps)
         if isinstance(folded, Kept):
             folded = Kept(*(t.to(dtype) for t in folded[:4]), folded.heads).fold()
         keys, values = (t.to(dtype).flatten(1, 2) for t in folded)  # (B, H*N, C)

@@ -1,0 +1,108 @@
+"""LayerNorm over the channels of each position: y = (x - mean) / deviation * weight + bias."""
+
+import os
+from importlib.util import find_spec
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from encdiff.errors import InputError
+from encdiff.ops._dispatch import Implementation, Op, always
+
+FUSED_TYPES = (torch.float32, torch.bfloat16, torch.float16)
+FUSED_CHANNELS = 4096  # the last of BLOCKS in kernels/layer_norm.py
+_TRITON_INSTALLED = find_spec("triton") is not None
+
+
+def layer_norm_reference(x, weight, bias, eps=1e-5):
+    """The formula in float32, whatever the storage type; see `layer_norm`. Autocast lowers none of it."""
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    h = x.to(dtype)
+    d = h - h.mean(-1, keepdim=True)
+    rstd = (d.square().mean(-1, keepdim=True) + eps).rsqrt()
+    return (d * rstd * weight.to(dtype) + bias.to(dtype)).to(x.dtype)
+
+
+def layer_norm_native(x, weight, bias, eps=1e-5):
+    """PyTorch's own, in the wider type: parameters are not rounded to half-precision features."""
+    stored, dtype = x.dtype, torch.promote_types(x.dtype, weight.dtype)
+    # PyTorch takes these two types together on a CPU alone, and then without a copy
+    if not (x.device.type == "cpu" and x.itemsize == 2 and weight.dtype == bias.dtype == torch.float32):
+        x, weight, bias = (t.to(dtype) for t in (x, weight, bias))
+    return F.layer_norm(x, (x.shape[-1],), weight, bias, eps).to(stored)
+
+
+def layer_norm_triton(x, weight, bias, eps=1e-5):
+    """One kernel forward, two backward."""
+    from encdiff.kernels.layer_norm import layer_norm as fused
+
+    return fused(x, weight, bias, eps)[0]
+
+
+def _triton_reasons(x, weight, bias, eps=1e-5) -> list[str]:
+    reasons = [] if _TRITON_INSTALLED else ["triton is not installed"]
+    if x.is_cuda:
+        if torch.cuda.get_device_capability(x.device) < (8, 0):
+            reasons.append("the GPU is older than compute capability 8.0")
+    elif x.device.type != "cpu" or os.environ.get("TRITON_INTERPRET") != "1":
+        reasons.append(f"x is on {x.device.type}")
+    for name, t in {"x": x, "weight": weight, "bias": bias}.items():
+        if t.dtype not in FUSED_TYPES:
+            reasons.append(f"{name} is {t.dtype}, not float32, bfloat16 or float16")
+    if x.shape[-1] > FUSED_CHANNELS:
+        reasons.append(f"x has {x.shape[-1]} channels, at most {FUSED_CHANNELS}")
+    return reasons
+
+
+def _triton_doubts(x, *_, **__) -> list[str]:
+    if torch.compiler.is_compiling():
+        return ["under torch.compile, which fuses PyTorch's own with its neighbours"]
+    return [] if x.is_cuda else ["interpreted on the CPU: slow, for tests"]
+
+
+_op = Op(
+    "layer_norm",
+    [
+        Implementation("triton", layer_norm_triton, _triton_reasons, _triton_doubts),
+        Implementation("native", layer_norm_native, always),
+        Implementation("reference", layer_norm_reference, always),
+    ],
+)
+
+
+def fuses(x: Tensor, weight: Tensor, bias: Tensor) -> bool:
+    """Whether an op that begins with a LayerNorm should take the fused one: the choice of `layer_norm`, and no error
+    where one is forced that serves that op and not this part of it.
+    """
+    forced = _op._default()
+    if forced not in (None, "triton") or _triton_reasons(x, weight, bias):
+        return False
+    return forced == "triton" or not _triton_doubts(x)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, *, impl: str | None = None) -> Tensor:
+    """Normalise the channels of each position to mean 0 and variance 1, then scale and shift them.
+
+    Args:
+        x: (..., C), any strides.
+        weight, bias: (C,), of x's type or another.
+        eps: added to the variance.
+        impl: force an implementation (`encdiff.explain` lists them); None chooses.
+
+    Returns:
+        y (..., C) in x's dtype.
+
+    Raises:
+        InputError: shapes that do not fit, other devices, or a forced implementation that cannot serve.
+
+    Source: arXiv 1607.06450, eq. 4.
+    """
+    if x.ndim == 0 or not x.is_floating_point():
+        raise InputError(f"x is {tuple(x.shape)} of {x.dtype}, must be (..., C) of floating point")
+    for name, t in {"weight": weight, "bias": bias}.items():
+        if tuple(t.shape) != (x.shape[-1],):
+            raise InputError(f"{name} is {tuple(t.shape)}, must be {(x.shape[-1],)} for x {tuple(x.shape)}")
+        if t.device != x.device:
+            raise InputError(f"{name} is on {t.device}, must be on x's device {x.device}")
+    return _op(x, weight, bias, eps, impl=impl)
