@@ -24,6 +24,7 @@ SECONDS = {  # of each block at most
 }  # fmt: skip
 FIRST_STAGE = 45  # seconds of its training, beside the checks
 TAIL = 12  # seconds kept for packing
+LINES = 120  # of the summary at most
 
 
 def link_kernels() -> None:
@@ -122,12 +123,16 @@ class Session:
         return self.describe(name, found)
 
     def block_right(self, seconds: float) -> list[str]:
+        from bench.gpu import checks
+
         end, found, said = time.monotonic() + seconds, [], []
         for name, worker in self.workers.items():
             if name.split()[0] in ("right", "build", "first"):
                 result = worker.wait(end)
                 if isinstance(result, list):
                     found += result
+                elif name.startswith("right"):
+                    found.append(checks.missing(name, result["error"]))
                 else:
                     said.append(f"{name}: {json.dumps(result)[:300]}")
         return self.done("right", found) + said
@@ -193,9 +198,16 @@ class Session:
     def write_summary(self) -> None:
         self.lab.save("said", self.said)
         text = [f"commit {os.environ['ENCDIFF_COMMIT']}"]
+        room = LINES - 1 - len(self.said)
+        limit = max(n for n in range(room + 1) if sum(min(n, len(lines)) for _, lines in self.said.values()) <= room)
         for name, (seconds, lines) in self.said.items():
-            text += [f"== {name}, {seconds:.1f} s", *lines]
+            text += [f"== {name}, {seconds:.1f} s", *(line.replace("\n", " ") for line in shortened(lines, limit))]
         (self.lab.out / "summary.md").write_text("\n".join(text) + "\n")
+
+
+def shortened(lines: list[str], limit: int) -> list[str]:
+    """At most so many lines, the last of which then says how many there are more."""
+    return lines if len(lines) <= limit else [*lines[: limit - 1], f"... {len(lines) - limit + 1} more in said.json"]
 
 
 def pack(folder: Path, archive: Path, *names: str) -> None:
