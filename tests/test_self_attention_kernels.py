@@ -53,9 +53,9 @@ class HardwareAttention(torch.autograd.Function):
     off by 2 units of the last place (PTX ISA; CUDA C++ Programming Guide, mathematical functions): a relative error of
     up to 2 * 2^-23. The stock form's are right to one unit, as are the interpreter's, so twice its error covers them
     there and not here. Three such errors are the kernel's own: of e = 2^(s - top), which p = e / sum(e) and the sums
-    inherit; of o = sum(e v) / sum(e); and of p = 2^(s - lse), which the backward pass takes anew. They then go linearly,
-    to first order, through ds = p (dp - sum(do o)) and the products behind it. Each is put at its greatest, up or down
-    by chance: an error of an instruction depends on the low bits of its argument.
+    inherit; of o = sum(e v) / sum(e); and of p = 2^(s - lse), which the backward pass takes anew. From there they go,
+    to first order linearly, through ds = p (dp - sum(do o)) and the products behind it. Each is put at its greatest, up
+    or down by chance: an instruction's error depends on the low bits of its argument.
     """
 
     @staticmethod
