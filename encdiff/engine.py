@@ -1,9 +1,11 @@
 """How training steps and sampling run: call by call, compiled, or as one CUDA graph."""
 
 import copy
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Literal
+from weakref import WeakMethod
 
 import torch
 from torch import Tensor
@@ -74,9 +76,31 @@ class Graph:
         graph, held = torch.cuda.CUDAGraph(), {name: tensor.clone() for name, tensor in inputs.items()}
         # thread_local: the thread that reads the next batch may pin memory meanwhile
         recording = torch.cuda.graph(graph, stream=torch.cuda.Stream(device), capture_error_mode="thread_local")
-        with torch.cuda.device(device), _uncached(), recording:
+        with uncollected(), torch.cuda.device(device), _uncached(), recording:
             outputs = self.work(**held)
         self.inputs, self.outputs, self.graph = held, outputs, graph
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Inside, no garbage is collected: a CUDA graph that is freed while another is captured spoils that capture."""
+    gc.collect()
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def unowned(method: Work) -> Work:
+    """The bound method, not keeping its object alive: for the object's own attributes.
+
+    Without the cycle the memory of what owns a graph is free at once, not when the collector next comes by.
+    """
+    reference = WeakMethod(method)
+    return lambda **inputs: reference()(**inputs)
 
 
 def _uncached() -> torch.autocast:
@@ -123,7 +147,7 @@ class SamplingEngine:
             return self._sample(**given)[0]
         bucket = 1 << (len(scalars) - 1).bit_length()
         key = bucket, *((name, tensor.shape[1:], tensor.dtype) for name, tensor in given.items())
-        graph = self.graphs.setdefault(key, Graph(self._sample, warm_up=1))
+        graph = self.graphs.setdefault(key, Graph(unowned(self._sample), warm_up=1))
         images = graph(**{name: _fill_up(tensor, bucket) for name, tensor in given.items()})[0]
         return images[: len(scalars)].clone()  # the graph's own memory is written again by its next call
 

@@ -14,7 +14,7 @@ from encdiff import ops
 from encdiff.checkpoint import load_state
 from encdiff.data import Dataset, to_float
 from encdiff.data.loader import Batches
-from encdiff.engine import Graph, choose, float32_precision
+from encdiff.engine import Graph, choose, float32_precision, unowned
 from encdiff.errors import InputError
 from encdiff.fields import Checked, Count, Fraction, Natural, NotNegative, Positive, Range
 from encdiff.fit import fit
@@ -110,8 +110,10 @@ class Training:
         self.computing = model if self.masters is None else self.masters.compute  # whose loss it is
         self.latents: Tensor | None = None  # of the whole data set, if that pays
         # one graph for each shape; on a GPU inside the CUDA graph, since compiled parts alone wait for the host
-        self._loss = torch.compile(self._loss, dynamic=False) if engine == "compile" else self._loss
-        self._run = Graph(self._work) if engine == "graph" or (engine == "compile" and on_gpu) else self._work
+        compute = type(self)._loss
+        self._compute = torch.compile(compute, dynamic=False) if engine == "compile" else compute
+        work = unowned(self._work)
+        self._run = Graph(work) if engine == "graph" or (engine == "compile" and on_gpu) else work
 
     def _adamw(self) -> torch.optim.AdamW:
         return torch.optim.AdamW(
@@ -173,7 +175,7 @@ class Training:
         """The whole step on the device, nothing read back: loss, gradients, clipping, AdamW, EMA."""
         (self.masters or self.optimizer).zero_grad()
         with phase("forward"):
-            loss = self._loss(**inputs)
+            loss = self._compute(self, **inputs)
         with phase("backward"):
             loss.backward()
         with phase("optimizer"):
@@ -277,8 +279,5 @@ def train(
     if config.batch_size < 2 and model.config.normalize_scalars:
         raise InputError(f"batch_size is {config.batch_size}, must be at least 2 for a model with normalize_scalars")
     training = Training(model, config)
-    try:
-        fit(training, dataset, run_dir, resume=resume, overwrite=overwrite, tensorboard=tensorboard, on_step=on_step)
-        return training.averaged_model()
-    finally:
-        training._run = training._loss = None  # methods bound to it: without the cycle its memory is free at once
+    fit(training, dataset, run_dir, resume=resume, overwrite=overwrite, tensorboard=tensorboard, on_step=on_step)
+    return training.averaged_model()

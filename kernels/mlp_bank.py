@@ -16,7 +16,7 @@ from torch import Tensor
 from ._gate import GateCase, gate_signature
 
 # Widths are padded to these: what the registers hold. The kernels specialise no argument, so the code depends on the
-# block sizes alone and gate_cases lists all of it.
+# block sizes alone and gate_cases lists all of it. Units that pad are masked: their weight 0 times inf would be NaN.
 BLOCKS = {"M": (16,), "F": (0, 64, 128), "D": (16, 64)}
 BLOCK_SUM = 256  # elements that one program of the reduction sums
 PROGRAMS = 256  # about two for each multiprocessor of a large card; the backward splits the batch to reach them
@@ -105,7 +105,7 @@ def mlp_bank_fwd_kernel(
     if BLOCK_F > 0:
         b_w0 = _load(p_w0 + i_n * F * M, o_e, o_m, M, 1, F, M)
         b_b0 = tl.load(p_b0 + i_n * F + o_e, mask=o_e < F, other=0.0).to(tl.float32)
-        h = _activate(_product(h, tl.trans(b_w0), DOT) + b_b0[None, :], ACTIVATION)
+        h = tl.where((o_e < F)[None, :], _activate(_product(h, tl.trans(b_w0), DOT) + b_b0[None, :], ACTIVATION), 0.0)
     b_b2 = tl.load(p_b2 + i_n * D + o_d, mask=o_d < D, other=0.0).to(tl.float32)
     y = tl.zeros((BLOCK_B, BLOCK_D), tl.float32) + b_b2[None, :]
     for i_h in range(0, H, BLOCK_H):
@@ -113,7 +113,7 @@ def mlp_bank_fwd_kernel(
         b_w1 = _load(p_w1 + i_n * H * E, o_h, o_e, E, 1, H, E)
         b_b1 = tl.load(p_b1 + i_n * H + o_h, mask=o_h < H, other=0.0).to(tl.float32)
         b_w2 = _load(p_w2 + i_n * D * H, o_d, o_h, H, 1, D, H)
-        h1 = _activate(_product(h, tl.trans(b_w1), DOT) + b_b1[None, :], ACTIVATION)
+        h1 = tl.where((o_h < H)[None, :], _activate(_product(h, tl.trans(b_w1), DOT) + b_b1[None, :], ACTIVATION), 0.0)
         y += _product(h1, tl.trans(b_w2), DOT)
     _store(p_y + i_n * D, y, o_b, o_d, N.to(tl.int64) * D, B, D)
 
@@ -154,9 +154,9 @@ def mlp_bank_bwd_kernel(
         if BLOCK_F > 0:
             b_w0 = _load(p_w0 + i_n * F * M, o_e, o_m, M, 1, F, M)
             b_b0 = tl.load(p_b0 + i_n * F + o_e, mask=o_e < F, other=0.0).to(tl.float32)
-            a0 = _product(x, tl.trans(b_w0), tl.float32) + b_b0[None, :]
+            a0 = tl.where((o_e < F)[None, :], _product(x, tl.trans(b_w0), tl.float32), 0.0) + b_b0[None, :]
             h = _activate(a0, ACTIVATION)
-        a1 = _product(h, tl.trans(b_w1), tl.float32) + b_b1[None, :]
+        a1 = tl.where((o_h < H)[None, :], _product(h, tl.trans(b_w1), tl.float32), 0.0) + b_b1[None, :]
         db2 += tl.sum(dy, 0)
         da1 = _product(dy, b_w2, tl.float32) * _slope(a1, ACTIVATION)
         dw2 += _product(tl.trans(dy), _activate(a1, ACTIVATION), tl.float32)

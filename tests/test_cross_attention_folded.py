@@ -4,6 +4,7 @@ import pytest
 import torch
 from encdiff.kernels import cross_attention as kernels
 from test_cross_attention_kernels import leaves
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from encdiff import ops
 from encdiff.errors import InputError
@@ -166,8 +167,17 @@ def test_bad_kept_input(change, message):
 # ---- in the model
 
 
+@pytest.mark.on_cpu
 def test_folding_pays_where_it_saves_products():
     assert fold_pays(torch.zeros(1, 20, 16), 256, 8) and not fold_pays(torch.zeros(1, 20, 16), 64, 8)
+
+
+@pytest.mark.on_cpu
+def test_folding_pays_on_a_gpu_where_the_kernels_serve_it():
+    with FakeTensorMode():  # a tensor on a GPU that need not be there
+        context = torch.empty(1, 20, 16, device="cuda")
+        assert fold_pays(context, 64, 8) and not fold_pays(context, 256, 8)
+        assert fold_pays(context.bfloat16(), 256, 8) and not fold_pays(context.bfloat16(), 320, 8)
 
 
 @pytest.mark.on_cpu

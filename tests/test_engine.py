@@ -1,4 +1,6 @@
-from contextlib import nullcontext
+import gc
+import weakref
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from unittest.mock import Mock
@@ -8,6 +10,7 @@ import torch
 from _tiny import TINY
 from test_train import CONFIG
 
+from bench.gpu.lab import captured
 from encdiff import EncDiff, InputError, SamplingEngine
 from encdiff.data import open_dataset
 from encdiff.engine import Graph, choose
@@ -104,14 +107,17 @@ def test_a_graph_runs_each_call_once_on_its_own_inputs(monkeypatch):
         assert out.tolist() == [i + 1.0] * 2 and len(runs) == i + 1
 
 
-def test_warm_up_and_capture_share_their_compiled_code(monkeypatch):
-    graphs = []
-    for name in ("Stream", "CUDAGraph"):
+@pytest.fixture
+def mocked_cuda(monkeypatch):
+    for name in ("Stream", "CUDAGraph", "current_stream"):
         monkeypatch.setattr(torch.cuda, name, lambda *_: Mock())
     for name in ("stream", "device", "graph"):
         monkeypatch.setattr(torch.cuda, name, lambda *_, **__: nullcontext())
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: Mock())
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda *_: None)
+
+
+def test_warm_up_and_capture_share_their_compiled_code(mocked_cuda):
+    graphs = []
 
     def backend(graph, inputs):
         graphs.append(graph)
@@ -121,6 +127,58 @@ def test_warm_up_and_capture_share_their_compiled_code(monkeypatch):
     for _ in range(4):
         graph(x=torch.ones(2, device="cpu"))
     assert graph.graph is not None and len(graphs) == 1
+
+
+class Dead:
+    """A cycle that only the collector frees, as a graph that nobody replays any more may be part of."""
+
+    def __init__(self, said: list[str]):
+        self.itself = self
+        weakref.finalize(self, said.append, "freed").atexit = False
+
+
+@pytest.mark.parametrize("enabled", [True, False], ids=["collector on", "collector off"])
+@pytest.mark.parametrize("of", ["engine", "bench.gpu"])
+def test_nothing_dead_is_freed_during_a_capture(of, enabled, mocked_cuda, monkeypatch):
+    said = []
+
+    @contextmanager
+    def recording(*_, **__):
+        said.append("begin")
+        yield
+        said.append("end")
+
+    def work(**_):
+        Dead(said)
+        gc.collect(0) if gc.isenabled() else None  # as the collector does sooner or later where it is on
+        return (torch.ones(2),)
+
+    monkeypatch.setattr(torch.cuda, "graph", recording)
+    gc.collect()
+    (gc.enable if enabled else gc.disable)()
+    try:
+        Dead(said)  # of before
+        Graph(work, warm_up=0)(x=torch.ones(2)) if of == "engine" else captured(work)
+        assert gc.isenabled() is enabled
+    finally:
+        gc.enable()
+    assert said[:3] == ["freed", "begin", "end"]  # what work left may be freed by now
+
+
+@pytest.mark.parametrize("engine, masters", [("eager", False), ("compile", False), ("eager", True)])
+def test_a_training_is_freed_with_its_last_reference(engine, masters, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda f, **_: partial(f))  # holds what it is given, and takes no time
+    config = replace(CONFIG, engine=engine, precision="bf16" if masters else "float32")
+    training = Training(EncDiff(TINY), config, masters=masters)
+    training.advance(torch.randint(256, (8, 16, 16, 3), dtype=torch.uint8), torch.arange(8))
+    gone = weakref.ref(training)
+    gc.collect()
+    gc.disable()
+    try:
+        del training
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_the_engine_of_a_device():

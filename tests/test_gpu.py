@@ -1,99 +1,215 @@
+"""bench.gpu without a GPU: what it says, what it keeps when something fails, and that it runs."""
+
 import json
-import signal
+import os
+import subprocess
 import sys
 import time
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from bench import gpu
-from bench.gpu import Phase, collect, main, plan, run_all
+from bench.gpu import __main__ as gpu
+from bench.gpu import checks, paper, workers
+from bench.gpu.lab import Lab
+from bench.gpu.steps import group_of
+from encdiff.data.procedural import FACTOR_SIZES, SHAPES, factor_labels, render, view
+
+SET_BY_MAIN = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "ENCDIFF_COMMIT")
 
 
-def python(name: str, code: str, seconds: int = 20, **env: str) -> Phase:
-    return Phase(name, seconds, [sys.executable, "-c", code], env)
+@pytest.fixture(autouse=True)
+def environment(monkeypatch):
+    """What `main` sets is undone."""
+    for name in SET_BY_MAIN:
+        monkeypatch.setenv(name, os.environ.get(name, "unset"))
 
 
 @pytest.fixture
-def quick(monkeypatch):
-    monkeypatch.setattr(gpu, "GRACE", 3)
+def lab(tmp_path):
+    return Lab(tmp_path, tmp_path / "caches", cpu=True, end=time.monotonic() + 600)
 
 
-def test_a_failure_is_recorded_and_the_next_phase_still_runs(tmp_path, capsys):
-    phases = [
-        python("good", "print('all | well')"),
-        python("bad", "import sys; print('why'); sys.exit(3)"),
-        Phase("absent", 5, ["no-such-command"]),
-        python("after", "import os; print(os.environ['MARK'])", MARK="seen"),
-    ]
-    outcomes = run_all(phases, tmp_path, 60)
-    assert [o.result for o in outcomes[:2]] == ["ok", "exit status 3"]
-    assert outcomes[2].result.startswith("cannot start: ") and outcomes[3][1::2] == ("ok", "seen")
-    assert "===== bad" in (tmp_path / "log.txt").read_text() and "why" in (tmp_path / "log.txt").read_text()
-    table = (tmp_path / "summary.md").read_text()
-    assert table.startswith("4 phases, 2 failed") and "| good | ok | " in table and "all / well" in table
+class Session(gpu.Session):
+    """Without workers but those it is given."""
+
+    def start_workers(self):
+        pass
 
 
-def test_a_phase_out_of_time_is_interrupted_and_may_save(tmp_path, quick):
-    saves = "import time\ntry:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    print('saved')"
-    hangs = (
-        "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); print('begun', flush=True); time.sleep(60)"
-    )
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in a script that a shell runs in the background
-    began = time.monotonic()
-    try:
-        saved, killed = run_all([python("saves", saves, 8), python("hangs", hangs, 4)], tmp_path, 60)
-    finally:
-        signal.signal(signal.SIGINT, before)
-    assert (saved.result, saved.last) == ("ok", "saved")
-    assert (killed.result, killed.last) == ("out of time after 4 s", "begun")
-    assert time.monotonic() - began < 60
+# ---- the command line
 
 
-def test_phases_share_the_time(tmp_path, quick):
-    outcomes = run_all([python("long", "import time; time.sleep(60)"), python("none", "")], tmp_path, 1.5)
-    assert [o.result.split(" after")[0] for o in outcomes] == ["out of time", "not begun: no time left"]
-
-
-def test_results_are_gathered_into_a_few_files(tmp_path, capsys):
-    work, out = tmp_path / "work", tmp_path / "out"
-    for folder in (work / "paper", work / "profile", out):
-        folder.mkdir(parents=True)
-    info = {"op": "step", "phase": "step", "shape": "B=1", "dtype": "torch.float32", "impl": "ours"}
-    benchmark = {"stats": {"median": 0.5, "data": [0.5]}, "extra_info": info}
-    for name in ("ops", "whole"):
-        (work / f"{name}.json").write_text(json.dumps({"machine_info": {"gpu": "A"}, "benchmarks": [benchmark]}))
-    (work / "compiled.json").touch()  # its phase was ended before it wrote
-    (work / "paper" / "log.csv").write_text("step,loss\n50,0.5\n")
-    (work / "profile" / "table.txt").write_text("table")
-    (work / "profile" / "trace.json").write_text("{}")
-    (out / "log.txt").write_text("log")
-    collect(work, out)
-    assert len(json.loads((out / "benchmarks.json").read_text())["benchmarks"]) == 2
-    assert (out / "training.csv").read_text() == "paper,step,loss\npaper,50,0.5\n"
-    names = {"benchmarks.json", "report.md", "training.csv", "profile.txt", "trace.json.gz", "log.txt"}
-    assert {path.name for path in out.iterdir()} == names
-    assert "compiled.json" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("cpu", [False, True], ids=["gpu", "cpu"])
-def test_the_plan_names_files_that_exist_and_fits_ten_minutes_but_for_slack(tmp_path, cpu):
-    phases = plan(tmp_path, cpu)
-    assert len({phase.name for phase in phases}) == len(phases)
-    paths = [word for phase in phases for word in phase.command if word.startswith(("bench/", "tests/"))]
-    assert len(paths) > 10 and all((gpu.ROOT / path).exists() for path in paths)
-    assert sum(phase.seconds for phase in phases if phase.name != "compiled") <= 12 * 60
-    assert any("compute-sanitizer" in phase.command for phase in phases) is not cpu
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="of a machine without a GPU")
-def test_without_a_gpu_it_says_so_in_one_line(tmp_path, capsys):
-    assert main([str(tmp_path / "out")]) == 2
+def test_without_a_gpu_it_says_so_in_one_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu.main([str(tmp_path / "out")]) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and "no GPU" in said and "--cpu" in said
     assert not (tmp_path / "out").exists()
 
 
-def test_the_whole_script_without_a_gpu(tmp_path, capsys):
-    assert main([str(tmp_path / "out"), "--cpu", "--only", "machine"]) == 0
-    assert (tmp_path / "out" / "summary.md").read_text().startswith("1 phases, 0 failed; commit ")
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--only", "machine,speed"], "--only: no block 'speed', must be among beside, machine, "),
+        (["--call", "3"], "argument --call: invalid choice: "),
+        (["--minutes", "few"], "argument --minutes: invalid float value: 'few'"),
+    ],
+)
+def test_an_unknown_choice_is_refused_in_one_line(arguments, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(gpu.Session, "run", lambda session: pytest.fail("not refused"))
+    with pytest.raises(SystemExit) as stopped:
+        gpu.main([str(tmp_path / "out"), "--cpu", *arguments])
+    *_, last = capsys.readouterr().err.splitlines()
+    assert stopped.value.code == 2 and last.startswith(f"python -m bench.gpu: error: {message}")
+    assert not (tmp_path / "out").exists()
+
+
+def test_every_block_of_a_call_has_its_time_and_its_code():
+    for call in gpu.CALLS.values():
+        assert set(call.split(",")) <= gpu.SECONDS.keys()
+    assert all(hasattr(gpu.Session, f"block_{name}") for name in gpu.SECONDS)
+
+
+# ---- blocks
+
+
+@pytest.mark.parametrize("failure", ["raises", "late"])
+def test_a_block_that_fails_leaves_what_it_has_and_the_next_one_runs(failure, lab, monkeypatch, capsys):
+    def block_sampling(session, seconds):
+        session.lab.save("sampling", {"seconds": {"ours, B=1": 0.25}})
+        if failure == "raises":
+            raise ValueError("first\nsecond")
+        time.sleep(60)
+
+    monkeypatch.setitem(gpu.SECONDS, "sampling", 2)
+    monkeypatch.setattr(Session, "block_sampling", block_sampling, raising=False)
+    monkeypatch.setattr(Session, "block_machine", lambda session, seconds: ["a machine"], raising=False)
+    Session(lab, ["sampling", "machine"]).run()
+    summary = (lab.out / "summary.md").read_text()
+    assert {"raises": "ValueError: first second\n", "late": "Late: out of time after 2 s\n"}[failure] in summary
+    assert "250.000 ms an evaluation" in summary and summary.endswith("a machine\n")
+
+
+def test_a_block_without_time_is_not_begun(lab):
+    lab.end = time.monotonic() + gpu.TAIL + 1
+    Session(lab, ["machine"]).run()
+    assert "Late: not begun: no time left" in (lab.out / "summary.md").read_text()
+
+
+def test_after_a_cuda_error_the_rest_runs_in_a_new_process(lab, monkeypatch):
+    def fail(session, seconds):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    def execv(path, arguments):
+        raise SystemExit(" ".join(arguments[1:]))
+
+    monkeypatch.setattr(Session, "block_step", fail, raising=False)
+    monkeypatch.setattr(os, "execv", execv)
+    with pytest.raises(SystemExit, match=r"^-m bench.gpu \S+ --go-on --only machine,ops --minutes [0-9.]+ --caches "):
+        Session(lab, ["step", "machine", "ops"]).run()
+    assert "illegal memory access" in Session(lab, []).said["step"][1][0]  # which the new process then finds
+
+
+# ---- workers
+
+
+def worker(lab, name: str, code: str) -> workers.Worker:
+    process = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
+    return workers.Worker(name, process, lab.out / f"{workers.slug_of(name)}.json")
+
+
+def test_a_worker_that_fails_or_is_late_is_reported(lab):
+    session = Session(lab, [])
+    session.workers = {
+        "right 0/2": worker(lab, "right 0/2", "import sys; sys.exit(3)"),
+        "right 1/2": worker(lab, "right 1/2", "import time; time.sleep(60)"),
+        "build": worker(lab, "build", f"open({str(lab.out / 'build.json')!r}, 'w').write('{{\"cuda\": true}}')"),
+        "tests": worker(lab, "tests", "import sys; sys.exit(1)"),
+    }
+    for name in ("right 0/2", "build", "tests"):
+        session.workers[name].process.wait()
+    right = "\n".join(session.block_beside(3.2))
+    assert "right 0/2: exit status 3, see its log" in right and "right 1/2: out of time" in right
+    assert 'build: {"cuda": true}' in right
+    assert session.workers["right 1/2"].process.poll() is not None
+    assert [found["ok"] for found in lab.load("right")] == [False, False]
+    assert "tests: error tests: exit status 1, see its log" in right and "compiled peers ready: none" in right
+
+
+def test_what_a_worker_raises_is_its_result(lab, capsys):
+    (lab.out / "parts").mkdir()
+    workers.work(lab, "peer nobody", 0)
+    assert json.loads((lab.out / "parts/peer-nobody.json").read_text()) == {"error": "KeyError: 'nobody'"}
+
+
+# ---- what is said
+
+
+def test_the_summary_has_at_most_120_lines(lab):
+    session = Session(lab, [])
+    session.said = {name: (1.0, [f"{name} {n}" for n in range(40)]) for name in gpu.SECONDS}
+    session.said["machine"] = (1.0, ["one\nand two"])
+    session.write_summary()
+    lines = (lab.out / "summary.md").read_text().splitlines()
+    assert 110 < len(lines) <= 120 and "one and two" in lines
+    for name in set(gpu.SECONDS) - {"machine"}:
+        shown = sum(line.startswith(f"{name} ") for line in lines)
+        assert f"... {40 - shown} more in said.json" in lines
+    assert len(json.loads((lab.out / "said.json").read_text())["step"][1]) == 40
+
+
+@pytest.mark.parametrize(
+    "kernel, group",
+    [
+        ("cross_attention_folded_fwd_kernel", "cross-attention"),
+        ("self_attention_bwd_kernel", "self-attention"),
+        ("void pytorch_flash::flash_fwd_kernel<...>", "self-attention"),
+        ("mlp_bank_bwd_kernel_sum", "MLP bank"),
+        ("adamw_kernel", "adamw"),
+        ("sm90_xmma_fprop_implicit_gemm_bf16bf16_bf16f32_f32_nhwckrsc_nhwc", "convolutions"),
+        ("nvjet_tst_128x64_64x6_2x1_v_bz_TNT", "products"),
+        ("triton_poi_fused__to_copy_add_3", "Inductor"),
+        ("Memcpy DtoD (Device -> Device)", "copies and casts"),
+        ("void at::native::vectorized_elementwise_kernel<4, at::native::FillFunctor<float>, ...>", "fills"),
+        ("a name of no kind", "other"),
+    ],
+)
+def test_kernels_are_grouped_by_name(kernel, group):
+    assert group_of(kernel) == group
+
+
+def test_cases_that_did_not_run_are_wrong():
+    said = checks.lines([checks.missing("right 0/2", "out of time")])
+    assert said[0].startswith("1 cases, 1 wrong") and "out of time" in said[1]
+
+
+# ---- images
+
+
+def test_images_coloured_on_the_device_are_the_renderers(tmp_path):
+    size, labels = 4, factor_labels()
+    views = [view(s, SHAPES[int(k)], o, size) for s in labels[3] for k in labels[4] for o in labels[5]]
+    np.save(tmp_path / "views.npy", np.stack(views))
+    images = paper.coloured(torch.device("cpu"), size, tmp_path / "views.npy")
+    some = np.random.default_rng(0).integers(len(images), size=200)
+    factors = np.stack(np.unravel_index(some, FACTOR_SIZES), axis=1)
+    assert images.shape == (480_000, size, size, 3) and np.array_equal(images[some], render(factors, size))
+
+
+# ---- all together
+
+
+def test_the_whole_script_without_a_gpu(tmp_path):
+    out, root = tmp_path / "out", Path(gpu.ROOT)
+    command = [sys.executable, "-m", "bench.gpu", str(out), "--cpu", "--only", "machine,step,sampling"]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith((out / "summary.md").read_text() + "\n")
+    lines = (out / "summary.md").read_text().splitlines()
+    assert [line.split(",")[0] for line in lines if line.startswith("==")] == ["== machine", "== step", "== sampling"]
+    assert len(lines) <= 120 and not any("Error" in line or "FAILED" in line for line in lines)
+    for name in ("machine.json", "step.json", "sampling.json", "results.tgz"):
+        assert (out / name).exists(), name

@@ -92,6 +92,15 @@ def test_against_float64(case, impl, nan_memory):
         assert actual[0].is_contiguous(memory_format=torch.channels_last)
 
 
+def test_native_keeps_the_memory_format_where_pytorch_does_not(monkeypatch):
+    plain = torch.group_norm
+    monkeypatch.setattr(torch, "group_norm", lambda *a: plain(*a).contiguous())  # as on a GPU
+    x, weight, bias = torch.randn(2, 4, 3, 3), torch.randn(4), torch.randn(4)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        y = group_norm(x.contiguous(memory_format=layout), weight, bias, 2, silu=True, impl="native")
+        assert y.is_contiguous(memory_format=layout)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_triton_in_16_bits(dtype, nan_memory):
     options = (True, True, True)

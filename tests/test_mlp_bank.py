@@ -242,6 +242,19 @@ def test_elu_without_gradients():
     torch.testing.assert_close(tokens, expected, rtol=1e-6, atol=1.2e-7, equal_nan=True)
 
 
+@pytest.mark.parametrize("widths", [(1, 3, 2), (1, 3, 5, 2)], ids=["2 layers", "3 layers"])
+@pytest.mark.parametrize("activation", ["elu", "relu"])
+def test_units_that_pad_a_layer_stay_out_of_what_is_not_finite(activation, widths):
+    """A unit that is not there has weight 0, and 0 times inf is no 0: forward and in every gradient."""
+    tensors = [t.detach().abs().requires_grad_() for t in leaves(4, 3, widths)]  # no inf - inf among real units
+    with torch.no_grad():
+        tensors[0][0, 0], tensors[0][1, 1] = torch.inf, -torch.inf
+    actual, expected = (run(tensors, activation, impl) for impl in ("triton", "reference"))
+    tokens, dscalars = expected[:2]
+    assert tokens[0, 0].isinf().all() and tokens[1:].isfinite().all() and dscalars.isfinite().all()
+    torch.testing.assert_close(actual, expected, equal_nan=True)
+
+
 def test_opcheck():
     from encdiff.kernels.mlp_bank import mlp_bank, mlp_bank_backward
 

@@ -24,6 +24,7 @@ SECONDS = {  # of each block at most
 }  # fmt: skip
 FIRST_STAGE, TESTS = 60, 75  # seconds of two workers
 TAIL = 5  # seconds kept for packing
+LINES = 120  # of the summary at most
 
 
 def link_kernels() -> None:
@@ -136,7 +137,7 @@ class Session:
         end, found = time.monotonic() + seconds - 3, []
         for name, worker in self.of("right").items():
             result = worker.wait(end)
-            found += result if isinstance(result, list) else [checks.failed(name, result["error"])]
+            found += result if isinstance(result, list) else [checks.missing(name, result["error"])]
         said = self.done("right", found)
         for name, worker in (self.of("build") | self.of("first") | self.of("tests")).items():
             result = worker.wait(end)
@@ -208,9 +209,16 @@ class Session:
     def write_summary(self) -> None:
         self.lab.save("said", self.said)
         text = [f"commit {os.environ['ENCDIFF_COMMIT']}"]
+        room = LINES - 1 - len(self.said)
+        limit = max(n for n in range(room + 1) if sum(min(n, len(lines)) for _, lines in self.said.values()) <= room)
         for name, (seconds, lines) in self.said.items():
-            text += [f"== {name}, {seconds:.1f} s", *lines]
+            text += [f"== {name}, {seconds:.1f} s", *(line.replace("\n", " ") for line in shortened(lines, limit))]
         (self.lab.out / "summary.md").write_text("\n".join(text) + "\n")
+
+
+def shortened(lines: list[str], limit: int) -> list[str]:
+    """At most so many lines, the last of which then says how many there are more."""
+    return lines if len(lines) <= limit else [*lines[: limit - 1], f"... {len(lines) - limit + 1} more in said.json"]
 
 
 def pack(folder: Path, archive: Path, *names: str) -> None:

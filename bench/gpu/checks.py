@@ -182,19 +182,19 @@ def measure(lab: Lab, share: int, shares: int, batch: int) -> list[dict]:
         try:
             found.append(check(case, seed=n))
         except Exception as error:
-            found.append(failed(case.name, f"{type(error).__name__}: {str(error).strip()[:300]}"))
+            found.append(missing(case.name, f"{type(error).__name__}: {str(error).strip()[:300]}"))
     return found
 
 
-def failed(case: str, why: str) -> dict:
-    """The result of a case, or of a process of several, that gave none."""
-    return {"case": case, "ok": False, "wrong": [why], "errors": {}, "unstable": []}
+def missing(name: str, why: str) -> dict:
+    """What stands for a case, or for a share of them, that gave no result."""
+    return {"case": name, "ok": False, "wrong": [why], "errors": {}, "unstable": []}
 
 
 def lines(found: list[dict]) -> list[str]:
     bad = [r for r in found if not r["ok"]]
     worst = {}
-    for r in found:
+    for r in (r for r in found if r["errors"]):
         op, dtype = r["case"].split()[0], "bfloat16" if "bfloat16" in r["case"] else "float32"
         worst[op, dtype] = max(worst.get((op, dtype), 0.0), *r["errors"].values(), 0.0)
     said = [f"{len(found)} cases, {len(bad)} wrong; worst error by op: " + ", ".join(

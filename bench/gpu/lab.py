@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from bench.baselines import PAPER, SMOKE
+from encdiff.engine import uncollected
 from encdiff.models import EncDiffConfig
 
 Run = Callable[[], object]
@@ -111,7 +112,7 @@ def captured(work: Run, warm_up: Sequence[Run] = ()) -> tuple[torch.cuda.CUDAGra
             run()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with uncollected(), torch.cuda.graph(graph):
         outputs = work()
     return graph, outputs
 

@@ -30,7 +30,10 @@ def group_norm_reference(x, weight, bias, groups, eps=1e-5, *, scale=None, shift
 
 def group_norm_native(x, weight, bias, groups, eps=1e-5, *, scale=None, shift=None, silu=False):
     """PyTorch's GroupNorm, then the rest, in the storage type."""
-    return _modulate(torch.group_norm(x, groups, weight, bias, eps), scale, shift, silu)
+    h = torch.group_norm(x, groups, weight, bias, eps)
+    if not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
+        h = h.contiguous(memory_format=torch.channels_last)  # on a GPU it is not; elsewhere this is h itself
+    return _modulate(h, scale, shift, silu)
 
 
 def _modulate(h: Tensor, scale: Tensor | None, shift: Tensor | None, silu: bool) -> Tensor:
