@@ -30,7 +30,8 @@ from encdiff.ops import use_impl
 
 FORMS = ("published", "ours, autocast", "ours, bf16 weights")
 
-# kernels of an operator where there is more than one (PyTorch 2.11, CUDA); ours as their launchers have them; `_column_sum`
+# kernels of an operator where there is more than one (PyTorch 2.11, CUDA); ours as their launchers have them
+# (those of column_sum: `_column_sum`)
 KERNELS = {
     "encdiff::group_norm_backward": 4,  # gradients, the sum over the batch, a copy of each half
     "encdiff::cross_attention_folded_bwd": 4,  # keys and values, x, two sums of the shares of the LayerNorm's
