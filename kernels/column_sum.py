@@ -125,18 +125,17 @@ column_sum.register_autograd(_autograd, setup_context=_setup_context)
 
 
 def gate_cases() -> Iterator[GateCase]:
-    """Every tile with whole blocks of columns and not; a tile of all rows may follow another launch, or be alone."""
+    """Every tile with whole blocks of columns and not, and with rows that begin anywhere."""
     for tile in dict.fromkeys((*ALL, *SHARES.values())):
         for x, y in (("bf16", "bf16"), ("bf16", "fp32"), ("fp32", "bf16"), ("fp32", "fp32")):
-            if tile in ALL or y == "fp32":
-                for even in (True, False):
-                    yield _case(tile, x, y, even)
+            for even, aligned in ((True, True), (True, False), (False, False)):
+                yield _case(tile, x, y, even, aligned)
 
 
-def _case(tile: Tile, x: str, y: str, even: bool) -> GateCase:
-    columns = "i32:16" if even else "i32"
-    types = {"p_x": f"*{x}", "p_y": f"*{y}", "C": columns, "stride": columns}
+def _case(tile: Tile, x: str, y: str, even: bool, aligned: bool) -> GateCase:
+    types = {"p_x": f"*{x}" if aligned else f"*{x}:1", "p_y": f"*{y}"}
+    types |= {"C": "i32:16" if even else "i32", "stride": "i32:16" if aligned else "i32"}
     blocks = tile._asdict() | {"EVEN": even}
-    name = f"column_sum_kernel {x} to {y} {tile.BLOCK_R}x{tile.BLOCK_C}{' even' * even}"
+    name = f"column_sum_kernel {x} to {y} {tile.BLOCK_R}x{tile.BLOCK_C}{' even' * even}{' aligned' * aligned}"
     signature = gate_signature(column_sum_kernel, types, blocks)
     return GateCase(name, column_sum_kernel, signature, blocks, tile.num_warps, 3, tensor_cores=False)

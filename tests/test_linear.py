@@ -8,6 +8,7 @@ from torch.utils.checkpoint import checkpoint
 from encdiff import ops
 from encdiff.errors import InputError
 from encdiff.models import layers
+from encdiff.models.attention import pointwise
 from encdiff.ops.linear import _rows, conv2d, linear
 
 pytestmark = pytest.mark.on_gpu
@@ -129,6 +130,16 @@ def test_only_what_is_asked_for(wanted):
         close(actual, torch.autograd.grad(stock(*leaves), learnt, upstream), 1e-5)
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_a_pointwise_convolution_keeps_its_weights_strides(memory_format):
+    conv = layers.Conv2d(8, 4, 1).to(memory_format=memory_format)
+    x = torch.randn(2, 8, 4, 4).to(memory_format=torch.channels_last)
+    with ops.use_impl("triton"), ops.record_impls() as ran:
+        (gradient, _) = torch.autograd.grad(pointwise(x, conv).square().sum(), list(conv.parameters()))
+    assert ran == [("column_sum", "triton")]
+    assert gradient.stride() == conv.weight.stride()
+
+
 def test_a_layer_used_twice_adds_its_gradients():
     given, _ = draw_linear("matrix")
     square = [given[0], torch.randn(16, 16), torch.randn(16)]
@@ -166,6 +177,7 @@ def test_in_a_cuda_graph():
     given, upstream = draw_linear("many rows")
     step = lambda: outcome(linear, given, upstream)  # noqa: E731
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         step()
     torch.cuda.synchronize()
