@@ -31,6 +31,7 @@ from encdiff.ops import use_impl
 FORMS = ("published", "ours, autocast", "ours, bf16 weights")
 
 # kernels of an operator where there is more than one (PyTorch 2.11, CUDA); ours as their launchers have them
+# (those of column_sum: `_column_sum`)
 KERNELS = {
     "encdiff::group_norm_backward": 4,  # gradients, the sum over the batch, a copy of each half
     "encdiff::cross_attention_folded_bwd": 4,  # keys and values, x, two sums of the shares of the LayerNorm's
@@ -56,7 +57,7 @@ GROUPS = {
     "copies": {"clone", "copy_", "cat", "stack", "slice_backward", "select_backward"},
     "fills": {"zeros", "zeros_like", "ones_like", "new_zeros", "fill_", "zero_", "full", "full_like", "zero"},
     "adds": {"add", "add_"},
-    "sums": {"sum"},
+    "sums": {"sum", "column_sum"},
     "activations": {"silu", "silu_backward", "relu", "relu_", "threshold_backward", "elu", "elu_backward"},
 }
 GROUP_OF = {op: group for group, ops in GROUPS.items() for op in ops}
@@ -103,10 +104,17 @@ def _costs(name: str, args: tuple, inputs: list[Tensor], outputs: list[Tensor]) 
         yield from _convolution(op, args, outputs)
         return
     moved = sum(map(_bytes, inputs)) + sum(map(_bytes, outputs))
-    launches = KERNELS.get(name, 1)
+    launches = _column_sum(args[0]) if op == "column_sum" else KERNELS.get(name, 1)
     if op.startswith("_foreach") or op.startswith("_fused"):
-        launches = KERNELS.get(name, 1) * -(-len(args[0]) // 30)  # so many tensors fit a kernel's arguments
+        launches *= -(-len(args[0]) // 30)  # so many tensors fit a kernel's arguments
     yield _group(name, op, inputs, outputs), Cost(launches, moved)
+
+
+def _column_sum(x: Tensor) -> int:
+    """Kernels that sum the rows of x: one, or one more for what it leaves."""
+    from encdiff.kernels.column_sum import shares
+
+    return 2 if shares(*x.shape) > 1 else 1
 
 
 def _group(name: str, op: str, inputs: list[Tensor], outputs: list[Tensor]) -> str:

@@ -29,6 +29,7 @@ from ._cross_attention_parts import (
 )
 from ._cross_attention_plan import FOLDED_TILES, FOLDED_TOKENS, pad
 from ._gate import GateCase, gate_signature
+from .column_sum import column_sum
 
 
 @triton.jit
@@ -303,7 +304,7 @@ def _backward(ctx, dy, dmaps):
     dx, dk, dv, dgamma, dbeta, dbias = cross_attention_folded_bwd(
         x, keys, values, gamma, beta, bias, dy, ctx.eps, ctx.residual, wanted[6]
     )
-    db_o = dy.sum((0, 1), dtype=torch.float32).to(ctx.bo_dtype) if wanted[3] else None
+    db_o = column_sum(dy.flatten(0, 1), ctx.bo_dtype) if wanted[3] else None
     dgamma, dbeta = (None, None) if gamma is None else (dgamma.to(gamma.dtype), dbeta.to(beta.dtype))
     return dx, dk, dv, db_o, dgamma, dbeta, dbias.to(bias.dtype) if wanted[6] else None, None, None, None
 

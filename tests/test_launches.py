@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from bench.launches import Counting, count_evaluation, count_step, count_update, imagined_gpu
+from encdiff.ops.column_sum import column_sum
 
 # lower these with every kernel that is saved
 STEP = {"ours, autocast": 2728, "ours, bf16 weights": 1928}
@@ -37,6 +38,18 @@ def test_what_is_counted():
     assert counting.groups["casts"] == (1, (4 + 2) * 32)
     assert counting.groups["convolutions"].launches == 2  # of an input that needs no gradient
     assert counting.groups["convolution biases"].launches == 2
+
+
+def test_sums_of_many_rows_are_two_launches():
+    with imagined_gpu(), Counting() as counting:
+        column_sum(torch.empty(2048, 64))
+        column_sum(torch.empty(2049, 64))
+    assert counting.ops == {"sums: encdiff::column_sum": 3}
+
+
+def test_every_bias_is_summed_by_the_kernel():
+    counting = count_step("ours, bf16 weights")
+    assert counting.ops["sums: encdiff::column_sum"] == 275 and "sums: aten::sum" not in counting.ops
 
 
 def test_an_update_is_more_than_one_launch_and_reads_every_weight():

@@ -6,6 +6,7 @@ the dtype of the products. NaN never passes. Outputs are computed twice: a diffe
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from bench.gpu.lab import Lab
 from encdiff import ops
+from encdiff.engine import float32_precision
 from encdiff.models import EncDiffConfig
 from encdiff.ops.cross_attention_folded import cross_attention_folded, fold_matrices, keep
 
@@ -51,6 +53,8 @@ def cases(lab: Lab, batch: int) -> Iterator[Case]:
             yield _group_norm(draw, dtype, batch, L, C, c.groups)
             yield _geglu(draw, dtype, batch, L, c.feedforward * C)
             yield _layer_norm(draw, dtype, batch, L, C)
+            yield _linear(draw, dtype, batch, L, C, 2 * c.feedforward * C)
+            yield _conv2d(draw, dtype, batch, L, C)
         widest = max(C for _, C in layers(c))
         yield _group_norm(draw, dtype, batch, layers(c)[-1][0], 2 * widest, c.groups)
         yield _bank(draw, dtype, batch, c)
@@ -121,6 +125,26 @@ def _layer_norm(draw, dtype, B, L, C) -> Case:
     return Case(name, dtype, inputs, lambda i, impl: ops.layer_norm(**i, impl=impl))
 
 
+def _linear(draw, dtype, B, L, C, inner) -> Case:
+    def inputs():
+        return {"x": draw(B, L, C), "weight": draw(inner, C, scale=C**-0.5), "bias": draw(inner)}
+
+    return Case(f"linear {dtype} L={L} C={C} N={inner}".replace("torch.", ""), dtype, inputs,
+                lambda i, impl: ops.linear(**i, impl=impl))  # fmt: skip
+
+
+def _conv2d(draw, dtype, B, L, C) -> Case:
+    side = int(L**0.5)
+
+    def inputs():
+        x, weight = draw(B, C, side, side), draw(C, C, 3, 3, scale=C**-0.5 / 3)
+        maps = {"x": x, "weight": weight}
+        return {n: t.to(memory_format=torch.channels_last) for n, t in maps.items()} | {"bias": draw(C)}
+
+    return Case(f"conv2d {dtype} {side}x{side} C={C}".replace("torch.", ""), dtype, inputs,
+                lambda i, impl: ops.conv2d(**i, padding=1, impl=impl))  # fmt: skip
+
+
 def _bank(draw, dtype, B, c) -> Case:
     N, chain = c.concepts, (1, *c.bank_widths, c.token_width)
 
@@ -136,12 +160,25 @@ def _bank(draw, dtype, B, c) -> Case:
     return Case(f"mlp_bank {dtype} B={B}".replace("torch.", ""), dtype, inputs, run)
 
 
+@contextmanager
+def _repeatable() -> Iterator[None]:
+    """Convolutions in float32 itself, and in an order that is the same each time: cuDNN has others."""
+    cudnn = torch.backends.cudnn
+    before, cudnn.deterministic = cudnn.deterministic, True
+    try:
+        with float32_precision(tf32=False):
+            yield
+    finally:
+        cudnn.deterministic = before
+
+
 def check(case: Case, seed: int) -> dict:
     """Errors of every output and gradient, and whether two runs gave the same bits."""
     torch.manual_seed(seed)
     rounded = {name: t.to(case.dtype) for name, t in case.make().items()}
-    actual = _results(case, rounded, "triton")
-    again = _results(case, rounded, "triton", upstream=actual.pop("upstream"))
+    with _repeatable():
+        actual = _results(case, rounded, "triton")
+        again = _results(case, rounded, "triton", upstream=actual.pop("upstream"))
     upstream = again.pop("upstream")
     exact = _results(case, {n: t.double() for n, t in rounded.items()}, "reference", upstream)
     exact.pop("upstream")

@@ -104,6 +104,13 @@ def rows(lab: Lab, forms: tuple[str, ...] = ("ours", "published", "sdpa")) -> It
             (),
             3 * B * L * inner * 2,
         )
+        yield Row(
+            f"column_sum {B * L}x{C}",
+            {"ours": ops.column_sum, "published": lambda x: x.sum(0)},
+            lambda L=L, C=C: [torch.randn(B * L, C, device=on, dtype=half)],
+            (),
+            B * L * C * 2,
+        )
     bank = published.Bank(c).to(on, half)
     stacked = [[torch.stack([getattr(m[i], n).detach() for m in bank]).requires_grad_() for i in (0, 2, 4)]
                for n in ("weight", "bias")]  # fmt: skip

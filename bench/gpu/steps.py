@@ -153,7 +153,7 @@ GROUPS = {  # the first pattern that a kernel's name matches
     "products": r"gemm|cutlass|cublas|nvjet|gemv|splitK|sm90_xmma",
     "noise": r"q_sample|step_kernel|draw_kernel",
     "Inductor": r"triton_(poi|red|per|tem)",
-    "reductions": r"reduce_kernel|Reduce",
+    "reductions": r"reduce_kernel|Reduce|column_sum",
     "concatenations": r"CatArray",
     "copies and casts": r"copy|Memcpy|direct_copy|bfloat16_copy",
     "fills": r"Fill|Memset",

@@ -11,6 +11,7 @@ from einops import rearrange
 from torch import Tensor
 
 from encdiff import ops
+from encdiff.models.layers import Conv2d, Linear
 from encdiff.ops.cross_attention_folded import Folded, cross_attention_folded, fold, fold_pays
 
 
@@ -32,7 +33,7 @@ class Attention(nn.Module):
         self.to_q = nn.Linear(width, width, bias=False)
         self.to_k = nn.Linear(context_width, width, bias=False)
         self.to_v = nn.Linear(context_width, width, bias=False)
-        self.to_out = nn.Sequential(nn.Linear(width, width))
+        self.to_out = nn.Sequential(Linear(width, width))
 
     def weights(self) -> tuple[Tensor, ...]:
         out = self.to_out[0]
@@ -44,7 +45,7 @@ class GEGLU(nn.Module):
 
     def __init__(self, width: int, inner: int):
         super().__init__()
-        self.proj = nn.Linear(width, 2 * inner)
+        self.proj = Linear(width, 2 * inner)
 
     def forward(self, x: Tensor) -> Tensor:
         return ops.geglu(self.proj(x))
@@ -56,7 +57,7 @@ class FeedForward(nn.Module):
     def __init__(self, width: int, factor: int):
         super().__init__()
         # Identity keeps the place of the published code's dropout, and so the names
-        self.net = nn.Sequential(GEGLU(width, factor * width), nn.Identity(), nn.Linear(factor * width, width))
+        self.net = nn.Sequential(GEGLU(width, factor * width), nn.Identity(), Linear(factor * width, width))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x)
@@ -159,11 +160,11 @@ class SpatialTransformer(nn.Module):
     ):
         super().__init__()
         self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
-        self.proj_in = nn.Conv2d(channels, channels, 1)
+        self.proj_in = Conv2d(channels, channels, 1)
         self.transformer_blocks = nn.ModuleList(
             TransformerBlock(channels, context_width, heads, self_attention, feedforward) for _ in range(depth)
         )
-        self.proj_out = zero_init(nn.Conv2d(channels, channels, 1))
+        self.proj_out = zero_init(Conv2d(channels, channels, 1))
 
     def forward(self, x: Tensor, cond: Conditioning) -> Tensor:
         height = x.shape[2]
@@ -185,7 +186,7 @@ def pointwise(x: Tensor, conv: nn.Conv2d) -> Tensor:
         return conv(x)
     weight = conv.weight  # as a matrix by a view whose gradient has the weight's own strides: fused AdamW asks for them
     weight = weight.flatten(1) if weight.stride(3) == 1 else weight.permute(0, 2, 3, 1).flatten(1)
-    y = F.linear(x.flatten(2).transpose(1, 2), weight, conv.bias)
+    y = ops.linear(x.flatten(2).transpose(1, 2), weight, conv.bias)
     return y.transpose(1, 2).unflatten(2, x.shape[2:])
 
 

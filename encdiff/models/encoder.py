@@ -4,6 +4,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from encdiff.errors import InputError
+from encdiff.models.layers import Conv2d, Linear
 
 
 class ImageEncoder(nn.Sequential):
@@ -29,12 +30,12 @@ class ImageEncoder(nn.Sequential):
             raise InputError(f"image_size is {image_size}, must be 4 * 2**k with k >= 1: 8, 16, 32, 64, 128, ...")
         layers: list[nn.Module] = []
         for i in range(halvings):
-            layers.append(nn.Conv2d(in_channels if i == 0 else width, width, 4, stride=2, padding=1))
+            layers.append(Conv2d(in_channels if i == 0 else width, width, 4, stride=2, padding=1))
             layers.append(nn.BatchNorm2d(width))
             if i != halvings - 2:  # the last convolution but one has no ReLU, as published
                 layers.append(nn.ReLU())
         layers += [ResidualBlock(width), nn.BatchNorm2d(width), nn.ReLU(), ResidualBlock(width)]
-        layers += [nn.Flatten(), nn.Linear(width * 16, concepts)]
+        layers += [nn.Flatten(), Linear(width * 16, concepts)]
         if normalize:
             layers.append(nn.BatchNorm1d(concepts, affine=False))
         super().__init__(*layers)
@@ -47,10 +48,10 @@ class ResidualBlock(nn.Module):
         super().__init__()
         self.convs = nn.Sequential(
             nn.ReLU(),
-            nn.Conv2d(width, width, 3, padding=1),
+            Conv2d(width, width, 3, padding=1),
             nn.BatchNorm2d(width),
             nn.ReLU(),
-            nn.Conv2d(width, width, 1),
+            Conv2d(width, width, 1),
         )
 
     def forward(self, x: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from encdiff import ops
 from encdiff.errors import InputError
 from encdiff.models.attention import (
     Conditioning,
@@ -19,6 +20,7 @@ from encdiff.models.attention import (
     project_tokens,
     zero_init,
 )
+from encdiff.models.layers import Conv2d, Linear
 
 
 class UNet(nn.Module):
@@ -68,8 +70,8 @@ class UNet(nn.Module):
         self.width = width
         self.checkpoint_activations = False  # in training: keep each stage's input only, and compute it anew
         emb = 4 * width
-        self.time_embed = nn.Sequential(nn.Linear(width, emb), nn.SiLU(), nn.Linear(emb, emb))
-        self.concept_embed = nn.Linear(adagn_tokens * context_width, emb) if adagn_tokens else None
+        self.time_embed = nn.Sequential(Linear(width, emb), nn.SiLU(), Linear(emb, emb))
+        self.concept_embed = Linear(adagn_tokens * context_width, emb) if adagn_tokens else None
         context = None if adagn_tokens else context_width
 
         def res(c_in: int, c_out: int, sample: str | None = None) -> ResBlock:
@@ -82,7 +84,7 @@ class UNet(nn.Module):
             return res(c, c, kind) if resample == "residual" else Resample(c, kind)
 
         c = width
-        self.input_blocks = nn.ModuleList([Stage([nn.Conv2d(channels, c, 3, padding=1)])])
+        self.input_blocks = nn.ModuleList([Stage([Conv2d(channels, c, 3, padding=1)])])
         skips = [c]
         for level, multiplier in enumerate(multipliers):
             for _ in range(depth):
@@ -109,7 +111,7 @@ class UNet(nn.Module):
                     layers.append(resampled(c, "up"))
                 self.output_blocks.append(Stage(layers))
 
-        self.out = nn.Sequential(nn.GroupNorm(groups, c), nn.SiLU(), zero_init(nn.Conv2d(c, channels, 3, padding=1)))
+        self.out = nn.Sequential(nn.GroupNorm(groups, c), nn.SiLU(), zero_init(Conv2d(c, channels, 3, padding=1)))
         # plain lists, not modules of a second name
         self.res_blocks = [module for module in self.modules() if isinstance(module, ResBlock)]
         self.attending = [module for module in self.modules() if isinstance(module, TransformerBlock)]
@@ -176,13 +178,13 @@ class ResBlock(nn.Module):
     def __init__(self, c_in: int, c_out: int, emb: int, scale_shift: bool, groups: int, sample: str | None):
         super().__init__()
         self.scale_shift, self.sample = scale_shift, sample
-        self.in_layers = nn.Sequential(nn.GroupNorm(groups, c_in), nn.SiLU(), nn.Conv2d(c_in, c_out, 3, padding=1))
-        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb, 2 * c_out if scale_shift else c_out))
+        self.in_layers = nn.Sequential(nn.GroupNorm(groups, c_in), nn.SiLU(), Conv2d(c_in, c_out, 3, padding=1))
+        self.emb_layers = nn.Sequential(nn.SiLU(), Linear(emb, 2 * c_out if scale_shift else c_out))
         # Identity keeps the place of the published code's dropout, and so the names
         self.out_layers = nn.Sequential(
-            nn.GroupNorm(groups, c_out), nn.SiLU(), nn.Identity(), zero_init(nn.Conv2d(c_out, c_out, 3, padding=1))
+            nn.GroupNorm(groups, c_out), nn.SiLU(), nn.Identity(), zero_init(Conv2d(c_out, c_out, 3, padding=1))
         )
-        self.skip_connection = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
+        self.skip_connection = nn.Identity() if c_in == c_out else Conv2d(c_in, c_out, 1)
         self.place = 0  # among the residual blocks of a U-Net
 
     def forward(self, x: Tensor, emb: Tensor | tuple[Tensor, ...]) -> Tensor:
@@ -214,7 +216,7 @@ def project_times(emb: Tensor, blocks: list[ResBlock]) -> list[tuple[Tensor, ...
     weight, bias = (_join([getattr(linear, name) for linear in linears]) for name in ("weight", "bias"))
     parts = [1 + block.scale_shift for block in blocks]
     widths = [len(linear.bias) // n for linear, n in zip(linears, parts, strict=True) for _ in range(n)]
-    rows = iter(F.linear(F.silu(emb), weight, bias).split(widths, dim=1))
+    rows = iter(ops.linear(F.silu(emb), weight, bias).split(widths, dim=1))
     return [tuple(next(rows) for _ in range(n)) for n in parts]
 
 
@@ -228,7 +230,7 @@ class Resample(nn.Module):
     def __init__(self, channels: int, kind: str):
         super().__init__()
         self.kind = kind
-        conv = nn.Conv2d(channels, channels, 3, stride=2 if kind == "down" else 1, padding=1)
+        conv = Conv2d(channels, channels, 3, stride=2 if kind == "down" else 1, padding=1)
         setattr(self, "op" if kind == "down" else "conv", conv)
 
     def forward(self, x: Tensor) -> Tensor:

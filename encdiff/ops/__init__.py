@@ -2,16 +2,18 @@
 
 from encdiff.ops._dispatch import OPS, explain, record_impls, use_impl
 from encdiff.ops.adamw import adamw
+from encdiff.ops.column_sum import column_sum
 from encdiff.ops.cross_attention import cross_attention
 from encdiff.ops.geglu import geglu
 from encdiff.ops.group_norm import group_norm
 from encdiff.ops.layer_norm import layer_norm
+from encdiff.ops.linear import conv2d, linear
 from encdiff.ops.mlp_bank import mlp_bank
 from encdiff.ops.noise import q_sample, step
 from encdiff.ops.philox import normal, timesteps, uniform
 from encdiff.ops.self_attention import self_attention
 
 __all__ = [
-    "OPS", "adamw", "cross_attention", "explain", "geglu", "group_norm", "layer_norm", "mlp_bank", "normal",
-    "q_sample", "record_impls", "self_attention", "step", "timesteps", "uniform", "use_impl",
+    "OPS", "adamw", "column_sum", "conv2d", "cross_attention", "explain", "geglu", "group_norm", "layer_norm", "linear",
+    "mlp_bank", "normal", "q_sample", "record_impls", "self_attention", "step", "timesteps", "uniform", "use_impl",
 ]  # fmt: skip

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from encdiff.ops import _native
 from encdiff.ops.layer_norm import fuses, layer_norm_triton
+from encdiff.ops.linear import linear
 
 NATIVE_WIDTH = 64  # csrc/attention.h: kMaxWidth
 
@@ -73,7 +74,7 @@ def merge_heads(s: Tensor) -> Tensor:
 
 def project_out(a: Tensor, w_o: Tensor, b_o: Tensor | None, residual: Tensor | None) -> Tensor:
     """a Wo^T + bo [+ residual]."""
-    y = F.linear(a, w_o.to(a.dtype), None if b_o is None else b_o.to(a.dtype))
+    y = linear(a, w_o.to(a.dtype), None if b_o is None else b_o.to(a.dtype))
     return y if residual is None else residual + y
 
 

@@ -1,0 +1,18 @@
+"""PyTorch's linear layer and convolution by way of `ops`, which has faster gradients of their biases on a GPU."""
+
+import torch.nn as nn
+from torch import Tensor
+
+from encdiff import ops
+
+
+class Linear(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.linear(x, self.weight, self.bias)
+
+
+class Conv2d(nn.Conv2d):
+    """Without groups or dilation, padded with zeros."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.conv2d(x, self.weight, self.bias, self.stride, self.padding)

@@ -1,0 +1,133 @@
+"""Linear layers and convolutions whose gradients of biases are taken by `column_sum`.
+
+PyTorch's own sum over rows is slow on a GPU for matrices as small as those of a training step. Nothing else differs
+from `F.linear` and `F.conv2d`, and wherever the kernel does not serve it is they that run.
+"""
+
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from encdiff.errors import InputError
+from encdiff.ops.column_sum import column_sum, is_fused
+
+Pair = tuple[int, int]
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        wanted = ctx.needs_input_grad
+        ctx.save_for_backward(x if wanted[1] else None, weight if wanted[0] else None)
+        ctx.bias_dtype = bias.dtype
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
+        """dx = dy W; dW = dy^T x; db = the sum of dy over the rows."""
+        (x, weight), wanted = ctx.saved_tensors, ctx.needs_input_grad
+        rows = _matrix(dy)
+        dx = (rows @ weight).view(*dy.shape[:-1], weight.shape[1]) if wanted[0] else None
+        dw = rows.mT @ _matrix(x) if wanted[1] else None
+        return dx, dw, column_sum(rows, ctx.bias_dtype, impl="triton") if wanted[2] else None
+
+
+def _matrix(x: Tensor) -> Tensor:
+    """(..., C) -> (M, C), a view where the strides allow one."""
+    return x.reshape(x.shape[:-1].numel(), x.shape[-1])
+
+
+class _Conv2d(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, stride: Pair, padding: Pair) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.bias_dtype, ctx.stride, ctx.padding = bias.dtype, stride, padding
+        return F.conv2d(x, weight, bias, stride, padding)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
+        (x, weight), wanted = ctx.saved_tensors, list(ctx.needs_input_grad[:3])
+        rows = _rows(dy) if wanted[2] else None
+        theirs = [*wanted[:2], wanted[2] and rows is None]
+        dx = dw = db = None
+        if any(theirs):
+            dx, dw, db = torch.ops.aten.convolution_backward(
+                dy, x, weight, [len(weight)], ctx.stride, ctx.padding, (1, 1), False, (0, 0), 1, theirs
+            )
+        if rows is not None:
+            db = column_sum(rows, ctx.bias_dtype, impl="triton")
+        return dx, dw, db, None, None
+
+
+def _rows(dy: Tensor) -> Tensor | None:
+    """(B, C, H, W) with channels innermost, also a part of wider ones, as a view (B H W, C); None: it is not so."""
+    features = dy.permute(0, 2, 3, 1)
+    *sizes, C = features.shape
+    axes = [(size, stride) for size, stride in zip(sizes, features.stride(), strict=False) if size > 1]
+    together = all(outer == size * inner for (_, outer), (size, inner) in pairwise(axes))
+    return _matrix(features) if together and (C == 1 or dy.stride(1) == 1) else None
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, impl: str | None = None) -> Tensor:
+    """x W^T + b, as `F.linear`, under autocast too.
+
+    Args:
+        x: (..., I).
+        weight: (O, I).
+        bias: (O,) or None.
+        impl: of the bias's gradient, see `column_sum`; "triton" where it is the kernel's to take.
+
+    Returns:
+        (..., O).
+    """
+    if not _sums(x, bias, impl):
+        return F.linear(x, weight, bias)
+    return _Linear.apply(*_cast(x, weight, bias))
+
+
+def conv2d(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int | Pair = 1, padding: int | Pair = 0,
+    *, impl: str | None = None,
+) -> Tensor:  # fmt: skip
+    """A convolution, as `F.conv2d`, under autocast too.
+
+    Args:
+        x: (B, I, H, W) in any memory format; the kernel serves for an upstream gradient that is channels-last.
+        weight: (O, I, h, w).
+        bias: (O,) or None.
+        stride, padding: of both sides, or of each.
+        impl: of the bias's gradient, see `column_sum`.
+
+    Returns:
+        (B, O, H', W').
+
+    Raises:
+        InputError: x that is not (B, I, H, W).
+    """
+    if x.ndim != 4:
+        raise InputError(f"x is {tuple(x.shape)}, must be (B, I, H, W)")
+    if not _sums(x, bias, impl):
+        return F.conv2d(x, weight, bias, stride, padding)
+    return _Conv2d.apply(*_cast(x, weight, bias), _pair(stride), _pair(padding))
+
+
+def _pair(n: int | Pair) -> Pair:
+    return (n, n) if isinstance(n, int) else tuple(n)
+
+
+def _sums(x: Tensor, bias: Tensor | None, impl: str | None) -> bool:
+    """Whether a gradient of the bias is asked for and is the kernel's; a compiler fuses these sums itself."""
+    if bias is None or torch.compiler.is_compiling() or not (torch.is_grad_enabled() and bias.requires_grad):
+        return False
+    return is_fused(x, impl)
+
+
+def _cast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """As autocast would, where it is on; here, so that autograd sees it."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)
