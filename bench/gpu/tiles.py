@@ -90,11 +90,19 @@ def sweeps(lab: Lab) -> Iterator[Sweep]:
             return torch.ops.encdiff.self_attention_backward(qkv, o, lse, do, H, width**-0.5)
 
         for kernel, run in (("fwd", attend), ("bwd", attend_backward)):
-            shapes = product((16, 32, 64, 128, 256), (16, 32, 64), (1, 2, 4, 8))
-            fitting = [t for t in shapes if max(t[:2]) <= max(16, L) and 8 <= t[0] * t[1] / t[2] / 32 <= 32]
-            tiles = [(attention.Tile(*t),) for t in fitting]
+            tiles = [(attention.Tile(*t),) for t in _self_attention(kernel, L)]
             key = (kernel, True, attention.pad_width(width))
             yield Sweep(f"SELF {kernel} d={width} L={L}", attention.TILES, key, tiles, run, n)
+
+
+def _self_attention(kernel: str, L: int) -> Iterator[tuple[int, int, int, int]]:
+    """Rows, columns, warps, stages; of the backward, keys short of all leave a share of dq to be summed."""
+    rows = [r for r in (16, 32, 64, 128, 256) if L // 4 <= r <= max(16, L)]
+    least = 4 if L <= 16 else 8 if kernel == "fwd" else 16  # elements of a thread
+    for r, c, w, stages in product(rows, (16, 32, 64), (1, 2, 4, 8), (1, 2)):
+        if c <= max(16, L) and least <= r * c / w / 32 <= 64:
+            if stages == 2 or (kernel == "bwd" and c < 64):  # a loop over few columns may do without loads ahead
+                yield r, c, w, stages
 
 
 def candidates(lab: Lab, sweep: Sweep) -> list:
