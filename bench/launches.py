@@ -32,8 +32,10 @@ FORMS = ("published", "ours, autocast", "ours, bf16 weights")
 
 # kernels of an operator where there is more than one (PyTorch 2.11, CUDA); ours as their launchers have them
 KERNELS = {
-    "encdiff::group_norm_backward": 4,  # gradients, the sum over the batch, a copy of each half
-    "encdiff::cross_attention_folded_bwd": 4,  # keys and values, x, two sums of the shares of the LayerNorm's
+    "encdiff::group_norm_backward": 2,  # gradients, the sum over the batch
+    "encdiff::cross_attention_folded_bwd": 3,  # keys and values, x, the sum of the shares of the LayerNorm's
+    "encdiff::fold_by_head": 2,
+    "encdiff::fold_by_head_backward": 4,
     "encdiff::cross_attention_heads_bwd": 2,
     "encdiff::mlp_bank_backward": 2,
     "aten::baddbmm": 2,  # the addend is copied to where the product adds to it
@@ -48,7 +50,7 @@ KERNELS = {
 FREE = {"detach", "alias", "_unsafe_view", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
 
 GROUPS = {
-    "products": {"mm", "bmm", "addmm", "baddbmm"},
+    "products": {"mm", "bmm", "addmm", "baddbmm", "fold_by_head", "fold_by_head_backward"},
     "GroupNorm": {"group_norm", "group_norm_backward", "native_group_norm", "native_group_norm_backward"},
     "LayerNorm": {"native_layer_norm", "native_layer_norm_backward"},
     "GEGLU": {"geglu", "geglu_backward", "gelu", "gelu_backward"},

@@ -287,12 +287,18 @@ def _launch_backward(dy, x, mean, rstd, weight, bias, scale, shift, groups, silu
                 L, C, groups, stride_s, stride_t, **tile.constexprs(scale is not None, shift is not None, silu),
                 num_warps=tile.num_warps, num_stages=1,
             )  # fmt: skip
-            blocks = 2 * triton.cdiv(C, SUM["BLOCK_C"])
-            group_norm_bwd_kernel_sum[blocks,](rows, dweight, dbias, batch, C, **SUM, num_warps=SUM_WARPS)
+            sum_halves(rows, dweight, dbias)
     else:
         for t in (dweight, dbias, dscale, dshift):
             t.zero_()
     return dx, dweight, dbias, dscale, dshift
+
+
+def sum_halves(rows: Tensor, first: Tensor, second: Tensor) -> None:
+    """The sum of rows (B, 2, C) in float32 over B, always in the same order, into two (C,) of any type."""
+    batch, _, C = rows.shape
+    blocks = 2 * triton.cdiv(C, SUM["BLOCK_C"])
+    group_norm_bwd_kernel_sum[blocks,](rows, first, second, batch, C, **SUM, num_warps=SUM_WARPS)
 
 
 def _like_row(t: Tensor | None, x: Tensor) -> Tensor:

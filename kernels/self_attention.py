@@ -133,7 +133,7 @@ class Tile(NamedTuple):
 
 SHORT = Tile(16, 16, 1)  # of at most sixteen positions
 # (kernel, 16 bit?, head width padded) -> tiles, the one of fewer rows where these are all; free of spills on every
-# target. Of the backward in 16 bits those of which a multiprocessor holds several: each waits a lot, on products and loads
+# target. Of the backward in 16 bits those of which a multiprocessor holds several: each waits a lot, for products, loads
 TILES = {
     ("fwd", True, 16): (SHORT, Tile(64, 64, 4), Tile(128, 64, 4)),
     ("fwd", True, 32): (SHORT, Tile(64, 64, 4), Tile(128, 64, 4)),
