@@ -159,7 +159,7 @@ def cross_attention_folded_bwd_kernel_dx(
     RESIDUAL: tl.constexpr,
     BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_L queries of one sample, all heads in turn: dx, and its share of dgamma and dbeta in p_parts."""
+    """One program: BLOCK_L queries of one sample, all heads in turn: dx, and its part of dgamma and dbeta."""
     DTYPE: tl.constexpr = p_k.dtype.element_ty
     C = C8 * 8  # said in this way, the compiler knows that rows are aligned
     tiles = tl.cdiv(L, BLOCK_L)
@@ -259,7 +259,7 @@ def cross_attention_folded_bwd(
     x: Tensor, keys: Tensor, values: Tensor, gamma: Tensor | None, beta: Tensor | None, bias: Tensor | None,
     dy: Tensor, eps: float, residual: bool, bias_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """dx; dkeys and dvalues in the strides of these; dgamma and dbeta (C,) or empty; dbias (B,H,N), float32, or empty."""
+    """dx; dkeys, dvalues in the strides of these; dgamma, dbeta (C,) or empty; dbias (B,H,N), float32, or empty."""
     outputs = _gradients(x, keys, values, gamma, bias_gradient)
     dx, dk, dv, dgamma, dbeta, dbias = outputs
     if not x.numel():  # no query reads the tokens

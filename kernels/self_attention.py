@@ -16,10 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._cross_attention_parts import aligned_rows, on_device, operand
+from ._cross_attention_parts import LOG2E, aligned_rows, on_device, operand
 from ._gate import GateCase, gate_signature
-
-LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -133,7 +131,7 @@ class Tile(NamedTuple):
 
 SHORT = Tile(16, 16, 1)  # of at most sixteen positions
 # (kernel, 16 bit?, head width padded) -> tiles, the one of fewer rows where these are all; free of spills on every
-# target. Of the backward in 16 bits those of which a multiprocessor holds several: each waits a lot, for products, loads
+# target. Of the backward in 16 bits those of which a multiprocessor holds several: each waits a lot for its products
 TILES = {
     ("fwd", True, 16): (SHORT, Tile(64, 64, 4), Tile(128, 64, 4)),
     ("fwd", True, 32): (SHORT, Tile(64, 64, 4), Tile(128, 64, 4)),

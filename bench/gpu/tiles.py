@@ -31,7 +31,6 @@ def sweeps(lab: Lab) -> Iterator[Sweep]:
     """Of the 16 attending layers of the paper's U-Net, bf16."""
     c, B, N = lab.config, lab.batch, lab.config.concepts
     counts = {256: 5, 64: 5, 16: 5, 4: 1}  # of the paper's
-    warps = (2, 4, 8)
     for L, C in layers(c):
         width, H = C // c.heads, c.heads
         n = counts.get(L, 1)
@@ -49,8 +48,8 @@ def sweeps(lab: Lab) -> Iterator[Sweep]:
             )
 
         if plan.can_fold(C, N, 2):
-            tiles = [plan.FoldedTile(*t) for t in product(rows, (1, 2, 4), warps) if 8 <= t[0] * t[1] / t[2] <= 32]
             for kernel, run in (("fwd", folded), ("dx", folded_backward), ("dkv", folded_backward)):
+                tiles = [plan.FoldedTile(*t) for t in _folded(kernel, rows)]
                 key = (kernel, True, plan.pad(C, 64))
                 yield Sweep(f"FOLDED {kernel} C={C} L={L}", plan.FOLDED_TILES, key, tiles, run, n)
         key = (plan.pad(C, 128), plan.pad(width, 16))
@@ -93,6 +92,15 @@ def sweeps(lab: Lab) -> Iterator[Sweep]:
             tiles = [(attention.Tile(*t),) for t in _self_attention(kernel, L)]
             key = (kernel, True, attention.pad_width(width))
             yield Sweep(f"SELF {kernel} d={width} L={L}", attention.TILES, key, tiles, run, n)
+
+
+def _folded(kernel: str, rows: list[int]) -> Iterator[tuple[int, int, int, int]]:
+    """Queries, heads, warps, stages."""
+    for r, heads, w, stages in product(rows, (1, 2, 4), (2, 4, 8), (2, 1)):
+        if stages == 2 or (heads == 1 and w == 4):
+            # of two heads dkv has wgmma of what it computed and transposed: not to be chosen unless results are checked
+            if 4 <= r * heads / w <= 32 and not (heads == 4 and (kernel == "dkv" or r < 32)):
+                yield r, heads, w, stages
 
 
 def _self_attention(kernel: str, L: int) -> Iterator[tuple[int, int, int, int]]:
