@@ -29,7 +29,7 @@ from ._cross_attention_parts import (
 )
 from ._cross_attention_plan import FOLDED_TILES, FOLDED_TOKENS, pad
 from ._gate import GateCase, gate_signature
-from .group_norm import sum_halves
+from ._halves import sum_halves
 
 
 @triton.jit

@@ -97,10 +97,10 @@ def sweeps(lab: Lab) -> Iterator[Sweep]:
 def _folded(kernel: str, rows: list[int]) -> Iterator[tuple[int, int, int, int]]:
     """Queries, heads, warps, stages."""
     for r, heads, w, stages in product(rows, (1, 2, 4), (2, 4, 8), (2, 1)):
-        if stages == 2 or (heads == 1 and w == 4):
-            # of two heads dkv has wgmma of what it computed and transposed: not to be chosen unless results are checked
-            if 4 <= r * heads / w <= 32 and not (heads == 4 and (kernel == "dkv" or r < 32)):
-                yield r, heads, w, stages
+        # of two heads dkv has wgmma of what it computed and transposed: not to be chosen unless results are checked
+        held = stages == 2 or (heads == 1 and w == 4)
+        if held and 4 <= r * heads / w <= 32 and not (heads == 4 and (kernel == "dkv" or r < 32)):
+            yield r, heads, w, stages
 
 
 def _self_attention(kernel: str, L: int) -> Iterator[tuple[int, int, int, int]]:
@@ -108,9 +108,9 @@ def _self_attention(kernel: str, L: int) -> Iterator[tuple[int, int, int, int]]:
     rows = [r for r in (16, 32, 64, 128, 256) if L // 4 <= r <= max(16, L)]
     least = 4 if L <= 16 else 8 if kernel == "fwd" else 16  # elements of a thread
     for r, c, w, stages in product(rows, (16, 32, 64), (1, 2, 4, 8), (1, 2)):
-        if c <= max(16, L) and least <= r * c / w / 32 <= 64:
-            if stages == 2 or (kernel == "bwd" and c < 64):  # a loop over few columns may do without loads ahead
-                yield r, c, w, stages
+        ahead = stages == 2 or (kernel == "bwd" and c < 64)  # a loop over few columns may do without loads ahead
+        if ahead and c <= max(16, L) and least <= r * c / w / 32 <= 64:
+            yield r, c, w, stages
 
 
 def candidates(lab: Lab, sweep: Sweep) -> list:
