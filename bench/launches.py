@@ -1,6 +1,6 @@
 """Launches and bytes of one training step and of one sampling evaluation, counted on fake tensors, without a GPU.
 
-    python -m bench.launches [--batch 128] [--ops]
+    python -m bench.launches [--batch 128] [--ops] [--sites]
 
 Every operator that reaches a CUDA device counts as the kernels that PyTorch launches for it, and as the bytes of its
 inputs and outputs; views and allocations cost nothing, whatever lies in a cache counts as if it came from memory. A
@@ -9,6 +9,8 @@ step is encoder, bank, U-Net and loss, forward and backward, from latents and no
 
 import argparse
 import os
+import re
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -33,8 +35,10 @@ FORMS = ("published", "ours, autocast", "ours, bf16 weights")
 # kernels of an operator where there is more than one (PyTorch 2.11, CUDA); ours as their launchers have them
 # (those of column_sum: `_column_sum`)
 KERNELS = {
-    "encdiff::group_norm_backward": 4,  # gradients, the sum over the batch, a copy of each half
-    "encdiff::cross_attention_folded_bwd": 4,  # keys and values, x, two sums of the shares of the LayerNorm's
+    "encdiff::group_norm_backward": 2,  # gradients, the sum over the batch
+    "encdiff::cross_attention_folded_bwd": 3,  # keys and values, x, the sum of the shares of the LayerNorm's
+    "encdiff::fold_by_head": 2,
+    "encdiff::fold_by_head_backward": 4,
     "encdiff::cross_attention_heads_bwd": 2,
     "encdiff::layer_norm_backward": 2,  # dx with the shares, their sum
     "encdiff::mlp_bank_backward": 2,
@@ -50,7 +54,7 @@ KERNELS = {
 FREE = {"detach", "alias", "_unsafe_view", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
 
 GROUPS = {
-    "products": {"mm", "bmm", "addmm", "baddbmm"},
+    "products": {"mm", "bmm", "addmm", "baddbmm", "fold_by_head", "fold_by_head_backward"},
     "GroupNorm": {"group_norm", "group_norm_backward", "native_group_norm", "native_group_norm_backward"},
     "LayerNorm": {"layer_norm", "layer_norm_backward", "native_layer_norm", "native_layer_norm_backward"},
     "GEGLU": {"geglu", "geglu_backward", "gelu", "gelu_backward"},
@@ -80,6 +84,8 @@ class Counting(TorchDispatchMode):
         super().__init__()
         self.groups: dict[str, Cost] = {}
         self.ops: Counter[str] = Counter()
+        self.sites: Counter[str] = Counter()
+        self._node = ""  # of the backward that ran last: what adds up its results says no place of its own
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
@@ -92,10 +98,25 @@ class Counting(TorchDispatchMode):
         for group, cost in _costs(name, args, inputs, outputs):
             self.groups[group] = self.groups.get(group, Cost()) + cost
             self.ops[f"{group}: {name}"] += cost.launches
+            if torch.is_anomaly_enabled() and outputs:
+                self.sites[f"{group}: {name} {tuple(outputs[0].shape)} {self._place()}"] += cost.launches
         return result
+
+    def _place(self) -> str:
+        """The innermost lines of the package that made this launch, or made the node of the backward that makes it."""
+        node = torch._C._current_autograd_node()
+        if node is None:
+            return _lines(traceback.format_stack()) or f"a sum after {self._node}"
+        self._node = f"{node.name()} {_lines(node.metadata.get('traceback_') or [])}"
+        return self._node
 
     def total(self) -> Cost:
         return sum(self.groups.values(), Cost())
+
+
+def _lines(stack: list[str], depth: int = 3) -> str:
+    own = [re.search(r'encdiff/([^"]*)", line (\d+)', frame) for frame in stack if "bench/" not in frame]
+    return " < ".join(f"{found[1]}:{found[2]}" for found in [f for f in own if f][: -depth - 1 : -1])
 
 
 def _costs(name: str, args: tuple, inputs: list[Tensor], outputs: list[Tensor]) -> Iterator[tuple[str, Cost]]:
@@ -267,7 +288,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--ops", action="store_true", help="list every operator of ours, too")
+    parser.add_argument(
+        "--sites", action="store_true", help="list every launch of a bf16 step with its shape and place"
+    )
     options = parser.parse_args()
+    if options.sites:
+        with torch.autograd.set_detect_anomaly(True, check_nan=False):
+            sites = count_step(FORMS[-1], batch=options.batch).sites
+        print(*(f"{n:5} {site}" for site, n in sorted(sites.items())), sep="\n")
+        return
     works: dict[str, Callable] = {"training step": count_step, "sampling evaluation": count_evaluation}
     for title, count in works.items():
         counts = {form: count(form, batch=options.batch) for form in FORMS}

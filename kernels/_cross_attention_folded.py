@@ -30,12 +30,13 @@ from ._cross_attention_parts import (
 from ._cross_attention_plan import FOLDED_TILES, FOLDED_TOKENS, pad
 from ._gate import GateCase, gate_signature
 from .column_sum import column_sum
+from ._halves import sum_halves
 
 
 @triton.jit
-def _load_tokens(p, o_j, m_j, o_c, C):
-    """Rows o_j of one sample's folded keys or values (H*N, C)."""
-    return tl.load(p + o_j[:, None] * C + o_c[None, :], mask=m_j[:, None] & (o_c < C)[None, :], other=0.0)
+def _load_tokens(p, o_kv, m_j, o_c, C):
+    """Rows of one sample's folded keys or values that begin at o_kv."""
+    return tl.load(p + o_kv[:, None] + o_c[None, :], mask=m_j[:, None] & (o_c < C)[None, :], other=0.0)
 
 
 @triton.jit
@@ -59,7 +60,7 @@ def _softmax_gradient(p, dp, GROUP: tl.constexpr, BLOCK_N: tl.constexpr):
 def cross_attention_folded_fwd_kernel(
     p_x, p_k, p_v, p_bo, p_gamma, p_beta, p_bias, p_y, p_maps,
     L, N, C8, H, eps,
-    stride_xb8, stride_xl8, stride_bias_b, stride_bias_h,
+    stride_xb8, stride_xl8, stride_kb8, stride_kh8, stride_bias_b, stride_bias_h,
     RESIDUAL: tl.constexpr, MAPS: tl.constexpr,
     BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
@@ -72,8 +73,8 @@ def cross_attention_folded_fwd_kernel(
     o_c = tl.arange(0, BLOCK_C)
     o_col = tl.arange(0, GROUP * BLOCK_N)
     o_n = o_col % BLOCK_N
-    p_k += i_b * H * N * C
-    p_v += i_b * H * N * C
+    p_k += i_b * stride_kb8 * 8
+    p_v += i_b * stride_kb8 * 8
     if p_bias is not None:
         p_bias += i_b * stride_bias_b
 
@@ -85,15 +86,15 @@ def cross_attention_folded_fwd_kernel(
     for i_g in range(0, H, GROUP):
         i_h = i_g + o_col // BLOCK_N
         m_j = (o_n < N) & (i_h < H)
-        o_j = i_h * N + o_n
-        k = operand(_load_tokens(p_k, o_j, m_j, o_c, C), DTYPE)
+        o_kv = i_h.to(tl.int64) * stride_kh8 * 8 + o_n * C
+        k = operand(_load_tokens(p_k, o_kv, m_j, o_c, C), DTYPE)
         p = _attend(h, k, i_h, o_n, m_j, p_bias, stride_bias_h, GROUP, BLOCK_N)
         if MAPS == "head":
             o_map = ((i_b * H + i_h[None, :]) * L + o_l[:, None]) * N + o_n[None, :]
             tl.store(p_maps + o_map, p.to(p_maps.dtype.element_ty), mask=(o_l < L)[:, None] & m_j[None, :])
         if MAPS == "mean":
             mean += tl.sum(over_tokens(p, GROUP, BLOCK_N), 1)
-        v = operand(_load_tokens(p_v, o_j, m_j, o_c, C), DTYPE)
+        v = operand(_load_tokens(p_v, o_kv, m_j, o_c, C), DTYPE)
         y = tl.dot(operand(p, DTYPE), v, y, input_precision="ieee")
     y += load_channels(p_bo, o_c, C, 0.0)[None, :]
     if RESIDUAL:  # read again rather than held in registers through the loop
@@ -107,7 +108,7 @@ def cross_attention_folded_fwd_kernel(
 def cross_attention_folded_bwd_kernel_dkv(
     p_x, p_k, p_v, p_gamma, p_beta, p_bias, p_dy, p_dk, p_dv, p_dbias,
     L, N, C8, H, eps,
-    stride_xb8, stride_xl8, stride_bias_b, stride_bias_h,
+    stride_xb8, stride_xl8, stride_kb8, stride_kh8, stride_bias_b, stride_bias_h,
     BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """One program: GROUP heads of one sample, all queries in turn: dA = dlogits^T LN(x), dW = P^T dy."""
@@ -120,14 +121,14 @@ def cross_attention_folded_bwd_kernel_dkv(
     o_n = o_col % BLOCK_N
     i_h = tl.program_id(0) % groups * GROUP + o_col // BLOCK_N
     m_j = (o_n < N) & (i_h < H)
-    o_j = i_h * N + o_n
+    o_kv = i_b * stride_kb8 * 8 + i_h.to(tl.int64) * stride_kh8 * 8 + o_n * C
     p_x += i_b * stride_xb8 * 8
     p_dy += i_b * L * C
     if p_bias is not None:
         p_bias += i_b * stride_bias_b
 
-    k = operand(_load_tokens(p_k + i_b * H * N * C, o_j, m_j, o_c, C), DTYPE)
-    v = operand(_load_tokens(p_v + i_b * H * N * C, o_j, m_j, o_c, C), DTYPE)
+    k = operand(_load_tokens(p_k, o_kv, m_j, o_c, C), DTYPE)
+    v = operand(_load_tokens(p_v, o_kv, m_j, o_c, C), DTYPE)
     dk = tl.zeros((GROUP * BLOCK_N, BLOCK_C), tl.float32)
     dv = tl.zeros((GROUP * BLOCK_N, BLOCK_C), tl.float32)
     dbias = tl.zeros((GROUP * BLOCK_N,), tl.float32)
@@ -143,23 +144,23 @@ def cross_attention_folded_bwd_kernel_dkv(
         dk = tl.dot(tl.trans(operand(ds, DTYPE)), h, dk, input_precision="ieee")
         if p_dbias is not None:
             dbias += tl.sum(ds, 0)
-    o_out = i_b * H * N * C + o_j[:, None] * C + o_c[None, :]
+    o_out = o_kv[:, None] + o_c[None, :]
     m_out = m_j[:, None] & (o_c < C)[None, :]
     tl.store(p_dk + o_out, dk.to(p_dk.dtype.element_ty), mask=m_out)
     tl.store(p_dv + o_out, dv.to(p_dv.dtype.element_ty), mask=m_out)
     if p_dbias is not None:
-        tl.store(p_dbias + i_b * H * N + o_j, dbias, mask=m_j)
+        tl.store(p_dbias + (i_b * H + i_h) * N + o_n, dbias, mask=m_j)
 
 
 @triton.jit
 def cross_attention_folded_bwd_kernel_dx(
-    p_x, p_k, p_v, p_gamma, p_beta, p_bias, p_dy, p_dx, p_dgamma, p_dbeta,
+    p_x, p_k, p_v, p_gamma, p_beta, p_bias, p_dy, p_dx, p_parts,
     L, N, C8, H, eps,
-    stride_xb8, stride_xl8, stride_bias_b, stride_bias_h,
+    stride_xb8, stride_xl8, stride_kb8, stride_kh8, stride_bias_b, stride_bias_h,
     RESIDUAL: tl.constexpr,
     BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_L queries of one sample, all heads in turn: dx, and this tile's share of dgamma and dbeta."""
+    """One program: BLOCK_L queries of one sample, all heads in turn: dx, and its part of dgamma and dbeta."""
     DTYPE: tl.constexpr = p_k.dtype.element_ty
     C = C8 * 8  # said in this way, the compiler knows that rows are aligned
     tiles = tl.cdiv(L, BLOCK_L)
@@ -168,8 +169,8 @@ def cross_attention_folded_bwd_kernel_dx(
     o_c = tl.arange(0, BLOCK_C)
     o_col = tl.arange(0, GROUP * BLOCK_N)
     o_n = o_col % BLOCK_N
-    p_k += i_b * H * N * C
-    p_v += i_b * H * N * C
+    p_k += i_b * stride_kb8 * 8
+    p_v += i_b * stride_kb8 * 8
     if p_bias is not None:
         p_bias += i_b * stride_bias_b
 
@@ -182,9 +183,9 @@ def cross_attention_folded_bwd_kernel_dx(
     for i_g in range(0, H, GROUP):
         i_h = i_g + o_col // BLOCK_N
         m_j = (o_n < N) & (i_h < H)
-        o_j = i_h * N + o_n
-        k = operand(_load_tokens(p_k, o_j, m_j, o_c, C), DTYPE)
-        v = operand(_load_tokens(p_v, o_j, m_j, o_c, C), DTYPE)
+        o_kv = i_h.to(tl.int64) * stride_kh8 * 8 + o_n * C
+        k = operand(_load_tokens(p_k, o_kv, m_j, o_c, C), DTYPE)
+        v = operand(_load_tokens(p_v, o_kv, m_j, o_c, C), DTYPE)
         p = _attend(h, k, i_h, o_n, m_j, p_bias, stride_bias_h, GROUP, BLOCK_N)
         ds = _softmax_gradient(p, tl.dot(dy, tl.trans(v), input_precision="ieee"), GROUP, BLOCK_N)
         dh = tl.dot(operand(ds, DTYPE), k, dh, input_precision="ieee")
@@ -192,9 +193,9 @@ def cross_attention_folded_bwd_kernel_dx(
     if p_gamma is not None:  # read again rather than held in registers through the loop
         x = load_rows(p_x, o_l, o_c, stride_xl8 * 8, L, C)
         x, r = standardise(x, o_c, C, eps)
-        o_part = tl.program_id(0).to(tl.int64) * C + o_c
-        tl.store(p_dgamma + o_part, tl.sum(dh * x, 0), mask=o_c < C)
-        tl.store(p_dbeta + o_part, tl.sum(dh, 0), mask=o_c < C)
+        o_part = tl.program_id(0).to(tl.int64) * 2 * C + o_c
+        tl.store(p_parts + o_part, tl.sum(dh * x, 0), mask=o_c < C)
+        tl.store(p_parts + o_part + C, tl.sum(dh, 0), mask=o_c < C)
         g = dh * load_channels(p_gamma, o_c, C, 1.0)[None, :]
         dx = r[:, None] * (g - (tl.sum(g, 1) / C)[:, None] - x * (tl.sum(g * x, 1) / C)[:, None])
     if RESIDUAL:
@@ -205,7 +206,8 @@ def cross_attention_folded_bwd_kernel_dx(
 def _arguments(x: Tensor, k: Tensor, bias: Tensor | None, eps: float, kernel: str) -> tuple[tuple, dict]:
     """The sizes every kernel takes, and its tile."""
     (_, L, C), (_, H, N, _) = x.shape, k.shape
-    strides = x.stride(0) // 8, x.stride(1) // 8, *((0, 0) if bias is None else bias.stride()[:2])
+    strides = (t.stride(i) // 8 for t in (x, k) for i in (0, 1))
+    strides = *strides, *((0, 0) if bias is None else bias.stride()[:2])
     BLOCK_C = pad(C, 64)
     tile = FOLDED_TILES[kernel, k.element_size() == 2, BLOCK_C]
     blocks = {"BLOCK_L": tile.BLOCK_L, "BLOCK_C": BLOCK_C, "BLOCK_N": FOLDED_TOKENS, "GROUP": tile.GROUP}
@@ -217,9 +219,9 @@ def cross_attention_folded(
     x: Tensor, keys: Tensor, values: Tensor, b_o: Tensor | None, gamma: Tensor | None, beta: Tensor | None,
     bias: Tensor | None, eps: float, residual: bool, maps: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """x (B,L,C), any strides; keys and values (B,H,N,C) contiguous; bias (B,H,N), last stride 1 -> y contiguous, maps.
+    """x (B,L,C), any strides; keys and values (B,H,N,C) of `whole_heads`; bias (B,H,N), last stride 1 -> y, maps.
 
-    maps: "none" (empty), "head" (B,H,L,N) or "mean" (B,L,N).
+    y is contiguous; maps: "none" (empty), "head" (B,H,L,N) or "mean" (B,L,N).
     """
     y, p = _outputs(x, keys, maps)
     if y.numel():
@@ -232,6 +234,14 @@ def cross_attention_folded(
                 *sizes, RESIDUAL=residual, MAPS=maps, **blocks,
             )  # fmt: skip
     return y, p
+
+
+def whole_heads(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """(B,H,N,C) as they are where (N,C) are contiguous and B and H have the same strides in both, else copies."""
+    B, H, N, C = keys.shape
+    whole = keys.stride() in ((N * C, B * N * C, C, 1), (H * N * C, N * C, C, 1))  # either of B and H outermost
+    whole = whole and keys.stride() == values.stride()
+    return (keys, values) if whole else (keys.contiguous(), values.contiguous())
 
 
 def _outputs(x, keys, maps):
@@ -250,7 +260,7 @@ def cross_attention_folded_bwd(
     x: Tensor, keys: Tensor, values: Tensor, gamma: Tensor | None, beta: Tensor | None, bias: Tensor | None,
     dy: Tensor, eps: float, residual: bool, bias_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """dx, dkeys, dvalues; in float32 dgamma and dbeta (C,) or empty, dbias (B,H,N) or empty."""
+    """dx; dkeys, dvalues in the strides of these; dgamma, dbeta (C,) or empty; dbias (B,H,N), float32, or empty."""
     outputs = _gradients(x, keys, values, gamma, bias_gradient)
     dx, dk, dv, dgamma, dbeta, dbias = outputs
     if not x.numel():  # no query reads the tokens
@@ -267,20 +277,17 @@ def cross_attention_folded_bwd(
         cross_attention_folded_bwd_kernel_dkv[grid](*shared, rounded, dk, dv, p_dbias, *sizes, **blocks)
         sizes, blocks = _arguments(x, keys, bias, eps, "dx")
         programs = x.shape[0] * triton.cdiv(x.shape[1], blocks["BLOCK_L"])
-        parts = None if gamma is None else x.new_empty((2, programs, x.shape[2]), dtype=torch.float32)
-        p_dgamma, p_dbeta = (None, None) if parts is None else parts
-        cross_attention_folded_bwd_kernel_dx[programs,](
-            *shared, dy, dx, p_dgamma, p_dbeta, *sizes, RESIDUAL=residual, **blocks
-        )  # fmt: skip
-    if parts is not None:
-        dgamma, dbeta = parts[0].sum(0), parts[1].sum(0)
+        parts = None if gamma is None else x.new_empty((programs, 2, x.shape[2]), dtype=torch.float32)
+        cross_attention_folded_bwd_kernel_dx[programs,](*shared, dy, dx, parts, *sizes, RESIDUAL=residual, **blocks)
+        if parts is not None:
+            sum_halves(parts, dgamma, dbeta)
     return dx, dk, dv, dgamma, dbeta, dbias
 
 
 def _gradients(x, keys, values, gamma, bias_gradient):
-    C, (B, H, N, _) = 0 if gamma is None else x.shape[2], keys.shape
-    small = [x.new_empty(shape, dtype=torch.float32) for shape in ((C,), (C,), (B, H, N) if bias_gradient else (0,))]
-    return x.new_empty(x.shape), keys.new_empty(keys.shape), values.new_empty(values.shape), *small
+    affine = [x.new_empty(0) if gamma is None else gamma.new_empty(gamma.shape) for _ in range(2)]
+    dbias = x.new_empty(keys.shape[:3] if bias_gradient else (0,), dtype=torch.float32)
+    return x.new_empty(x.shape), torch.empty_like(keys), torch.empty_like(values), *affine, dbias
 
 
 @cross_attention_folded_bwd.register_fake
@@ -305,7 +312,7 @@ def _backward(ctx, dy, dmaps):
         x, keys, values, gamma, beta, bias, dy, ctx.eps, ctx.residual, wanted[6]
     )
     db_o = column_sum(dy.flatten(0, 1), ctx.bo_dtype) if wanted[3] else None
-    dgamma, dbeta = (None, None) if gamma is None else (dgamma.to(gamma.dtype), dbeta.to(beta.dtype))
+    dgamma, dbeta = (None, None) if gamma is None else (dgamma, dbeta.to(beta.dtype))
     return dx, dk, dv, db_o, dgamma, dbeta, dbias.to(bias.dtype) if wanted[6] else None, None, None, None
 
 

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._cross_attention_parts import load_rows, on_device, operand, store_rows
+from ._cross_attention_parts import aligned_rows, load_rows, on_device, operand, store_rows
 from ._cross_attention_plan import FEW_TOKENS, HEADS_TILES, heads_tile, pad
 from ._gate import GateCase, gate_signature
 
@@ -27,7 +27,7 @@ def _logits(q, k, o_n, N, p_bias, scale):
 @triton.jit
 def cross_attention_heads_fwd_kernel(
     p_q, p_k, p_v, p_bias, p_o, p_lse, p_maps,
-    L, N, H, D8, scale, stride_bias_b, stride_bias_h,
+    L, N, H, D8, scale, stride_kb8, stride_kn8, stride_bias_b, stride_bias_h,
     BLOCK_L: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_L queries of one head."""
@@ -42,9 +42,9 @@ def cross_attention_heads_fwd_kernel(
     if p_bias is not None:
         p_bias += i_b * stride_bias_b + i_h * stride_bias_h
 
-    i_kv = (i_b * N * H + i_h) * D
+    i_kv = i_b * stride_kb8 * 8 + i_h * D
     q = operand(load_rows(p_q + (i_b * L * H + i_h) * D, o_l, o_d, H * D, L, D), DTYPE)
-    k = operand(load_rows(p_k + i_kv, o_n, o_d, H * D, N, D), DTYPE)
+    k = operand(load_rows(p_k + i_kv, o_n, o_d, stride_kn8 * 8, N, D), DTYPE)
     s = _logits(q, k, o_n, N, p_bias, scale)
     top = tl.max(s, 1)
     masked = top == -float("inf")
@@ -53,7 +53,7 @@ def cross_attention_heads_fwd_kernel(
     p = e / z[:, None]
     if p_maps is not None:
         store_rows(p_maps + i_bh * L * N, p, o_l, o_n, N, L, N)
-    v = operand(load_rows(p_v + i_kv, o_n, o_d, H * D, N, D), DTYPE)
+    v = operand(load_rows(p_v + i_kv, o_n, o_d, stride_kn8 * 8, N, D), DTYPE)
     o = tl.dot(operand(p, DTYPE), v, input_precision="ieee")
     store_rows(p_o + (i_b * L * H + i_h) * D, o, o_l, o_d, H * D, L, D)
     lse = tl.where(masked, float("inf"), top + tl.log(z))  # exp(s - inf) = 0: a masked row attends to nothing
@@ -63,7 +63,7 @@ def cross_attention_heads_fwd_kernel(
 @triton.jit
 def cross_attention_heads_bwd_kernel_dq(
     p_q, p_k, p_v, p_bias, p_do, p_lse, p_dq, p_delta,
-    L, N, H, D8, scale, stride_bias_b, stride_bias_h,
+    L, N, H, D8, scale, stride_kb8, stride_kn8, stride_bias_b, stride_bias_h,
     BLOCK_L: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_L queries of one head; also delta = sum over the tokens of P dP, which dk needs."""
@@ -78,13 +78,13 @@ def cross_attention_heads_bwd_kernel_dq(
     if p_bias is not None:
         p_bias += i_b * stride_bias_b + i_h * stride_bias_h
 
-    i_q, i_kv = (i_b * L * H + i_h) * D, (i_b * N * H + i_h) * D
+    i_q, i_kv = (i_b * L * H + i_h) * D, i_b * stride_kb8 * 8 + i_h * D
     q = operand(load_rows(p_q + i_q, o_l, o_d, H * D, L, D), DTYPE)
-    k = operand(load_rows(p_k + i_kv, o_n, o_d, H * D, N, D), DTYPE)
+    k = operand(load_rows(p_k + i_kv, o_n, o_d, stride_kn8 * 8, N, D), DTYPE)
     lse = tl.load(p_lse + i_bh * L + o_l, mask=o_l < L, other=float("inf"))
     p = tl.exp(_logits(q, k, o_n, N, p_bias, scale) - lse[:, None])
     do = operand(load_rows(p_do + i_q, o_l, o_d, H * D, L, D), DTYPE)
-    v = operand(load_rows(p_v + i_kv, o_n, o_d, H * D, N, D), DTYPE)
+    v = operand(load_rows(p_v + i_kv, o_n, o_d, stride_kn8 * 8, N, D), DTYPE)
     dp = tl.dot(do, tl.trans(v), input_precision="ieee")
     delta = tl.sum(p * dp, 1)
     ds = p * (dp - delta[:, None])
@@ -96,7 +96,7 @@ def cross_attention_heads_bwd_kernel_dq(
 @triton.jit
 def cross_attention_heads_bwd_kernel_dkv(
     p_q, p_k, p_v, p_bias, p_do, p_lse, p_delta, p_dk, p_dv, p_dbias,
-    L, N, H, D8, scale, stride_bias_b, stride_bias_h,
+    L, N, H, D8, scale, stride_kb8, stride_kn8, stride_bias_b, stride_bias_h,
     BLOCK_L: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_N tokens of one head, all queries in turn."""
@@ -110,9 +110,9 @@ def cross_attention_heads_bwd_kernel_dkv(
     if p_bias is not None:
         p_bias += i_b * stride_bias_b + i_h * stride_bias_h
 
-    i_q, i_kv = (i_b * L * H + i_h) * D, (i_b * N * H + i_h) * D
-    k = operand(load_rows(p_k + i_kv, o_n, o_d, H * D, N, D), DTYPE)
-    v = operand(load_rows(p_v + i_kv, o_n, o_d, H * D, N, D), DTYPE)
+    i_q, i_kv = (i_b * L * H + i_h) * D, i_b * stride_kb8 * 8 + i_h * D
+    k = operand(load_rows(p_k + i_kv, o_n, o_d, stride_kn8 * 8, N, D), DTYPE)
+    v = operand(load_rows(p_v + i_kv, o_n, o_d, stride_kn8 * 8, N, D), DTYPE)
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dbias = tl.zeros((BLOCK_N,), tl.float32)
@@ -128,8 +128,9 @@ def cross_attention_heads_bwd_kernel_dkv(
         dk = tl.dot(tl.trans(operand(ds, DTYPE)), q, dk, input_precision="ieee")
         if p_dbias is not None:
             dbias += tl.sum(ds, 0)
-    store_rows(p_dk + i_kv, dk * scale, o_n, o_d, H * D, N, D)
-    store_rows(p_dv + i_kv, dv, o_n, o_d, H * D, N, D)
+    i_dkv = (i_b * N * H + i_h) * D
+    store_rows(p_dk + i_dkv, dk * scale, o_n, o_d, H * D, N, D)
+    store_rows(p_dv + i_dkv, dv, o_n, o_d, H * D, N, D)
     if p_dbias is not None:
         tl.store(p_dbias + i_bh * N + o_n, dbias, mask=o_n < N)
 
@@ -137,7 +138,7 @@ def cross_attention_heads_bwd_kernel_dkv(
 def _arguments(q: Tensor, k: Tensor, bias: Tensor | None, heads: int, scale: float, name: str) -> tuple[tuple, dict]:
     """The sizes every kernel takes, and its tile."""
     L, N, D = q.shape[1], k.shape[1], q.shape[2] // heads
-    strides = (0, 0) if bias is None else bias.stride()[:2]
+    strides = k.stride(0) // 8, k.stride(1) // 8, *((0, 0) if bias is None else bias.stride()[:2])
     blocks = heads_tile(name, L, N, D, q.element_size())._asdict() | {"BLOCK_D": pad(D, 32)}
     return (L, N, heads, D // 8, scale, *strides), blocks
 
@@ -146,17 +147,23 @@ def _arguments(q: Tensor, k: Tensor, bias: Tensor | None, heads: int, scale: flo
 def cross_attention_heads(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, heads: int, scale: float, maps: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """q (B,L,H*d), k and v (B,N,H*d), contiguous, d a multiple of 8; bias (B,H,N), last stride 1, or None.
+    """q (B,L,H*d) contiguous; k and v (B,N,H*d), any strides; d a multiple of 8; bias (B,H,N), last stride 1, or None.
 
     Returns o like q, in float32 the log-sum-exp (B,H,L), and P (B,H,L,N) if `maps`, else empty.
     """
-    o, lse, p = _outputs(q, k, heads, maps)
+    (o, lse, p), (k, v) = _outputs(q, k, heads, maps), _rows(k, v)
     sizes, blocks = _arguments(q, k, bias, heads, scale, "fwd")
     if o.numel():
         grid = (q.shape[0] * heads * triton.cdiv(q.shape[1], blocks["BLOCK_L"]),)
         with on_device(q):
             cross_attention_heads_fwd_kernel[grid](q, k, v, bias, o, lse, p if maps else None, *sizes, **blocks)
     return o, lse, p
+
+
+def _rows(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """As they are where rows are whole, aligned and a stride apart that is the same in both, else contiguous."""
+    k, v = aligned_rows(k), aligned_rows(v)
+    return (k, v) if k.stride() == v.stride() else (k.contiguous(), v.contiguous())
 
 
 def _outputs(q, k, heads, maps):
@@ -186,7 +193,7 @@ def cross_attention_heads_bwd(
     dq, dk, dv, dbias = _gradients(q, k, v, heads, bias_gradient)
     if not q.numel():  # no query reads the tokens
         return dq, dk.zero_(), dv.zero_(), dbias.zero_()
-    do, delta = do.contiguous(), torch.empty_like(lse)
+    do, delta, (k, v) = do.contiguous(), torch.empty_like(lse), _rows(k, v)
     with on_device(q):
         sizes, blocks = _arguments(q, k, bias, heads, scale, "dq")
         grid = (q.shape[0] * heads * triton.cdiv(q.shape[1], blocks["BLOCK_L"]),)

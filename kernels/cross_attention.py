@@ -7,12 +7,12 @@ one pass, `_cross_attention_heads` the attention between projections. `_cross_at
 from collections.abc import Iterator
 
 from . import _cross_attention_folded, _cross_attention_heads, _cross_attention_kept
-from ._cross_attention_folded import cross_attention_folded
+from ._cross_attention_folded import cross_attention_folded, whole_heads
 from ._cross_attention_heads import cross_attention_heads
 from ._cross_attention_kept import cross_attention_kept
 from ._gate import GateCase
 
-__all__ = ["cross_attention_folded", "cross_attention_heads", "cross_attention_kept", "gate_cases"]
+__all__ = ["cross_attention_folded", "cross_attention_heads", "cross_attention_kept", "gate_cases", "whole_heads"]
 
 
 def gate_cases() -> Iterator[GateCase]:

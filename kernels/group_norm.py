@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._gate import GateCase, gate_signature
+from ._halves import SUM, SUM_WARPS, group_norm_bwd_kernel_sum, sum_halves
 
 WIDTHS = (2, 4, 6, 8, 12, 16)  # those of the U-Nets: 64 to 512 channels in 32 groups
 BLOCK_D = (4, 16, 64)  # columns of a group of any other width
@@ -26,7 +27,7 @@ TILE = 8192  # elements of one program at most
 # What the kernels do not specialise: all but the pointers to features, which `_aligned` sees to. So the code depends on
 # the block sizes alone and gate_cases lists all of it.
 GENERAL = ("p_mean", "p_rstd", "p_w", "p_b", "p_scale", "p_shift", "p_dscale", "p_dshift", "p_rows", "p_dw", "p_db")
-GENERAL += ("B", "L", "C", "G", "stride_scale", "stride_shift")
+GENERAL += ("B", "L", "C", "G", "stride_scale", "stride_shift", "stride_skip")
 
 
 @triton.jit
@@ -140,12 +141,12 @@ def _normalised(p_dy, p_x, i_l, mean, rstd, gain, offset, o_c, m_c, L, C, BLOCK_
 
 @triton.jit(do_not_specialize=GENERAL)
 def group_norm_bwd_kernel(
-    p_dy, p_x, p_mean, p_rstd, p_w, p_b, p_scale, p_shift, p_dx, p_dscale, p_dshift, p_rows, L, C, G,
-    stride_scale, stride_shift,
+    p_dy, p_x, p_mean, p_rstd, p_w, p_b, p_scale, p_shift, p_skip, p_dx, p_dscale, p_dshift, p_rows, L, C, G,
+    stride_scale, stride_shift, stride_skip,
     BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, WIDTH: tl.constexpr, SINGLE: tl.constexpr,
-    HAS_SCALE: tl.constexpr, HAS_SHIFT: tl.constexpr, SILU: tl.constexpr,
+    HAS_SCALE: tl.constexpr, HAS_SHIFT: tl.constexpr, SILU: tl.constexpr, HAS_SKIP: tl.constexpr,
 ):  # fmt: skip
-    """p_rows (B, 2, C) takes each sample's share of the gradients of weight and bias."""
+    """p_rows (B, 2, C) takes each sample's share of the gradients of weight and bias; p_skip is added to dx."""
     tiles = tl.cdiv(G, BLOCK_C // BLOCK_D)
     i_b, i_t = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles
     n = (L * (C // G)).to(tl.float32)
@@ -155,6 +156,9 @@ def group_norm_bwd_kernel(
     p_x += i_b * L * C
     p_dy += i_b * L * C
     p_dx += i_b * L * C
+    if WIDTH > 0:
+        stride_skip = stride_skip // VECTOR * VECTOR
+    p_skip += i_b * L * stride_skip
     p_scale += i_b * stride_scale
     p_shift += i_b * stride_shift
     w, b, scale, shift = _affine(p_w, p_b, p_scale, p_shift, o_c, m_c, HAS_SCALE, HAS_SHIFT)
@@ -173,6 +177,8 @@ def group_norm_bwd_kernel(
         if not SINGLE:
             x_hat, du = _normalised(p_dy, p_x, i_l, mean, rstd, gain, offset, o_c, m_c, L, C, BLOCK_L, SILU)
         dx = rstd[None, :] * (du * gain[None, :] - mean_d[None, :] - x_hat * mean_xd[None, :])
+        if HAS_SKIP:
+            dx += _load(p_skip, i_l, o_c, m_c, L, stride_skip, BLOCK_L)
         _store(p_dx, dx, i_l, o_c, m_c, L, C, BLOCK_L)
     w, b, scale, _ = _affine(p_w, p_b, p_scale, p_shift, o_c, m_c, HAS_SCALE, HAS_SHIFT)  # again: registers are dear
     if HAS_SCALE:
@@ -182,28 +188,6 @@ def group_norm_bwd_kernel(
     p_rows += i_b * 2 * C
     tl.store(p_rows + o_c, sum_xdu * scale, mask=m_c)
     tl.store(p_rows + C + o_c, sum_du * scale, mask=m_c)
-
-
-@triton.jit(do_not_specialize=GENERAL)
-def group_norm_bwd_kernel_sum(p_rows, p_dw, p_db, B, C, BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr):
-    """The sum of p_rows (B, 2, C) over the batch, always in the same order: half of the programs for p_dw."""
-    tiles = tl.cdiv(C, BLOCK_C)
-    half = tl.program_id(0) // tiles
-    o_c = tl.program_id(0) % tiles * BLOCK_C + tl.arange(0, BLOCK_C)
-    total = tl.zeros((BLOCK_C,), tl.float32)
-    for i_b in range(0, B, BLOCK_B):
-        o_b = i_b + tl.arange(0, BLOCK_B)
-        m = (o_b < B)[:, None] & (o_c < C)[None, :]
-        o = (2 * o_b + half).to(tl.int64)[:, None] * C + o_c[None, :]
-        total += tl.sum(tl.load(p_rows + o, mask=m, other=0.0), 0)
-    if half == 0:
-        tl.store(p_dw + o_c, total.to(p_dw.dtype.element_ty), mask=o_c < C)
-    else:
-        tl.store(p_db + o_c, total.to(p_db.dtype.element_ty), mask=o_c < C)
-
-
-SUM = {"BLOCK_B": 128, "BLOCK_C": 32}  # a program reads 128 bytes of each row, those of the paper's batch at once
-SUM_WARPS = 8
 
 
 class Tile(NamedTuple):
@@ -272,8 +256,18 @@ def _launch_forward(x, weight, bias, scale, shift, groups, eps, silu) -> tuple[T
     return y, mean, rstd
 
 
-def _launch_backward(dy, x, mean, rstd, weight, bias, scale, shift, groups, silu) -> tuple[Tensor, ...]:
-    """The gradients of x, weight, bias, scale and shift; an empty one for what is not given."""
+def _skip(t: Tensor | None, x: Tensor) -> tuple[Tensor, int]:
+    """What is added to dx and the stride of its positions: columns of wider rows as they are, or a copy."""
+    if t is None:
+        return x, 0
+    stride = t.stride(1)
+    whole = t.stride() == (t.shape[1] * stride, stride, 1) and stride % 8 == 0 and t.data_ptr() % 16 == 0
+    t = t if whole and t.dtype == x.dtype else _aligned(t.to(x.dtype))
+    return t, t.stride(1)
+
+
+def _launch_backward(dy, x, mean, rstd, weight, bias, scale, shift, groups, silu, skip) -> tuple[Tensor, ...]:
+    """The gradients of x (with skip added), weight, bias, scale and shift; an empty one for what is not given."""
     (batch, L, C), x, dy = x.shape, _aligned(x), _aligned(dy)
     dx, dweight, dbias = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, weight, bias))
     dscale, dshift = (_like_row(t, x) for t in (scale, shift))
@@ -281,14 +275,15 @@ def _launch_backward(dy, x, mean, rstd, weight, bias, scale, shift, groups, silu
     if x.numel():
         tile = Tile.of(L, C, groups)
         (s, stride_s), (t, stride_t) = _row(scale, weight), _row(shift, weight)
+        added, stride_added = _skip(skip, x)
         with torch.cuda.device_of(x):
             group_norm_bwd_kernel[batch * tile.programs(groups),](
-                dy, x, mean, rstd, weight.contiguous(), bias.contiguous(), s, t, dx, dscale, dshift, rows,
-                L, C, groups, stride_s, stride_t, **tile.constexprs(scale is not None, shift is not None, silu),
+                dy, x, mean, rstd, weight.contiguous(), bias.contiguous(), s, t, added, dx, dscale, dshift, rows,
+                L, C, groups, stride_s, stride_t, stride_added,
+                **tile.constexprs(scale is not None, shift is not None, silu), HAS_SKIP=skip is not None,
                 num_warps=tile.num_warps, num_stages=1,
             )  # fmt: skip
-            blocks = 2 * triton.cdiv(C, SUM["BLOCK_C"])
-            group_norm_bwd_kernel_sum[blocks,](rows, dweight, dbias, batch, C, **SUM, num_warps=SUM_WARPS)
+            sum_halves(rows, dweight, dbias)
     else:
         for t in (dweight, dbias, dscale, dshift):
             t.zero_()
@@ -317,13 +312,14 @@ def _(x, weight, bias, scale, shift, groups, eps, silu):
 @torch.library.custom_op("encdiff::group_norm_backward", mutates_args=())
 def group_norm_backward(
     dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None,
-    shift: Tensor | None, groups: int, silu: bool,
+    shift: Tensor | None, groups: int, silu: bool, skip: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    return _launch_backward(dy, x, mean, rstd, weight, bias, scale, shift, groups, silu)
+    """skip (B, L, C), any strides: a gradient of x that is at hand, added to that of the op."""
+    return _launch_backward(dy, x, mean, rstd, weight, bias, scale, shift, groups, silu, skip)
 
 
 @group_norm_backward.register_fake
-def _(dy, x, mean, rstd, weight, bias, scale, shift, groups, silu):
+def _(dy, x, mean, rstd, weight, bias, scale, shift, groups, silu, skip=None):
     affine = weight.new_empty(weight.shape), bias.new_empty(bias.shape)
     return x.new_empty(x.shape), *affine, _like_row(scale, x), _like_row(shift, x)
 
@@ -335,19 +331,33 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)  # zeros for mean and rstd would be launches that nobody reads
 
 
-def _autograd(ctx, dy, *_):
+def _autograd(ctx, dy, *_, skip=None):
     if dy is None:
-        return (None,) * 8
+        return (skip, *(None,) * 7)
     scale, shift = ctx.saved_tensors[-2:]
-    *gradients, dscale, dshift = group_norm_backward(dy, *ctx.saved_tensors, ctx.groups, ctx.silu)
+    *gradients, dscale, dshift = group_norm_backward(dy, *ctx.saved_tensors, ctx.groups, ctx.silu, skip)
     return *gradients, None if scale is None else dscale, None if shift is None else dshift, None, None, None
 
 
 group_norm.register_autograd(_autograd, setup_context=_setup_context)
 
 
+class GroupNormAndInput(torch.autograd.Function):
+    """`group_norm`'s y, and x once more: what comes back through it is added to dx where that is written."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        y, mean, rstd = group_norm(*inputs)
+        _setup_context(ctx, inputs, (y, mean, rstd))
+        return y, inputs[0].view_as(inputs[0]), mean, rstd
+
+    @staticmethod
+    def backward(ctx, dy, skip, *_):
+        return _autograd(ctx, dy, skip=skip)
+
+
 def gate_cases() -> Iterator[GateCase]:
-    """Every tile with the longest code: scale, shift and SiLU; those of the paper's narrowest group in float32 too."""
+    """Every tile with the longest code, all options on; those of the paper's narrowest group in float32 too."""
     lengths = (*COLUMNS, max(COLUMNS) + 1)
     tiles = dict.fromkeys(Tile.of(L, 8 * D, 8) for D in WIDTHS for L in lengths)
     tiles |= dict.fromkeys(Tile.of(L, D - 1, 1) for D in BLOCK_D for L in lengths)  # of other widths
@@ -365,6 +375,8 @@ def gate_cases() -> Iterator[GateCase]:
 
 def _case(kernel, tile: Tile, kind: str, options: bool) -> GateCase:
     constexprs = tile.constexprs(options, options, options)
+    if kernel is group_norm_bwd_kernel:
+        constexprs["HAS_SKIP"] = options
     own = {"p_mean", "p_rstd", "p_rows"}
     types = {n: f"*{'fp32' if n in own else kind}" for n in kernel.arg_names if n.startswith("p_")} | {"eps": "fp32"}
     types |= {n: f"{types[n]}:1" for n in types if n in GENERAL}

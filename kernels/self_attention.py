@@ -1,10 +1,11 @@
 """Self-attention of narrow heads: one launch forward, one backward.
 
 The contract is that of `encdiff.ops.self_attention`, which projects: queries, keys and values come as one matrix
-(B, L, 3*H*d). A program owns BLOCK_L queries of one head and goes through the keys, BLOCK_N at a time. The backward
-takes a logit's exponential once, for dq, dk and dv: dq stays in registers, dk and dv are written tile by tile. Where a
-head's queries are more than one program's, each leaves its share of dk and dv in float32, to be summed in order
-(docs/math.md).
+(B, L, 3*H*d). Forward, a program owns BLOCK_L queries of one head and goes through the keys, BLOCK_N at a time.
+Backward, it owns keys and goes through the queries, with logits transposed, as dk and dv take them. It takes a logit's
+exponential once, for dq, dk and dv: dk and dv stay in registers, dq is written tile by tile, and alone asks for a
+transposition on the way to its product. Where a head's keys are more than one program's, each leaves its share of dq in
+float32, to be summed in order (docs/math.md).
 """
 
 from collections.abc import Iterator
@@ -15,10 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._cross_attention_parts import aligned_rows, on_device, operand, store_rows
+from ._cross_attention_parts import LOG2E, aligned_rows, on_device, operand
 from ._gate import GateCase, gate_signature
-
-LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -30,12 +29,25 @@ def _place(L, H, BLOCK_L: tl.constexpr):
 
 
 @triton.jit
-def _load(p, o_l, stride_l, L, D, BLOCK_D: tl.constexpr):
+def _inside(o_l, L, D, BLOCK_D: tl.constexpr, WHOLE: tl.constexpr):
+    """Which elements of rows o_l there are; WHOLE: no row is beyond L."""
+    m = (tl.arange(0, BLOCK_D) < D)[None, :]
+    return m if WHOLE else m & (o_l < L)[:, None]
+
+
+@triton.jit
+def _load(p, o_l, stride_l, L, D, BLOCK_D: tl.constexpr, WHOLE: tl.constexpr = False):
     """Rows o_l of a head, zero outside L x D, as the operand of a product."""
     o_d = tl.arange(0, BLOCK_D)
-    m = (o_l < L)[:, None] & (o_d < D)[None, :]
+    m = _inside(o_l, L, D, BLOCK_D, WHOLE)
     b = tl.load(p + o_l.to(tl.int64)[:, None] * stride_l + o_d[None, :], mask=m, other=0.0)
     return operand(b, p.dtype.element_ty)
+
+
+@triton.jit
+def _store(p, b, o_l, stride_l, L, D, BLOCK_D: tl.constexpr, WHOLE: tl.constexpr = False):
+    o = o_l.to(tl.int64)[:, None] * stride_l + tl.arange(0, BLOCK_D)[None, :]
+    tl.store(p + o, b.to(p.dtype.element_ty), mask=_inside(o_l, L, D, BLOCK_D, WHOLE))
 
 
 @triton.jit
@@ -68,62 +80,67 @@ def self_attention_fwd_kernel(
         z = z * rest + tl.sum(e, 1)
         o = tl.dot(operand(e, DTYPE), v, o * rest[:, None], input_precision="ieee")
         top = higher
-    o_d = tl.arange(0, BLOCK_D)
-    store_rows(p_o + (i_b * L * H + i_h) * D, o / z[:, None], o_l, o_d, H * D, L, D)
+    _store(p_o + (i_b * L * H + i_h) * D, o / z[:, None], o_l, H * D, L, D, BLOCK_D)
     tl.store(p_lse + (i_b * H + i_h) * L + o_l, top + tl.log2(z), mask=o_l < L)
 
 
-@triton.jit(do_not_specialize=("L", "H", "D8", "stride_b8", "stride_l8", "stride_dkv8"))
+@triton.jit(do_not_specialize=("L", "H", "D8", "stride_b8", "stride_l8", "stride_dq8"))
 def self_attention_bwd_kernel(
-    p_qkv, p_o, p_do, p_lse, p_dq, p_dkv, L, H, D8, stride_b8, stride_l8, stride_dkv8, scale,
-    BLOCK_L: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    p_qkv, p_o, p_do, p_lse, p_dq, p_dkv, L, H, D8, stride_b8, stride_l8, stride_dq8, scale,
+    BLOCK_L: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """p_dq: the first third of (B, L, 3*H*d); p_dkv: the rest of it, or (B, tiles of queries, L, 2*H*d)."""
+    """p_dkv: the last two thirds of (B, L, 3*H*d); p_dq: the rest of it, or (B, tiles of keys, L, H*d)."""
     DTYPE: tl.constexpr = p_qkv.dtype.element_ty
-    D, stride_l, stride_dkv = D8 * 8, stride_l8 * 8, stride_dkv8 * 8
-    i_bt, i_b, i_h, o_l = _place(L, H, BLOCK_L)
-    o_d = tl.arange(0, BLOCK_D)
+    D, stride_l, stride_dq = D8 * 8, stride_l8 * 8, stride_dq8 * 8
+    i_bt, i_b, i_h, o_n = _place(L, H, BLOCK_L)
     p_qkv += i_b * stride_b8 * 8 + i_h * D
-    p_dkv += i_bt * L * stride_dkv + i_h * D
-    q = _load(p_qkv, o_l, stride_l, L, D, BLOCK_D)
-    do = _load(p_do + (i_b * L * H + i_h) * D, o_l, H * D, L, D, BLOCK_D)
-    o = _load(p_o + (i_b * L * H + i_h) * D, o_l, H * D, L, D, BLOCK_D)
-    delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
-    lse = tl.load(p_lse + (i_b * H + i_h) * L + o_l, mask=o_l < L, other=float("inf"))
-    dq = tl.zeros((BLOCK_L, BLOCK_D), tl.float32)
-    for i_n in range(0, L, BLOCK_N):
-        o_n = i_n + tl.arange(0, BLOCK_N)
-        k = _load(p_qkv + H * D, o_n, stride_l, L, D, BLOCK_D)
-        v = _load(p_qkv + 2 * H * D, o_n, stride_l, L, D, BLOCK_D)
-        p = tl.exp2(_logits(q, k, o_n, L, scale) - lse[:, None])
-        dv = tl.dot(tl.trans(operand(p, DTYPE)), do, input_precision="ieee")
-        ds = operand(p * (tl.dot(do, tl.trans(v), input_precision="ieee") - delta[:, None]), DTYPE)
-        dk = tl.dot(tl.trans(ds), q, input_precision="ieee")
-        dq = tl.dot(ds, k, dq, input_precision="ieee")
-        store_rows(p_dkv, dk * scale, o_n, o_d, stride_dkv, L, D)
-        store_rows(p_dkv + H * D, dv, o_n, o_d, stride_dkv, L, D)
-    store_rows(p_dq + (i_b * L * 3 * H + i_h) * D, dq * scale, o_l, o_d, 3 * H * D, L, D)
+    p_o += (i_b * L * H + i_h) * D
+    p_do += (i_b * L * H + i_h) * D
+    p_lse += (i_b * H + i_h) * L
+    p_dq += i_bt * L * stride_dq + i_h * D
+    k = _load(p_qkv + H * D, o_n, stride_l, L, D, BLOCK_D, WHOLE)
+    v = _load(p_qkv + 2 * H * D, o_n, stride_l, L, D, BLOCK_D, WHOLE)
+    dk, dv = tl.zeros((BLOCK_L, BLOCK_D), tl.float32), tl.zeros((BLOCK_L, BLOCK_D), tl.float32)
+    for i_l in range(0, L, BLOCK_N):
+        o_l = i_l + tl.arange(0, BLOCK_N)
+        q = _load(p_qkv, o_l, stride_l, L, D, BLOCK_D, WHOLE)
+        do = _load(p_do, o_l, H * D, L, D, BLOCK_D, WHOLE)
+        o = _load(p_o, o_l, H * D, L, D, BLOCK_D, WHOLE)
+        delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
+        lse = tl.load(p_lse + o_l) if WHOLE else tl.load(p_lse + o_l, mask=o_l < L, other=float("inf"))
+        s = tl.dot(k, tl.trans(q), input_precision="ieee") * (scale * LOG2E)
+        p = tl.exp2(s - lse[None, :])
+        if not WHOLE:
+            p = tl.where((o_n < L)[:, None], p, 0.0)
+        dv = tl.dot(operand(p, DTYPE), do, dv, input_precision="ieee")
+        ds = operand(p * (tl.dot(v, tl.trans(do), input_precision="ieee") - delta[None, :]), DTYPE)
+        dk = tl.dot(ds, q, dk, input_precision="ieee")
+        dq = tl.dot(tl.trans(ds), k, input_precision="ieee")
+        _store(p_dq, dq * scale, o_l, stride_dq, L, D, BLOCK_D, WHOLE)
+    p_dkv += (i_b * L * 3 * H + i_h) * D
+    _store(p_dkv, dk * scale, o_n, 3 * H * D, L, D, BLOCK_D, WHOLE)
+    _store(p_dkv + H * D, dv, o_n, 3 * H * D, L, D, BLOCK_D, WHOLE)
 
 
 class Tile(NamedTuple):
-    BLOCK_L: int  # queries of one program
-    BLOCK_N: int  # keys at a time
+    BLOCK_L: int  # queries of one program, keys of one of the backward
+    BLOCK_N: int  # of the others at a time
     num_warps: int
     num_stages: int = 2
 
 
 SHORT = Tile(16, 16, 1)  # of at most sixteen positions
-# (kernel, 16 bit?, head width padded) -> tiles, the one of fewer queries where these are all; the largest that the gate
-# finds free of spills on every target
+# (kernel, 16 bit?, head width padded) -> tiles, the one of fewer rows where these are all; free of spills on every
+# target. Of the backward in 16 bits those of which a multiprocessor holds several: each waits a lot for its products
 TILES = {
     ("fwd", True, 16): (SHORT, Tile(64, 64, 4), Tile(128, 64, 4)),
     ("fwd", True, 32): (SHORT, Tile(64, 64, 4), Tile(128, 64, 4)),
-    ("bwd", True, 16): (SHORT, Tile(64, 32, 4), Tile(256, 32, 8), Tile(128, 32, 8)),
-    ("bwd", True, 32): (SHORT, Tile(64, 16, 4), Tile(256, 32, 8), Tile(128, 32, 8)),
+    ("bwd", True, 16): (SHORT, Tile(64, 16, 2), Tile(256, 16, 8), Tile(128, 32, 4)),
+    ("bwd", True, 32): (SHORT, Tile(64, 16, 4), Tile(128, 32, 8)),
     ("fwd", False, 16): (SHORT, Tile(64, 32, 4)),
     ("fwd", False, 32): (SHORT, Tile(64, 16, 4)),
     ("bwd", False, 16): (SHORT, Tile(64, 16, 8)),
-    ("bwd", False, 32): (SHORT, Tile(64, 16, 4)),
+    ("bwd", False, 32): (Tile(16, 16, 4), Tile(64, 32, 8)),
 }
 
 
@@ -142,7 +159,10 @@ def _arguments(name: str, qkv: Tensor, heads: int) -> tuple[Tile, tuple[int, ...
     width = qkv.shape[2] // (3 * heads)
     tile = choose_tile(name, qkv.element_size(), width, qkv.shape[1])
     sizes = qkv.shape[1], heads, width // 8, qkv.stride(0) // 8, qkv.stride(1) // 8
-    return tile, sizes, tile._asdict() | {"BLOCK_D": pad_width(width)}
+    compiled = tile._asdict() | {"BLOCK_D": pad_width(width)}
+    if name == "bwd":
+        compiled["WHOLE"] = not (qkv.shape[1] % tile.BLOCK_L or qkv.shape[1] % tile.BLOCK_N)
+    return tile, sizes, compiled
 
 
 def _outputs(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor]:
@@ -180,14 +200,16 @@ def self_attention_backward(qkv: Tensor, o: Tensor, lse: Tensor, do: Tensor, hea
     (batch, positions, columns), inner = qkv.shape, o.shape[2]
     tile, sizes, compiled = _arguments("bwd", qkv, heads)
     tiles = triton.cdiv(positions, tile.BLOCK_L)
-    shares = qkv.new_empty((batch, tiles, positions, 2 * inner), dtype=torch.float32) if tiles > 1 else None
-    dkv, stride = (dqkv[..., inner:], columns // 8) if shares is None else (shares, 2 * inner // 8)
+    shares = qkv.new_empty((batch, tiles, positions, inner), dtype=torch.float32) if tiles > 1 else None
+    dq, stride = (dqkv, columns // 8) if shares is None else (shares, inner // 8)
     with on_device(qkv):
         self_attention_bwd_kernel[batch * tiles * heads,](
-            qkv, o, do.contiguous(), lse, dqkv, dkv, *sizes, stride, scale, **compiled
+            qkv, o, do.contiguous(), lse, dq, dqkv[..., inner:], *sizes, stride, scale, **compiled
         )
-    if shares is not None:
-        dqkv[..., inner:] = shares.sum(1)
+    if tiles == 2:
+        torch.add(shares[:, 0], shares[:, 1], out=dqkv[..., :inner])  # one pass
+    elif tiles > 2:
+        dqkv[..., :inner] = shares.sum(1)
     return dqkv
 
 
@@ -213,19 +235,24 @@ self_attention.register_autograd(_backward, setup_context=_setup)
 
 
 def gate_cases() -> Iterator[GateCase]:
-    """Every tile; the last of the backward also with shares in float32."""
-    kernels = {"fwd": self_attention_fwd_kernel, "bwd": self_attention_bwd_kernel}
+    """Every tile; of the backward where it is whole and where not, the last in 16 bits with shares in float32, too."""
     for (name, half, BLOCK_D), tiles in TILES.items():
-        for tile in tiles:
-            yield _case(kernels[name], "bf16" if half else "fp32", BLOCK_D, tile)
-        if name == "bwd" and half:
-            yield _case(kernels[name], "bf16", BLOCK_D, tiles[-1], "fp32")
+        kind = "bf16" if half else "fp32"
+        for whole in (False, True)[: 1 + (name == "bwd")]:
+            for tile in tiles:
+                if tile.BLOCK_L == max(t.BLOCK_L for t in tiles[: tiles.index(tile) + 1]):  # else always with shares
+                    yield _case(name, kind, BLOCK_D, tile, whole=whole)
+            if name == "bwd" and half:
+                yield _case(name, kind, BLOCK_D, tiles[-1], "fp32", whole)
 
 
-def _case(kernel, kind: str, BLOCK_D: int, tile: Tile, share: str = "") -> GateCase:
+def _case(name: str, kind: str, BLOCK_D: int, tile: Tile, share: str = "", whole: bool = False) -> GateCase:
+    kernel = {"fwd": self_attention_fwd_kernel, "bwd": self_attention_bwd_kernel}[name]
     blocks = {"BLOCK_L": tile.BLOCK_L, "BLOCK_N": tile.BLOCK_N, "BLOCK_D": BLOCK_D}
+    blocks |= {"WHOLE": whole} if name == "bwd" else {}
     types = {n: f"*{kind}" for n in kernel.arg_names if n.startswith("p_")} | {"p_lse": "*fp32", "scale": "fp32"}
-    types |= {"p_dkv": f"*{share}"} if share else {}
-    name = f"{kernel.__name__} {kind} {tile.BLOCK_L}x{tile.BLOCK_N} d<={BLOCK_D}{' shares' if share else ''}"
+    types |= {"p_dq": f"*{share}"} if share else {}
+    name = f"{kernel.__name__} {kind} {tile.BLOCK_L}x{tile.BLOCK_N} d<={BLOCK_D}{' shares' * bool(share)}"
     signature = gate_signature(kernel, types, blocks)
-    return GateCase(name, kernel, signature, blocks, tile.num_warps, tile.num_stages, kind != "fp32")
+    name += " whole" * whole
+    return GateCase(name, kernel, signature, blocks, tile.num_warps, tile.num_stages, tensor_cores=kind != "fp32")

@@ -10,7 +10,16 @@ from encdiff import ops
 from encdiff.errors import InputError
 from encdiff.models.attention import TransformerBlock
 from encdiff.ops import cross_attention_folded as folded_module
-from encdiff.ops.cross_attention_folded import Kept, cross_attention_folded, fold, fold_pays, keep
+from encdiff.ops.cross_attention_folded import (
+    Folded,
+    Kept,
+    cross_attention_folded,
+    fold,
+    fold_by_head,
+    fold_pays,
+    fold_projected,
+    keep,
+)
 
 pytestmark = pytest.mark.on_gpu
 TOKEN_SIDE = ("context", "w_q", "w_k", "w_v", "w_o")
@@ -193,3 +202,37 @@ def test_sampling_folds_once_for_all_steps(model):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("encdiff.models.attention.fold", keep)
         torch.testing.assert_close(model.sample(scalars, steps=3), images, rtol=1e-4, atol=1e-4)
+
+
+# ---- folding by head
+
+
+def test_folding_by_head_is_folding():
+    """Of keys and values that are columns of wider rows: results, gradients, and what a compiler may suppose."""
+    heads, wide = 2, torch.randn(3, 5, 40, requires_grad=True)
+    w_q, w_o = torch.randn(16, 24, requires_grad=True), torch.randn(24, 16, requires_grad=True)
+    k, v = wide[..., :16], wide[..., 20:36]
+    expected = fold_projected(k, v, w_q, w_o, heads=heads)
+    actual = [t.transpose(0, 1) for t in fold_by_head(k, v, w_q, w_o, heads)]
+    upstream = [torch.randn_like(t) for t in expected]
+    torch.testing.assert_close(actual, list(expected))
+    first, second = (torch.autograd.grad(y, (wide, w_q, w_o), upstream) for y in (actual, expected))
+    torch.testing.assert_close(first, second)
+    assert all(t.is_contiguous() for t in first)
+    arguments = (t.detach().requires_grad_() for t in (k, v, w_q, w_o))
+    torch.library.opcheck(fold_by_head, (*arguments, heads))
+
+
+@pytest.mark.parametrize("order", ["heads outermost", "heads innermost"])
+def test_layouts_of_folded_tokens(order):
+    x, keys, values = torch.randn(2, 9, 16), *torch.randn(2, 2, 3, 5, 16).unbind()
+    if order == "heads outermost":
+        keys, values = (t.transpose(0, 1).contiguous().transpose(0, 1) for t in (keys, values))
+    elif order == "heads innermost":
+        keys, values = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in (keys, values))
+    tensors = [t.requires_grad_() for t in (x, keys, values)]
+    outcomes = []
+    for impl in ("triton", "reference"):
+        y = cross_attention_folded(x, Folded(keys, values), impl=impl)
+        outcomes.append([y, *torch.autograd.grad(y.square().sum(), tensors)])
+    torch.testing.assert_close(*outcomes, rtol=1e-4, atol=1e-4)

@@ -246,3 +246,36 @@ def test_bad_input(change, message):
     arguments = dict(x=torch.zeros(2, 4, 3, 3), weight=torch.zeros(4), bias=torch.zeros(4), groups=2) | change
     with pytest.raises(InputError, match=message):
         group_norm(**arguments)
+
+
+@pytest.mark.parametrize("layout", ["whole", "columns of wider rows", "channels first", "none"])
+@pytest.mark.parametrize("impl", ["triton", "native"])
+def test_the_input_passed_on_brings_its_gradient(layout, impl):
+    x = torch.randn(2, 16, 3, 5).to(memory_format=torch.channels_last).requires_grad_()
+    weight, bias = torch.randn(16, requires_grad=True), torch.randn(16, requires_grad=True)
+    upstream = torch.randn(2, 24, 3, 5).to(memory_format=torch.channels_last)
+    skip = upstream[:, 8:] if layout == "columns of wider rows" else upstream[:, 8:].clone()
+    skip = skip.contiguous() if layout == "channels first" else skip
+    y, same = group_norm(x, weight, bias, 4, silu=True, with_input=True, impl=impl)
+    expected = group_norm(x, weight, bias, 4, silu=True, impl="reference")
+    torch.testing.assert_close(same, x, rtol=0, atol=0)
+    outputs, gradients = ([y], [upstream[:, :16]]) if layout == "none" else ([y, same], [upstream[:, :16], skip])
+    actual = torch.autograd.grad(outputs, (x, weight, bias), gradients)
+    dx, *rest = torch.autograd.grad(expected, (x, weight, bias), upstream[:, :16])
+    torch.testing.assert_close(actual, (dx if layout == "none" else dx + skip, *rest), rtol=1e-4, atol=1e-5)
+
+
+def test_the_input_passed_on_compiles_whole():
+    norm, x = nn.GroupNorm(2, 4), torch.randn(3, 4, 2, 3)
+    torch.set_default_device(None)  # under one, torch cannot trace `unflatten`
+
+    def f(x):
+        y, same = group_norm(x, norm.weight, norm.bias, 2, with_input=True, impl="triton")
+        return y.square() + same
+
+    outcomes = []
+    for g in (f, torch.compile(f, backend="aot_eager", fullgraph=True)):
+        leaf = x.clone().requires_grad_()
+        y = g(leaf)
+        outcomes.append([y, *torch.autograd.grad(y.square().sum(), (leaf, *norm.parameters()))])
+    torch.testing.assert_close(*outcomes)

@@ -31,7 +31,6 @@ def sweeps(lab: Lab) -> Iterator[Sweep]:
     """Of the 16 attending layers of the paper's U-Net, bf16."""
     c, B, N = lab.config, lab.batch, lab.config.concepts
     counts = {256: 5, 64: 5, 16: 5, 4: 1}  # of the paper's
-    warps = (2, 4, 8)
     for L, C in layers(c):
         width, H = C // c.heads, c.heads
         n = counts.get(L, 1)
@@ -49,8 +48,8 @@ def sweeps(lab: Lab) -> Iterator[Sweep]:
             )
 
         if plan.can_fold(C, N, 2):
-            tiles = [plan.FoldedTile(*t) for t in product(rows, (1, 2, 4), warps) if 8 <= t[0] * t[1] / t[2] <= 32]
             for kernel, run in (("fwd", folded), ("dx", folded_backward), ("dkv", folded_backward)):
+                tiles = [plan.FoldedTile(*t) for t in _folded(kernel, rows)]
                 key = (kernel, True, plan.pad(C, 64))
                 yield Sweep(f"FOLDED {kernel} C={C} L={L}", plan.FOLDED_TILES, key, tiles, run, n)
         key = (plan.pad(C, 128), plan.pad(width, 16))
@@ -90,11 +89,28 @@ def sweeps(lab: Lab) -> Iterator[Sweep]:
             return torch.ops.encdiff.self_attention_backward(qkv, o, lse, do, H, width**-0.5)
 
         for kernel, run in (("fwd", attend), ("bwd", attend_backward)):
-            shapes = product((16, 32, 64, 128, 256), (16, 32, 64), (1, 2, 4, 8))
-            fitting = [t for t in shapes if max(t[:2]) <= max(16, L) and 8 <= t[0] * t[1] / t[2] / 32 <= 32]
-            tiles = [(attention.Tile(*t),) for t in fitting]
+            tiles = [(attention.Tile(*t),) for t in _self_attention(kernel, L)]
             key = (kernel, True, attention.pad_width(width))
             yield Sweep(f"SELF {kernel} d={width} L={L}", attention.TILES, key, tiles, run, n)
+
+
+def _folded(kernel: str, rows: list[int]) -> Iterator[tuple[int, int, int, int]]:
+    """Queries, heads, warps, stages."""
+    for r, heads, w, stages in product(rows, (1, 2, 4), (2, 4, 8), (2, 1)):
+        # of two heads dkv has wgmma of what it computed and transposed: not to be chosen unless results are checked
+        held = stages == 2 or (heads == 1 and w == 4)
+        if held and 4 <= r * heads / w <= 32 and not (heads == 4 and (kernel == "dkv" or r < 32)):
+            yield r, heads, w, stages
+
+
+def _self_attention(kernel: str, L: int) -> Iterator[tuple[int, int, int, int]]:
+    """Rows, columns, warps, stages; of the backward, keys short of all leave a share of dq to be summed."""
+    rows = [r for r in (16, 32, 64, 128, 256) if L // 4 <= r <= max(16, L)]
+    least = 4 if L <= 16 else 8 if kernel == "fwd" else 16  # elements of a thread
+    for r, c, w, stages in product(rows, (16, 32, 64), (1, 2, 4, 8), (1, 2)):
+        ahead = stages == 2 or (kernel == "bwd" and c < 64)  # a loop over few columns may do without loads ahead
+        if ahead and c <= max(16, L) and least <= r * c / w / 32 <= 64:
+            yield r, c, w, stages
 
 
 def candidates(lab: Lab, sweep: Sweep) -> list:

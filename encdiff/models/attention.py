@@ -168,7 +168,8 @@ class SpatialTransformer(nn.Module):
 
     def forward(self, x: Tensor, cond: Conditioning) -> Tensor:
         height = x.shape[2]
-        h = rearrange(pointwise(normalise(x, self.norm), self.proj_in), "b c h w -> b (h w) c")
+        h, x = normalise(x, self.norm, with_input=True)
+        h = rearrange(pointwise(h, self.proj_in), "b c h w -> b (h w) c")
         first_map = 0 if cond.maps is None else len(cond.maps)
         for block in self.transformer_blocks:
             h = block(h, cond)

@@ -190,7 +190,7 @@ class ResBlock(nn.Module):
     def forward(self, x: Tensor, emb: Tensor | tuple[Tensor, ...]) -> Tensor:
         """x (B, C, H, W) and the embedded timestep (B, E), or what `project_times` made of it for this block."""
         norm, _, conv = self.in_layers
-        h = normalise(x, norm, silu=True)
+        h, x = normalise(x, norm, silu=True, with_input=True)
         if self.sample is not None:
             h, x = _resample(h, self.sample), _resample(x, self.sample)
         h = conv(h)

@@ -26,9 +26,10 @@ from encdiff.ops._attention import (
 )
 from encdiff.ops._dispatch import Implementation, Op, always
 from encdiff.ops.cross_attention_folded import (
+    Folded,
     check_options,
     cross_attention_folded_triton,
-    fold_projected,
+    fold_by_head,
     interpreted,
     triton_reasons,
 )
@@ -152,7 +153,8 @@ def cross_attention_triton(
     k, v = projected or _project(*(t.to(dtype) for t in (context, w_k, w_v)))
     k, v, w_q, w_o = (t.to(dtype) for t in (k, v, w_q, w_o))
     if route == "folded":
-        return cross_attention_folded_triton(x, fold_projected(k, v, w_q, w_o, heads=heads), b_o, **options)
+        folded = Folded(*(t.transpose(0, 1) for t in fold_by_head(k, v, w_q, w_o, heads)))
+        return cross_attention_folded_triton(x, folded, b_o, **options)
     return _by_heads(x, k, v, w_q, w_o, b_o, heads=heads, **options)
 
 
@@ -165,8 +167,8 @@ def _by_heads(x, k, v, w_q, w_o, b_o, *, heads, norm_weight, norm_bias, norm_eps
     if width % 8:
         k, v = (F.pad(t.unflatten(-1, (heads, -1)), (0, -width % 8)).flatten(-2) for t in (k, v))
     h = layer_norm(x, norm_weight, norm_bias, norm_eps).to(k.dtype)
-    q, k, v = (t.contiguous() for t in (F.linear(h, w_q), k, v))
-    a, _, p = kernel(q, k, v, kernel_bias(token_bias, heads), heads, width**-0.5, maps is not None)
+    q, bias = F.linear(h, w_q).contiguous(), kernel_bias(token_bias, heads)
+    a, _, p = kernel(q, k, v, bias, heads, width**-0.5, maps is not None)
     y = project_out(a, w_o.T, b_o, x if residual else None).to(x.dtype)
     return y if maps is None else (y, (p if maps == "head" else p.mean(1)).to(x.dtype))
 

@@ -100,6 +100,66 @@ def _fold_heads(t: Tensor, w: Tensor, heads: int) -> Tensor:
     return folded.unflatten(1, t.shape[:2]).transpose(0, 1).contiguous()
 
 
+@torch.library.custom_op("encdiff::fold_by_head", mutates_args=())
+def fold_by_head(k: Tensor, v: Tensor, w_q: Tensor, w_o: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+    """`fold_projected` of one type, as products alone: keys and values (heads, B, N, C), contiguous.
+
+    Neither here nor in its gradients is anything copied to be split or merged by heads, or multiplied by the scale.
+    """
+    shape, scale = (heads, *k.shape[:2], w_q.shape[1]), (k.shape[-1] // heads) ** -0.5
+    keys, values = k.new_empty(shape), k.new_empty(shape)
+    _product(keys.flatten(1, 2), _columns(k.flatten(0, 1), heads), _columns(w_q.T, heads).mT, scale)
+    _product(values.flatten(1, 2), _columns(v.flatten(0, 1), heads), _columns(w_o, heads).mT)
+    return keys, values
+
+
+@torch.library.custom_op("encdiff::fold_by_head_backward", mutates_args=())
+def fold_by_head_backward(
+    k: Tensor, v: Tensor, w_q: Tensor, w_o: Tensor, dkeys: Tensor, dvalues: Tensor, heads: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of k, v, w_q and w_o, each contiguous."""
+    gradients = dk, dv, dw_q, dw_o = [t.new_empty(t.shape) for t in (k, v, w_q, w_o)]
+    scale, (dkeys, dvalues) = (k.shape[-1] // heads) ** -0.5, (t.flatten(1, 2) for t in (dkeys, dvalues))
+    _product(_columns(dk.flatten(0, 1), heads), dkeys, _columns(w_q.T, heads), scale)
+    _product(_columns(dv.flatten(0, 1), heads), dvalues, _columns(w_o, heads))
+    _product(_columns(dw_q.T, heads).mT, _columns(k.flatten(0, 1), heads).mT, dkeys, scale)
+    _product(_columns(dw_o, heads), dvalues.mT, _columns(v.flatten(0, 1), heads))
+    return tuple(gradients)
+
+
+def _columns(t: Tensor, heads: int) -> Tensor:
+    """A view of (rows, heads*d) as (heads, rows, d)."""
+    return t.unflatten(1, (heads, -1)).transpose(0, 1)
+
+
+def _product(out: Tensor, a: Tensor, b: Tensor, scale: float = 1.0) -> None:
+    """out = a b scale, for each head, in place whatever the strides; what was in `out` is not read."""
+    out.baddbmm_(a, b, beta=0, alpha=scale)
+
+
+@fold_by_head.register_fake
+def _(k, v, w_q, w_o, heads):
+    shape = heads, *k.shape[:2], w_q.shape[1]
+    return k.new_empty(shape), k.new_empty(shape)
+
+
+@fold_by_head_backward.register_fake
+def _(k, v, w_q, w_o, dkeys, dvalues, heads):
+    return tuple(t.new_empty(t.shape) for t in (k, v, w_q, w_o))
+
+
+def _setup(ctx, inputs, output) -> None:
+    *tensors, ctx.heads = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx, dkeys, dvalues):
+    return *fold_by_head_backward(*ctx.saved_tensors, dkeys, dvalues, ctx.heads), None
+
+
+fold_by_head.register_autograd(_backward, setup_context=_setup)
+
+
 def fold_pays(context: Tensor, channels: int, heads: int) -> bool:
     """Whether attending to folded tokens is expected to be faster than to the tokens, however many the queries.
 
@@ -135,7 +195,8 @@ def cross_attention_folded_triton(
     from encdiff.kernels import cross_attention as kernels
 
     kept, heads = isinstance(folded, Kept), _sizes(folded)[1]
-    tensors = [t.to(product_dtype(x)).contiguous() for t in folded if isinstance(t, Tensor)]  # autocast's, not x's type
+    tensors = [t.to(product_dtype(x)) for t in folded if isinstance(t, Tensor)]  # autocast's, not x's type
+    tensors = [t.contiguous() for t in tensors] if kept else kernels.whole_heads(*tensors)
     kernel = kernels.cross_attention_kept if kept else kernels.cross_attention_folded
     bias, extra = kernel_bias(token_bias, heads), [heads] * kept
     y, p = kernel(x, *tensors, *extra, b_o, norm_weight, norm_bias, bias, norm_eps, residual, maps or "none")

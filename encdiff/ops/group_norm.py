@@ -66,16 +66,20 @@ def _group_means(v: Tensor, groups: int) -> Tensor:
     return grouped.mean(2, keepdim=True).expand_as(grouped).flatten(1)
 
 
-def group_norm_triton(x, weight, bias, groups, eps=1e-5, *, scale=None, shift=None, silu=False):
-    """One fused kernel forward, two backward."""
-    from encdiff.kernels.group_norm import group_norm as fused
+def group_norm_triton(x, weight, bias, groups, eps=1e-5, *, scale=None, shift=None, silu=False, with_input=False):
+    """One fused kernel forward, two backward; `with_input`: the pair (y, x), whose gradients add up in the kernel."""
+    from encdiff.kernels.group_norm import GroupNormAndInput, group_norm
 
+    fused = GroupNormAndInput.apply if with_input else group_norm
     h = x.flatten(2).transpose(1, 2)  # (B, H W, C): a view of channels-last features
-    y, *_ = fused(h, weight, bias, scale, shift, groups, eps, silu)
-    return y.transpose(1, 2).unflatten(2, x.shape[2:])
+    outputs = fused(h, weight, bias, scale, shift, groups, eps, silu)
+    maps = [t.transpose(1, 2).unflatten(2, x.shape[2:]) for t in outputs[: 1 + with_input]]
+    return tuple(maps) if with_input else maps[0]
 
 
-def _triton_reasons(x, weight, bias, groups, eps=1e-5, *, scale=None, shift=None, silu=False) -> list[str]:
+def _triton_reasons(
+    x, weight, bias, groups, eps=1e-5, *, scale=None, shift=None, silu=False, with_input=False
+) -> list[str]:
     reasons = [] if _TRITON_INSTALLED else ["triton is not installed"]
     device = x.device
     if device.type == "cuda":
@@ -132,8 +136,9 @@ def group_norm(
     scale: Tensor | None = None,
     shift: Tensor | None = None,
     silu: bool = False,
+    with_input: bool = False,
     impl: str | None = None,
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Tensor]:
     """Normalise each group of channels of each sample to mean 0 and variance 1, then scale, shift and activate.
 
     Args:
@@ -143,6 +148,7 @@ def group_norm(
         eps: added to the variance.
         scale, shift: (B, C); None: 0.
         silu: apply x * sigmoid(x) last.
+        with_input: return (y, x): where a residual goes on from that x, its gradient is added without a launch.
         impl: force an implementation (`encdiff.explain` lists them); None chooses.
 
     Returns:
@@ -154,7 +160,12 @@ def group_norm(
     Source: arXiv 1803.08494; scale and shift: arXiv 2105.05233, section 3.
     """
     _check(x, weight, bias, groups, scale, shift)
-    return _op(x, weight, bias, groups, eps, scale=scale, shift=shift, silu=silu, impl=impl)
+    arguments = (x, weight, bias, groups, eps)
+    options = dict(scale=scale, shift=shift, silu=silu, impl=impl)
+    if not with_input:
+        return _op(*arguments, **options)
+    fused = has_gradient(x) and _op.choose(*arguments, **options).name == "triton"
+    return _op(*arguments, **options, with_input=True) if fused else (_op(*arguments, **options), x)
 
 
 def _check(x, weight, bias, groups, scale, shift) -> None:
