@@ -47,7 +47,7 @@ FOLDED_TILES = {
     ("dx", True, 128): FoldedTile(32, 1, 8),
     ("dx", True, 256): FoldedTile(32, 2, 8),
     ("dkv", True, 64): FoldedTile(64, 1, 4, 1),
-    ("dkv", True, 128): FoldedTile(64, 1, 4, 1),
+    ("dkv", True, 128): FoldedTile(16, 1, 4, 1),
     ("dkv", True, 256): FoldedTile(16, 1, 8),
     ("fwd", False, 64): FoldedTile(16, 1, 4),
     ("dx", False, 64): FoldedTile(16, 1, 8),

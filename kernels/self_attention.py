@@ -140,7 +140,7 @@ TILES = {
     ("fwd", False, 16): (SHORT, Tile(64, 32, 4)),
     ("fwd", False, 32): (SHORT, Tile(64, 16, 4)),
     ("bwd", False, 16): (SHORT, Tile(64, 16, 8)),
-    ("bwd", False, 32): (Tile(16, 16, 4), Tile(64, 32, 8)),
+    ("bwd", False, 32): (Tile(16, 16, 4), Tile(32, 32, 8)),
 }
 
 

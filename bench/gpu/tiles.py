@@ -60,8 +60,9 @@ def sweeps(lab: Lab) -> Iterator[Sweep]:
             def kept(x=x, k=k, v=v, w_q=w_q, w_o=w_o, b_o=b_o, gamma=gamma, beta=beta, H=H):
                 return cross_attention_kept(x, k, v, w_q, w_o, H, b_o, gamma, beta, None, 1e-5, True, "none")
 
+            shapes = product((16, 32, 64), (1, 2), (32, 64), (4, 8), (2, 3))
             tiles = [
-                plan.KeptTile(*t) for t in product((16, 32, 64), (1, 2), (32, 64), (4, 8)) if 4 <= t[0] / t[3] <= 16
+                plan.KeptTile(*t) for t in shapes if 2 <= t[0] / t[3] <= 16 and t[0] * t[1] <= 64 * (4 - t[4]) // 2
             ]
             yield Sweep(f"KEPT C={C} L={L}", plan.KEPT_TILES, key, tiles, kept, n)
         q, do = (torch.randn(B, L, C, device=lab.device, dtype=torch.bfloat16) for _ in range(2))
@@ -108,8 +109,9 @@ def _self_attention(kernel: str, L: int) -> Iterator[tuple[int, int, int, int]]:
     rows = [r for r in (16, 32, 64, 128, 256) if L // 4 <= r <= max(16, L)]
     least = 4 if L <= 16 else 8 if kernel == "fwd" else 16  # elements of a thread
     for r, c, w, stages in product(rows, (16, 32, 64), (1, 2, 4, 8), (1, 2)):
-        ahead = stages == 2 or (kernel == "bwd" and c < 64)  # a loop over few columns may do without loads ahead
-        if ahead and c <= max(16, L) and least <= r * c / w / 32 <= 64:
+        # of 64 queries the backward has wgmma of what it computed and transposed: not to be chosen unless checked
+        known = stages == 2 if kernel == "fwd" else c < 64
+        if known and c <= max(16, L) and least <= r * c / w / 32 <= 64:
             yield r, c, w, stages
 
 
