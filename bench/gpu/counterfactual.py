@@ -5,12 +5,16 @@ image into a target; the output's factors are those of the nearest true image. A
 that factor and the target's of all others.
 """
 
+from pathlib import Path
+
 import numpy as np
 import torch
+from einops import rearrange
+from PIL import Image
 from torch import Tensor
 
 from encdiff import SamplingEngine
-from encdiff.data import to_float
+from encdiff.data import to_float, to_uint8
 
 
 def explained(codes: np.ndarray, sizes: tuple[int, ...]) -> np.ndarray:
@@ -37,8 +41,11 @@ def nearest(images: Tensor, pixels: Tensor, rows: int = 16384) -> Tensor:
 
 
 @torch.no_grad()
-def measure(model, room, codes: np.ndarray, pairs: int = 128, steps: int = 20) -> dict:
-    """Rates over random pairs: all factors right in reconstructions; each factor arrived, and the others kept."""
+def measure(model, room, codes: np.ndarray, picture: Path, pairs: int = 128, steps: int = 20) -> dict:
+    """Rates over random pairs: all factors right in reconstructions; each factor arrived, and the others kept.
+
+    `picture`, one pair a column: source, target, the target's reconstruction, then each factor in turn swapped.
+    """
     sizes, names, device = room.factor_sizes, room.factor_names, room.pixels.device
     owner = explained(codes, sizes).argmax(1)
     rng = np.random.default_rng(0)
@@ -53,7 +60,10 @@ def measure(model, room, codes: np.ndarray, pairs: int = 128, steps: int = 20) -
         mixed[:, chosen] = scalars[source][:, chosen]
         wanted.append(factors)
         given.append(mixed)
-    read = [room.factors(nearest(draw(part), room.pixels).cpu().numpy()) for part in given]
+    drawn = [draw(part) for part in given]
+    true = [to_float(room.pixels[torch.as_tensor(of[:12])]) for of in (source, target)]
+    write(picture, torch.stack([*true, *(images[:12] for images in drawn)]))
+    read = [room.factors(nearest(images, room.pixels).cpu().numpy()) for images in drawn]
     right = [r == w for r, w in zip(read, wanted, strict=True)]
     moved = room.factors(source) != room.factors(target)
     found = {"reconstructed, all factors": float(right[0].all(1).mean())}
@@ -62,6 +72,11 @@ def measure(model, room, codes: np.ndarray, pairs: int = 128, steps: int = 20) -
         others = np.delete(right[f + 1], f, axis=1)
         found[f"{name} arrived"] = float(right[f + 1][moved[:, f], f].mean())
         found[f"{name} swapped, others kept"] = float(others.all(1).mean())
-    images = to_float(room.pixels[torch.as_tensor(target[:32])])
-    error = (draw(given[0][:32]) - images).square().mean().item() / 4
+    error = (drawn[0] - to_float(room.pixels[torch.as_tensor(target)])).square().mean().item() / 4
     return found | {"psnr": -10 * np.log10(error), "concepts of each factor": np.bincount(owner, minlength=6).tolist()}
+
+
+def write(path: Path, images: Tensor) -> None:
+    """Rows of images (rows, columns, 3, S, S) as one PNG."""
+    pixels = to_uint8(rearrange(images, "r c k h w -> 1 k (r h) (c w)"))[0]
+    Image.fromarray(pixels.cpu().numpy()).save(path)

@@ -99,6 +99,11 @@ def _work(lab: Lab, name: str, seconds: float, ready) -> dict | list:
 
         problem, has_cuda = _native.load()
         return {"problem": problem, "cuda": has_cuda}
+    if kind == "warm":
+        from bench.gpu import steps
+
+        step = steps.advance(steps.ours(lab, masters=True, precision="bf16", engine="eager"), lab)
+        return {"loss": float(step()["loss"])}
     if kind == "right":
         from bench.gpu import checks
 
@@ -132,7 +137,7 @@ def run_tests(lab: Lab, seconds: float) -> dict:
         try:
             process.wait(seconds)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, 2)  # pytest then prints the failures so far
+            process.send_signal(signal.SIGINT)  # pytest then prints the failures so far
             try:
                 process.wait(8)
             except subprocess.TimeoutExpired:
