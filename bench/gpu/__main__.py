@@ -16,7 +16,7 @@ import bench.gpu as package
 ROOT = Path(__file__).parents[2]
 CALLS = {  # the blocks of each, what is wanted most first
     1: "beside,machine,step,profile,compiled,tiles,sampling,whole,ops",
-    2: "paper,beside,compiled,step,sampling,profile",
+    2: "paper,beside,compiled,step,tiles,sampling,profile",
 }
 SECONDS = {  # of each block at most
     "beside": 92, "machine": 8, "step": 30, "profile": 12, "compiled": 25, "tiles": 40, "sampling": 20, "whole": 20,
@@ -64,8 +64,8 @@ class Session:
         self.start("build", *(f"right {n}/{len(shares)}" for n in shares))
         if not (self.lab.out / "first_stage").exists():
             self.start("first stage", seconds=3 if self.lab.cpu else FIRST_STAGE)
+        self.start("tests", seconds=TESTS + SECONDS["paper"] * ("paper" in has) / 2)
         if "tiles" in has:
-            self.start("tests", seconds=TESTS)
             self.start(*(f"tiles {n}/{len(shares)}" for n in shares))
 
     def start(self, *names: str, seconds: float = 0) -> None:

@@ -120,10 +120,15 @@ def candidates(lab: Lab, sweep: Sweep) -> list:
     return sweep.candidates[:1] if lab.cpu else sweep.candidates
 
 
+def in_order(lab: Lab) -> list[Sweep]:
+    """What is least known first."""
+    return sorted(sweeps(lab), key=lambda sweep: ("SELF", "KEPT", "FOLDED", "HEADS").index(sweep.name.split()[0]))
+
+
 def compile_share(lab: Lab, share: int, shares: int) -> dict:
     """Run every candidate of this share once, so that Triton's cache holds it."""
     tried = failed = 0
-    for n, (sweep, tile) in enumerate((s, t) for s in sweeps(lab) for t in candidates(lab, s)):
+    for n, (sweep, tile) in enumerate((s, t) for s in in_order(lab) for t in candidates(lab, s)):
         if n % shares == share:
             tried += 1
             failed += attempt(sweep, tile, sweep.run) is None
@@ -146,7 +151,7 @@ def attempt(sweep: Sweep, tile, run: Callable):
 
 def measure(lab: Lab) -> dict:
     found: dict[str, dict] = {}
-    for sweep in sweeps(lab):
+    for sweep in in_order(lab):
         now = attempt(sweep, sweep.table[sweep.key], lambda s=sweep: replayed(s.run, lab.device, repeats=5))
         times = {}
         for tile in candidates(lab, sweep):
