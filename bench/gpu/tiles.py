@@ -61,9 +61,8 @@ def sweeps(lab: Lab) -> Iterator[Sweep]:
                 return cross_attention_kept(x, k, v, w_q, w_o, H, b_o, gamma, beta, None, 1e-5, True, "none")
 
             shapes = product((16, 32, 64), (1, 2), (32, 64), (4, 8), (2, 3))
-            tiles = [
-                plan.KeptTile(*t) for t in shapes if 2 <= t[0] / t[3] <= 16 and t[0] * t[1] <= 64 * (4 - t[4]) // 2
-            ]
+            fitting = [t for t in shapes if 2 <= t[0] / t[3] <= 16 and t[0] * t[1] <= 64 and t[3:] != (8, 3)]
+            tiles = [plan.KeptTile(*t) for t in fitting if t[0] < 64 or t[4] == 2]
             yield Sweep(f"KEPT C={C} L={L}", plan.KEPT_TILES, key, tiles, kept, n)
         q, do = (torch.randn(B, L, C, device=lab.device, dtype=torch.bfloat16) for _ in range(2))
         k, v = (torch.randn(B, N, C, device=lab.device, dtype=torch.bfloat16) for _ in range(2))
