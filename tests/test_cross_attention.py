@@ -265,11 +265,12 @@ def test_keys_and_values_at_hand(impl, width, monkeypatch):
     options = dict(heads=2, residual=True, token_bias=bias)
     given = [t.requires_grad_() for t in (x, tokens, *weights, b_o)]
     w_k, w_v = given[3:5]
-    expected = ops.cross_attention(*given, **options, impl="reference")
+    exact = [t.detach().double().requires_grad_() for t in given]
+    expected = ops.cross_attention(*exact, **options, impl="reference")
     k, _, v = F.linear(tokens, torch.cat([w_k, w_v, w_v])).split(len(w_k), dim=-1)
     actual = ops.cross_attention(x, tokens.detach(), *given[2:], **options, projected=(k, v), impl=impl)
     upstream = torch.randn_like(x)
-    gradients = [torch.autograd.grad(y, given, upstream) for y in (actual, expected)]
+    gradients = torch.autograd.grad(actual, given, upstream), torch.autograd.grad(expected, exact, upstream.double())
     for mine, theirs in zip((actual, *gradients[0]), (expected, *gradients[1]), strict=True):
         assert relative_error(mine, theirs.detach()) < 2e-6
 
