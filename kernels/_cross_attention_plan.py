@@ -1,8 +1,8 @@
 """Which route of cross-attention, and with which tiles: tables and a cost model to be read, no tuning at run time.
 
 The tiles are free of spills on every target, says `make gate`. Of the folded route in 16 bits up to 128 channels they
-are those of which a multiprocessor of sm_90 holds most warps; the others are the largest. The cost model predicts;
-nothing in it was measured.
+are those of which a multiprocessor of sm_90 holds most warps; the others are the largest. The cost model predicts, and
+by three times too little for whole ops on an H100 (bench/NOTES.md): it ranks, it does not tell times.
 """
 
 from typing import NamedTuple

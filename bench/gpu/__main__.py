@@ -24,6 +24,8 @@ SECONDS = {  # of each block at most
 }  # fmt: skip
 FIRST_STAGE, TESTS = 55, 65  # seconds of two workers
 TAIL = 3  # seconds kept for packing
+AFTER_TRAINING = 8  # seconds in which what ran beside it must end
+READING = 30  # seconds after a training for its codes and what is read off them
 LINES = 120  # of the summary at most
 
 
@@ -82,7 +84,8 @@ class Session:
 
         self.start_workers()
         for n, name in enumerate(self.blocks):
-            seconds = min(SECONDS[name], self.lab.left - TAIL)
+            most = AFTER_TRAINING if name == "beside" and "paper" in self.blocks[:n] else SECONDS[name]
+            seconds = min(most, self.lab.left - TAIL)
             began = time.monotonic()
             try:
                 if seconds < 2:
@@ -193,9 +196,11 @@ class Session:
 
     def block_compiled(self, seconds: float) -> list[str]:
         end, found = time.monotonic() + seconds, {}
-        for name, worker in sorted(self.of("peer").items(), key=lambda item: not item[1].ready()):
+        for name, worker in sorted(
+            self.of("peer").items(), key=lambda item: not item[1].ready()
+        ):  # the ready ones first
             worker.go()
-            found[name.removeprefix("peer ")] = worker.wait(end)
+            found[name.removeprefix("peer ")] = worker.wait(min(end, time.monotonic() + 15))
             self.lab.save("compiled", found)
         return self.done("compiled", found)
 
@@ -210,7 +215,7 @@ class Session:
             if warm is not None:
                 print("warm:", json.dumps(warm.wait(time.monotonic() + 60))[:200], flush=True)
 
-        end = time.monotonic() + (4 if self.lab.cpu else seconds - 16)  # 16: for the codes and what is read off them
+        end = time.monotonic() + (4 if self.lab.cpu else seconds - READING)
         return self.done("paper", paper.measure(self.lab, end, ready, **changes))
 
     def write_summary(self) -> None:
