@@ -20,9 +20,9 @@ Work = Callable[..., tuple[Tensor, ...]]
 def choose(engine: str, device: torch.device) -> str:
     """The engine that `auto` means on a device; InputError for one that cannot run there.
 
-    A GPU waits for the host in every small layer, so there `auto` is the graph, and `compile` compiles inside it (on an
-    H100 a slower step, docs/performance.md). On a
-    CPU it is eager: compiling the quickstart model takes minutes and saves a fifth of a step (docs/performance.md).
+    A GPU waits for the host in every small layer, so there `auto` is the graph; `compile` compiles inside it, which on
+    an H100 made the step slower. On a CPU `auto` is eager: compiling the quickstart model takes minutes and saves a
+    fifth of a step (docs/performance.md).
     """
     if engine not in ENGINES:
         raise InputError(f"engine is {engine!r}, must be one of {', '.join(ENGINES)}")

@@ -29,8 +29,8 @@ from ._cross_attention_parts import (
 )
 from ._cross_attention_plan import FOLDED_TILES, FOLDED_TOKENS, pad
 from ._gate import GateCase, gate_signature
-from .column_sum import column_sum
 from ._halves import sum_halves
+from .column_sum import column_sum
 
 
 @triton.jit
