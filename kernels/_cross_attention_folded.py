@@ -180,15 +180,19 @@ def cross_attention_folded_bwd_kernel_dx(
     h = operand(normalise(x, o_c, p_gamma, p_beta, C, eps), DTYPE)
     dy = operand(load_rows(p_dy, o_l, o_c, C, L, C), DTYPE)
     dh = tl.zeros((BLOCK_L, BLOCK_C), tl.float32)
+    o_h, step = o_col // BLOCK_N, tl.full((), 8 * GROUP, tl.int64) * stride_kh8
     for i_g in range(0, H, GROUP):
-        i_h = i_g + o_col // BLOCK_N
-        m_j = (o_n < N) & (i_h < H)
-        o_kv = i_h.to(tl.int64) * stride_kh8 * 8 + o_n * C
+        m_j = (o_n < N) & (i_g + o_h < H)
+        o_kv = o_h.to(tl.int64) * stride_kh8 * 8 + o_n * C
         k = operand(_load_tokens(p_k, o_kv, m_j, o_c, C), DTYPE)
         v = operand(_load_tokens(p_v, o_kv, m_j, o_c, C), DTYPE)
-        p = _attend(h, k, i_h, o_n, m_j, p_bias, stride_bias_h, GROUP, BLOCK_N)
+        p = _attend(h, k, o_h, o_n, m_j, p_bias, stride_bias_h, GROUP, BLOCK_N)
         ds = _softmax_gradient(p, tl.dot(dy, tl.trans(v), input_precision="ieee"), GROUP, BLOCK_N)
         dh = tl.dot(operand(ds, DTYPE), k, dh, input_precision="ieee")
+        p_k += step  # pointers move: offsets from the first head would take more registers than there are
+        p_v += step
+        if p_bias is not None:
+            p_bias += stride_bias_h * GROUP
     dx = dh
     if p_gamma is not None:  # read again rather than held in registers through the loop
         x = load_rows(p_x, o_l, o_c, stride_xl8 * 8, L, C)

@@ -57,7 +57,8 @@ FOLDED_TILES = {
 # (channels padded, head width padded) -> tile; 16 bits only
 KEPT_TILES = {(128, 16): KeptTile(64, 2, 32, 8), (256, 32): KeptTile(32, 1, 64, 8)}
 
-SHORT = HeadsTile(16, FEW_TOKENS, 1)  # of 16 queries: one warp, in 64 rows three quarters would be masked
+# of 16 queries: one warp, in 64 rows three quarters would be masked; one stage, there is no second pass to load for
+SHORT = HeadsTile(16, FEW_TOKENS, 1, 1)
 
 # (kernel, 16 bit?, head width padded) -> tile
 HEADS_TILES = {
