@@ -82,7 +82,7 @@ def test_against_float64(case, impl, nan_memory):
     for name, a, e, like in zip(NAMES, actual, by_hand(tensors, upstream), (tensors[0], *tensors), strict=True):
         assert a.shape == like.shape and a.dtype == like.dtype
         if shape[-1] == 1 and name in ("dx", "dweight"):
-            # zero, but for rounding: a GPU subtracts dy w from its own exact product, and 1/sqrt(eps) multiplies the rest
+            # zero but for rounding: a GPU subtracts dy w from its own exact product; 1/sqrt(eps) multiplies the rest
             left = torch.finfo(FULL).eps * (tensors[1] * upstream).abs().max() * 1e-5**-0.5
             assert a.abs().max() <= (1e-3 if impl == "native" else left)
             continue
