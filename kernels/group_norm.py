@@ -262,8 +262,9 @@ def _skip(t: Tensor | None, x: Tensor) -> tuple[Tensor, int]:
         return x, 0
     stride = t.stride(1)
     whole = t.stride() == (t.shape[1] * stride, stride, 1) and stride % 8 == 0 and t.data_ptr() % 16 == 0
-    t = t if whole and t.dtype == x.dtype else _aligned(t.to(x.dtype))
-    return t, t.stride(1)
+    if whole and t.dtype == x.dtype:
+        return t, stride
+    return _aligned(t.to(x.dtype)), t.shape[2]  # not its stride, which says nothing where there is one position
 
 
 def _launch_backward(dy, x, mean, rstd, weight, bias, scale, shift, groups, silu, skip) -> tuple[Tensor, ...]:
@@ -334,8 +335,9 @@ def _setup_context(ctx, inputs, output) -> None:
 def _autograd(ctx, dy, *_, skip=None):
     if dy is None:
         return (skip, *(None,) * 7)
-    scale, shift = ctx.saved_tensors[-2:]
-    *gradients, dscale, dshift = group_norm_backward(dy, *ctx.saved_tensors, ctx.groups, ctx.silu, skip)
+    saved = ctx.saved_tensors  # asked for once: activation checkpointing gives it no second time
+    *_, scale, shift = saved
+    *gradients, dscale, dshift = group_norm_backward(dy, *saved, ctx.groups, ctx.silu, skip)
     return *gradients, None if scale is None else dscale, None if shift is None else dshift, None, None, None
 
 

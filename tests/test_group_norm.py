@@ -249,13 +249,14 @@ def test_bad_input(change, message):
 
 
 @pytest.mark.parametrize("layout", ["whole", "columns of wider rows", "channels first", "none"])
+@pytest.mark.parametrize("positions", [(3, 5), (1, 1)], ids=["3x5", "1x1"])
 @pytest.mark.parametrize("impl", ["triton", "native"])
-def test_the_input_passed_on_brings_its_gradient(layout, impl):
-    x = torch.randn(2, 16, 3, 5).to(memory_format=torch.channels_last).requires_grad_()
+def test_the_input_passed_on_brings_its_gradient(layout, positions, impl):
+    x = torch.randn(2, 16, *positions).to(memory_format=torch.channels_last).requires_grad_()
     weight, bias = torch.randn(16, requires_grad=True), torch.randn(16, requires_grad=True)
-    upstream = torch.randn(2, 24, 3, 5).to(memory_format=torch.channels_last)
+    upstream = torch.randn(2, 24, *positions).to(memory_format=torch.channels_last)
     skip = upstream[:, 8:] if layout == "columns of wider rows" else upstream[:, 8:].clone()
-    skip = skip.contiguous() if layout == "channels first" else skip
+    skip = skip.clone(memory_format=torch.contiguous_format) if layout == "channels first" else skip
     y, same = group_norm(x, weight, bias, 4, silu=True, with_input=True, impl=impl)
     expected = group_norm(x, weight, bias, 4, silu=True, impl="reference")
     torch.testing.assert_close(same, x, rtol=0, atol=0)

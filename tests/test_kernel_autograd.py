@@ -1,9 +1,12 @@
-"""What autograd does around the kernels that return more than their result: nothing for outputs without a gradient."""
+"""What autograd does around the kernels: nothing for outputs without a gradient, and nothing twice."""
 
 import pytest
 import torch
 from encdiff.kernels import cross_attention, group_norm, self_attention
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+pytestmark = pytest.mark.on_gpu
 
 
 class Called(TorchDispatchMode):
@@ -71,3 +74,12 @@ def test_no_gradient_leads_to_none(op):
         (dx,) = torch.autograd.grad(Absent.apply(y).sum(), x, allow_unused=True)
     assert dx is None
     assert not any("backward" in name or "bwd" in name for name in called.names)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_gradients_under_activation_checkpointing(op):
+    """Saved tensors come back once there."""
+    x, upstream = torch.randn(2, 6, 16, requires_grad=True), torch.randn(2, 6, 16)
+    y = checkpoint(lambda x: OPS[op](x)[0], x, use_reentrant=False)
+    actual, expected = (torch.autograd.grad(y, x, upstream) for y in (y, OPS[op](x)[0]))
+    torch.testing.assert_close(actual, expected)
