@@ -160,6 +160,7 @@ def test_ema_follows_its_formula(dataset):
     assert torch.equal(averaged.encoder[0].weight, training.model.encoder[0].weight)
 
 
+@pytest.mark.on_gpu
 @pytest.mark.parametrize("weight", [0.75, 1e-3])
 def test_averages_move_by_a_weight_on_the_device(weight):
     into, of = ([torch.randn(3, 4), torch.randn(5)] for _ in range(2))
