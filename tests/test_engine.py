@@ -14,7 +14,7 @@ from bench.gpu.lab import captured
 from encdiff import EncDiff, InputError, SamplingEngine
 from encdiff.data import open_dataset
 from encdiff.engine import Graph, choose
-from encdiff.train import Training, train
+from encdiff.train import Training, lerp, train
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph needs a GPU")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -43,6 +43,15 @@ def test_compiled_and_eager_steps_agree(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager", fullgraph=True))
     compiled, eager = losses(tmp_path, "compile", steps=20), losses(tmp_path, "eager", steps=20)
     assert compiled == pytest.approx(eager, rel=1e-3) and eager[-1] < eager[0]
+
+
+@pytest.mark.parametrize("weight", [0.75, 1e-3])
+def test_averages_move_by_a_weight_on_the_device(weight):
+    into, of = ([torch.randn(3, 4), torch.randn(5)] for _ in range(2))
+    expected = [torch.lerp(a.double(), b.double(), weight).float() for a, b in zip(into, of, strict=True)]
+    moved = [a.to(DEVICE) for a in into]
+    lerp(moved, [b.to(DEVICE) for b in of], torch.tensor(weight, device=DEVICE))
+    torch.testing.assert_close([a.cpu() for a in moved], expected)
 
 
 @needs_gpu

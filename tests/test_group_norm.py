@@ -210,6 +210,7 @@ def test_compiles_whole_with_a_dynamic_batch(impl):
 def test_dispatch_says_why(monkeypatch):
     x, one = torch.randn(1, 2 * FUSED_CHANNELS + 2, 1, 1), torch.ones(2 * FUSED_CHANNELS + 2)
     assert "group_norm: triton: interpreted on the CPU" in ops.explain("group_norm", x, one, one, len(one))
+    assert "group_norm: native: chosen" in ops.explain("group_norm", x, one, one, len(one), with_input=True)
     with pytest.raises(InputError, match="impl='triton' cannot serve .* a group has 65 channels, at most 64"):
         group_norm(x, one, one, 2, impl="triton")
     with pytest.raises(InputError, match="weight is torch.float64, not float32"):

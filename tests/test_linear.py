@@ -239,6 +239,16 @@ def test_without_a_bias_or_in_float64(op, stock):
     assert not ran
 
 
+@pytest.mark.parametrize("op", ["self_attention", "cross_attention"])
+def test_references_take_no_sum_by_the_kernel(op):
+    """They are what the kernels are held against."""
+    x, w, b = torch.randn(2, 5, 16), torch.randn(16, 16), torch.randn(16, requires_grad=True)
+    with ops.use_impl("triton"), recorded() as ran:
+        given = [x, *([x] if op == "cross_attention" else []), w, w, w, w, b]
+        getattr(ops, op)(*given, heads=2, impl="reference").sum().backward()
+    assert not ran and bool((b.grad == 10).all())
+
+
 def test_bad_input():
     with pytest.raises(InputError, match=r"x is \(3, 4, 4\), must be \(B, I, H, W\)"):
         conv2d(torch.zeros(3, 4, 4), torch.zeros(8, 3, 3, 3))

@@ -13,7 +13,7 @@ from encdiff import EncDiff, InputError, ops
 from encdiff.checkpoint import load_tensors, save_tensors
 from encdiff.data import open_dataset, to_float
 from encdiff.errors import Stopped
-from encdiff.train import RECIPES, TrainConfig, Training, lerp, train
+from encdiff.train import RECIPES, TrainConfig, Training, train
 
 CONFIG = TrainConfig(
     steps=6, batch_size=8, learning_rate=4e-3, warmup=2, log_every=2, checkpoint_every=4, picture_every=100
@@ -158,14 +158,6 @@ def test_ema_follows_its_formula(dataset):
     averaged = training.averaged_model()
     assert torch.equal(averaged.unet.out[2].bias, training.ema.out[2].bias)
     assert torch.equal(averaged.encoder[0].weight, training.model.encoder[0].weight)
-
-
-@pytest.mark.parametrize("weight", [0.75, 1e-3])
-def test_averages_move_by_a_weight_on_the_device(weight):
-    into, of = ([torch.randn(3, 4), torch.randn(5)] for _ in range(2))
-    expected = [torch.lerp(a.double(), b.double(), weight).float() for a, b in zip(into, of, strict=True)]
-    lerp(into, of, torch.tensor(weight))
-    torch.testing.assert_close(into, expected)
 
 
 def test_gradients_are_not_written_where_nothing_is_clipped(monkeypatch):

@@ -23,6 +23,7 @@ from encdiff.ops._attention import (
     softmax,
     split_heads,
     stock_layer_norm,
+    stock_project_out,
 )
 from encdiff.ops._dispatch import Implementation, Op, always
 from encdiff.ops.cross_attention_folded import (
@@ -47,7 +48,7 @@ def cross_attention_reference(
         q, k, v = (split_heads(t, heads) for t in (h @ w_q.T, k, v))
         logits = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
         p = softmax(logits, token_bias)
-        y = project_out(merge_heads(p @ v), w_o, b_o, x if residual else None).to(x.dtype)
+        y = stock_project_out(merge_heads(p @ v), w_o, b_o, x if residual else None).to(x.dtype)
     if maps is None:
         return y
     return y, (p if maps == "head" else p.mean(1)).to(x.dtype)

@@ -102,7 +102,7 @@ def _triton_doubts(x, *_, **__) -> list[str]:
     return ["interpreted on the CPU: slow, for tests"] if x.device.type == "cpu" else []
 
 
-def _centred_doubts(x, weight, bias, groups, eps=1e-5, *, scale=None, shift=None, silu=False) -> list[str]:
+def _centred_doubts(x, weight, bias, groups, eps=1e-5, *, scale=None, shift=None, **_) -> list[str]:
     doubts = [] if x.device.type == "cpu" else [f"x is on {x.device.type}"]
     if x.dtype != torch.float32:
         doubts.append(f"x is {x.dtype}: differences would be rounded to it")

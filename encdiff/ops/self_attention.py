@@ -17,6 +17,7 @@ from encdiff.ops._attention import (
     project_out,
     split_heads,
     stock_layer_norm,
+    stock_project_out,
 )
 from encdiff.ops._dispatch import Implementation, Op, always
 from encdiff.ops.cross_attention_folded import interpreted, triton_reasons
@@ -32,7 +33,7 @@ def self_attention_reference(
         h = stock_layer_norm(x.to(dtype), norm_weight, norm_bias, norm_eps)
         q, k, v = (split_heads(h @ w.to(dtype).T, heads) for w in (w_q, w_k, w_v))
         p = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1)
-        return project_out(merge_heads(p @ v), w_o, b_o, x if residual else None).to(x.dtype)
+        return stock_project_out(merge_heads(p @ v), w_o, b_o, x if residual else None).to(x.dtype)
 
 
 def self_attention_sdpa(
