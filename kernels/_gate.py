@@ -2,10 +2,11 @@
 
     python -m encdiff.kernels._gate [module ...]
 
-A kernel module `kernels/X.py` lists its configurations in `gate_cases()`: every tile that a preset's layers take, and of
-tiles that differ from their neighbours by a width alone the narrowest and the widest. Each is compiled ahead of time for each of
-`TARGETS`; the machine code must use no stack and no local memory (that is, spill no register) and stay within the
-shared memory of one block; a kernel of matrix products must contain tensor-core instructions. Exits 1 on a failure.
+A kernel module `kernels/X.py` lists its configurations in `gate_cases()`: every tile that a preset's layers take, and
+of tiles that differ from their neighbours by a width alone the narrowest and the widest. Each is compiled ahead of time
+for each of `TARGETS`; the machine code must use no stack and no local memory (that is, spill no register) and stay
+within the shared memory of one block; a kernel of matrix products must contain tensor-core instructions. Exits 1 on a
+failure.
 """
 
 import importlib
