@@ -99,7 +99,8 @@ class Masters:
         # what holds the parts of the model, and the parts
         self.tables = [t for m in model.modules() for t in (m._modules, m._parameters, m._buffers) if t]
         self.parts = list(chain.from_iterable(map(dict.values, self.tables)))
-        self.addresses = [p.data_ptr() for p in self.parameters]
+        self.packed = [*self.parameters, *ema.parameters()]
+        self.addresses = [p.data_ptr() for p in self.packed]
 
     def _place(self) -> list[nn.Parameter]:
         """Give the copy its weights; returns those that learn, in the model's order."""
@@ -125,14 +126,19 @@ class Masters:
                 rounded.copy_(p)
 
     def check(self) -> None:
-        """Raise RuntimeError where a module, parameter or buffer of the model is no longer the one that was packed."""
+        """Raise RuntimeError where a part of the model is no longer what was packed, or learns no more.
+
+        Of the average, where it was moved.
+        """
         now = chain.from_iterable(map(dict.values, self.tables))  # every step: by identity alone, so in microseconds
         same = list(map(id, now)) == list(map(id, self.parts))
-        if not same or [p.data_ptr() for p in self.parameters] != self.addresses:
+        if not same or [p.data_ptr() for p in self.packed] != self.addresses:
             raise RuntimeError(
                 "a part of the model was moved or replaced after Training(model, ...) packed its parameters: "
                 "change the model before, or write values into the parameters in place"
             )
+        if not all(p.requires_grad for p in self.parameters):  # its copy would go on learning
+            raise RuntimeError("a parameter was frozen after Training(model, ...) packed it: freeze it before")
 
     def prepare(self, rate: float, follow: float) -> None:
         """The learning rate and 1 - decay of the average of the next `step`; waits for nothing."""

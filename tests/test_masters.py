@@ -210,6 +210,18 @@ def test_a_model_that_was_taken_apart_is_refused(change):
         advance(ours, 1)
 
 
+def test_a_moved_average_or_a_parameter_frozen_later_is_refused():
+    ours = training()
+    advance(ours, 1)
+    ours.ema.double()
+    with pytest.raises(RuntimeError, match="a part of the model was moved or replaced after Training"):
+        advance(ours, 1)
+    ours = training()
+    ours.model.unet.out.requires_grad_(False)
+    with pytest.raises(RuntimeError, match="a parameter was frozen after Training"):
+        advance(ours, 1)
+
+
 def test_values_written_in_place_reach_the_copy():
     ours = training()
     with torch.no_grad():
