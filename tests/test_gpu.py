@@ -70,7 +70,8 @@ def test_an_unknown_choice_is_refused_in_one_line(arguments, message, tmp_path, 
 def test_every_block_of_a_call_has_its_time_and_its_code():
     for call in gpu.CALLS.values():
         assert set(call.split(",")) <= gpu.SECONDS.keys()
-    assert all(hasattr(gpu.Session, f"block_{name}") for name in gpu.SECONDS)
+    assert all(hasattr(gpu.Session, f"block_{name}") or name in gpu.MEASURES for name in gpu.SECONDS)
+    assert all(callable(gpu.named(name)) for name in (*gpu.MEASURES.values(), *gpu.LINES_OF.values()))
 
 
 # ---- blocks

@@ -1,6 +1,7 @@
 """`python -m bench.gpu`: see the package's docstring."""
 
 import argparse
+import importlib
 import importlib.util
 import json
 import os
@@ -27,6 +28,21 @@ TAIL = 3  # seconds kept for packing
 AFTER_TRAINING = 8  # seconds in which what ran beside it must end
 READING = 30  # seconds after a training for its codes and what is read off them
 LINES = 120  # of the summary at most
+MEASURES = {  # of blocks that are one function of the lab
+    "machine": "machine.measure", "step": "steps.measure", "profile": "steps.measure_profile",
+    "whole": "sampling.check", "sampling": "sampling.measure", "ops": "operations.measure",
+}  # fmt: skip
+LINES_OF = {  # what a block's result is in words
+    "right": "checks.lines", "machine": "machine.lines", "step": "steps.lines", "profile": "steps.profile_lines",
+    "whole": "sampling.check_lines", "compiled": "compiled.lines", "ops": "operations.lines",
+    "sampling": "sampling.lines", "tiles": "tiles.lines", "paper": "paper.lines",
+}  # fmt: skip
+
+
+def named(function: str) -> Callable:
+    """A function of this package, `module.name`; imported here, after the environment is set."""
+    module, name = function.split(".")
+    return getattr(importlib.import_module(f"bench.gpu.{module}"), name)
 
 
 def link_kernels() -> None:
@@ -112,7 +128,8 @@ class Session:
         os.execv(sys.executable, [sys.executable, "-m", "bench.gpu", str(self.lab.out), "--go-on", *left])
 
     def block(self, name: str, seconds: float) -> list[str]:
-        return getattr(self, f"block_{name}")(seconds)
+        own = getattr(self, f"block_{name}", None)
+        return own(seconds) if own else self.done(name, named(MEASURES[name])(self.lab))
 
     def partial(self, name: str) -> list[str]:
         """What a block that did not end has left."""
@@ -122,14 +139,7 @@ class Session:
             return [f"({type(error).__name__} while reading what it left)"]
 
     def describe(self, name: str, found) -> list[str]:
-        from bench.gpu import checks, compiled, machine, operations, paper, sampling, steps, tiles
-
-        makers: dict[str, Callable] = {
-            "right": checks.lines, "machine": machine.lines, "step": steps.lines,
-            "profile": steps.profile_lines, "whole": sampling.check_lines, "compiled": compiled.lines,
-            "ops": operations.lines, "sampling": sampling.lines, "tiles": tiles.lines, "paper": paper.lines,
-        }  # fmt: skip
-        return makers[name](found) if found and name in makers else []
+        return named(LINES_OF[name])(found) if found and name in LINES_OF else []
 
     def done(self, name: str, found) -> list[str]:
         self.lab.save(name, found)
@@ -155,36 +165,6 @@ class Session:
         for worker in self.of("tiles").values():
             worker.pause()
         return [*said, f"compiled peers ready: {', '.join(n for n, w in peers.items() if w.ready()) or 'none'}"]
-
-    def block_machine(self, seconds: float) -> list[str]:
-        from bench.gpu import machine
-
-        return self.done("machine", machine.measure(self.lab))
-
-    def block_step(self, seconds: float) -> list[str]:
-        from bench.gpu import steps
-
-        return self.done("step", steps.measure(self.lab))
-
-    def block_profile(self, seconds: float) -> list[str]:
-        from bench.gpu import steps
-
-        return self.done("profile", steps.measure_profile(self.lab))
-
-    def block_whole(self, seconds: float) -> list[str]:
-        from bench.gpu import sampling
-
-        return self.done("whole", sampling.check(self.lab))
-
-    def block_sampling(self, seconds: float) -> list[str]:
-        from bench.gpu import sampling
-
-        return self.done("sampling", sampling.measure(self.lab))
-
-    def block_ops(self, seconds: float) -> list[str]:
-        from bench.gpu import operations
-
-        return self.done("ops", operations.measure(self.lab))
 
     def block_tiles(self, seconds: float) -> list[str]:
         from bench.gpu import tiles
