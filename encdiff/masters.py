@@ -82,6 +82,8 @@ class Masters:
         self.constants = {"betas": betas, "weight_decay": weight_decay}
         self.compute, exact = _copy(model)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
+        if not self.parameters:
+            raise InputError("the model has no parameter that learns: all are frozen")
         if others := {p.dtype for p in self.parameters} - {torch.float32}:
             raise InputError(f"a parameter of the model is {others.pop()}, must be float32 for bfloat16 with masters")
         self.schedule = torch.zeros(4, device=self.parameters[0].device, dtype=torch.float32)  # see ops.adamw

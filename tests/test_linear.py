@@ -252,3 +252,11 @@ def test_references_take_no_sum_by_the_kernel(op):
 def test_bad_input():
     with pytest.raises(InputError, match=r"x is \(3, 4, 4\), must be \(B, I, H, W\)"):
         conv2d(torch.zeros(3, 4, 4), torch.zeros(8, 3, 3, 3))
+
+
+@pytest.mark.parametrize("options", [{"groups": 2}, {"dilation": 2}, {"padding_mode": "reflect", "padding": 1}])
+def test_what_the_kernel_does_not_serve_is_pytorchs(options):
+    torch.manual_seed(0)
+    ours = layers.Conv2d(4, 6, 3, **options)
+    x = torch.randn(2, 4, 8, 8)
+    torch.testing.assert_close(ours(x), nn.Conv2d.forward(ours, x), rtol=0, atol=0)

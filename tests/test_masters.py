@@ -222,6 +222,11 @@ def test_a_moved_average_or_a_parameter_frozen_later_is_refused():
         advance(ours, 1)
 
 
+def test_a_model_of_which_nothing_learns_is_refused():
+    with pytest.raises(InputError, match="no parameter that learns"):
+        Training(EncDiff(TINY).requires_grad_(False).to(DEVICE), BF16, masters=True)
+
+
 def test_values_written_in_place_reach_the_copy():
     ours = training()
     with torch.no_grad():

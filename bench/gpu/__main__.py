@@ -224,7 +224,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=package.__doc__.splitlines()[0])
     parser.add_argument("out", type=Path, help="folder for the results")
     parser.add_argument(
-        "--call", type=int, default=1, choices=sorted(CALLS), help="which blocks: 1, all; 2, after tuning"
+        "--call", type=int, default=1, choices=sorted(CALLS), help="which blocks: 1, checks and times; 2, a training"
     )
     parser.add_argument("--minutes", type=float, default=5.3, help="for everything together")
     parser.add_argument("--train", type=float, default=120, help="seconds of the block `paper`, from images to swaps")
@@ -263,12 +263,14 @@ def main(arguments: list[str] | None = None) -> int:
         workers.work(lab, given.worker, given.seconds)
         return 0
     if not given.go_on:
-        (out / "said.json").unlink(missing_ok=True)
+        for name in ("said", "right", "tests", *SECONDS):  # of an earlier run into the same folder
+            (out / f"{name}.json").unlink(missing_ok=True)
     session = Session(lab, blocks)
     session.run()
     pack(out, out / "results.tgz", "*.json", "*.png", "summary.md", "parts/*.log", "parts/*.json")
     print((out / "summary.md").read_text())
-    return int(any(not r["ok"] for r in lab.load("right") or []))
+    failed = (lab.load("tests") or {}).get("FAILED", 0)
+    return int(failed > 0 or any(not r["ok"] for r in lab.load("right") or []))
 
 
 if __name__ == "__main__":

@@ -51,6 +51,7 @@ def cases(lab: Lab, batch: int) -> Iterator[Case]:
         for L, C in layers(c):
             yield from _attention(draw, dtype, batch, L, C, c)
             yield _group_norm(draw, dtype, batch, L, C, c.groups)
+            yield _group_norm(draw, dtype, batch, L, C, c.groups, with_input=True)
             yield _geglu(draw, dtype, batch, L, c.feedforward * C)
             yield _layer_norm(draw, dtype, batch, L, C)
             yield _linear(draw, dtype, batch, L, C, 2 * c.feedforward * C)
@@ -58,6 +59,7 @@ def cases(lab: Lab, batch: int) -> Iterator[Case]:
         widest = max(C for _, C in layers(c))
         yield _group_norm(draw, dtype, batch, layers(c)[-1][0], 2 * widest, c.groups)
         yield _bank(draw, dtype, batch, c)
+        yield _adamw(draw, dtype)
 
 
 def _attention(draw, dtype, B, L, C, c) -> Iterator[Case]:
@@ -99,7 +101,7 @@ def _attention(draw, dtype, B, L, C, c) -> Iterator[Case]:
     yield Case(f"self_attention {at}", dtype, lambda: weights(C), self_attention)
 
 
-def _group_norm(draw, dtype, B, L, C, groups) -> Case:
+def _group_norm(draw, dtype, B, L, C, groups, **options) -> Case:
     side = int(L**0.5)
 
     def inputs():
@@ -107,8 +109,26 @@ def _group_norm(draw, dtype, B, L, C, groups) -> Case:
         small = {"weight": 1 + 0.1 * draw(C), "bias": 0.1 * draw(C), "scale": 0.3 * draw(B, C), "shift": draw(B, C)}
         return {"x": x} | small
 
-    name = f"group_norm {dtype} {side}x{side} C={C}".replace("torch.", "")
-    return Case(name, dtype, inputs, lambda i, impl: ops.group_norm(**i, groups=groups, silu=True, impl=impl))
+    name = f"group_norm {' '.join([*options, str(dtype)])} {side}x{side} C={C}".replace("torch.", "")
+    return Case(name, dtype, inputs,
+                lambda i, impl: ops.group_norm(**i, groups=groups, silu=True, **options, impl=impl))  # fmt: skip
+
+
+def _adamw(draw, dtype) -> Case:
+    """One step on copies; the gradient is of the case's type, the state exact."""
+    names = ("master", "exp_avg", "exp_avg_sq", "average")
+
+    def inputs():
+        return {"gradient": draw(100_003)} | {n: draw(100_003).abs() for n in names}
+
+    def run(i, impl):
+        exact = torch.promote_types(i["gradient"].dtype, torch.float32)
+        state = {n: i[n].detach().to(exact, copy=True) for n in names}
+        schedule = torch.tensor([1e-2, 0.3, 0.1, 0.05], device=i["gradient"].device, dtype=exact)
+        ops.adamw(gradient=i["gradient"].detach(), schedule=schedule, **state, impl=impl)
+        return tuple(state.values())
+
+    return Case(f"adamw {dtype}".replace("torch.", ""), dtype, inputs, run, gradients=False)
 
 
 def _geglu(draw, dtype, B, L, inner) -> Case:

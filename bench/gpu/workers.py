@@ -60,6 +60,8 @@ def start(lab: Lab, name: str, *arguments: str) -> Worker:
     parts = lab.out / "parts"
     parts.mkdir(exist_ok=True)
     slug = slug_of(name)
+    for kind in ("json", "ready", "go"):  # of an earlier run into the same folder
+        (parts / f"{slug}.{kind}").unlink(missing_ok=True)
     command = [sys.executable, "-u", "-m", "bench.gpu", str(lab.out), "--caches", str(lab.caches), "--worker", name]
     command += [*arguments, *(["--cpu"] if lab.cpu else [])]
     with (parts / f"{slug}.log").open("wb") as log:
