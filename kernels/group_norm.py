@@ -359,15 +359,10 @@ class GroupNormAndInput(torch.autograd.Function):
 
 
 def gate_cases() -> Iterator[GateCase]:
-    """Tiles with the longest code, all options on; those of the paper's narrowest group in float32 too.
-
-    Of full groups of 4 and 16, and of any up to 16, only the shortest tile and the longest: they are like their
-    neighbours'.
-    """
+    """Every tile with the longest code, all options on; those of the paper's narrowest group in float32 too."""
     lengths = (*COLUMNS, max(COLUMNS) + 1)
-    tiles = dict.fromkeys(Tile.of(L, 8 * D, 8) for D in WIDTHS for L in (lengths[::4] if D in (4, 16) else lengths))
-    for D in BLOCK_D:  # of other widths
-        tiles |= dict.fromkeys(Tile.of(L, D - 1, 1) for L in (lengths[::4] if D == 16 else lengths))
+    tiles = dict.fromkeys(Tile.of(L, 8 * D, 8) for D in WIDTHS for L in lengths)
+    tiles |= dict.fromkeys(Tile.of(L, D - 1, 1) for D in BLOCK_D for L in lengths)  # of other widths
     for kernel in (group_norm_fwd_kernel, group_norm_bwd_kernel):
         for tile in tiles:
             for kind in ("fp32", "bf16") if tile.width == 2 else ("bf16",):
