@@ -1,15 +1,11 @@
 """One step of AdamW over flat buffers, with the average of the weights and their bfloat16 copy."""
 
-import os
-from importlib.util import find_spec
-
 import torch
 from torch import Tensor
 
 from encdiff.errors import InputError
 from encdiff.ops._dispatch import Implementation, Op, always
-
-_TRITON_INSTALLED = find_spec("triton") is not None
+from encdiff.ops._triton import interpreted, unavailable
 
 
 def adamw_reference(
@@ -41,19 +37,14 @@ def adamw_triton(
 
 
 def _triton_reasons(master, gradient, exp_avg, exp_avg_sq, schedule, *_, **__) -> list[str]:
-    reasons = [] if _TRITON_INSTALLED else ["triton is not installed"]
-    if master.is_cuda:
-        if torch.cuda.get_device_capability(master.device) < (8, 0):
-            reasons.append("the GPU is older than compute capability 8.0")
-    elif master.device.type != "cpu" or os.environ.get("TRITON_INTERPRET") != "1":
-        reasons.append(f"master is on {master.device.type}")
+    reasons = unavailable(master, "master")
     if master.dtype != torch.float32 or schedule.dtype != torch.float32:
         reasons.append(f"master and schedule are {master.dtype} and {schedule.dtype}, not float32")
     return reasons
 
 
 def _triton_doubts(master, *_, **__) -> list[str]:
-    return [] if master.is_cuda else ["interpreted on the CPU: slow, for tests"]
+    return interpreted(master)
 
 
 _op = Op(

@@ -1,16 +1,11 @@
 """The sum over the rows of a matrix: the gradient of a bias."""
 
-import os
-from importlib.util import find_spec
-
 import torch
 from torch import Tensor
 
 from encdiff.errors import InputError
 from encdiff.ops._dispatch import Implementation, Op, always
-
-FUSED_TYPES = (torch.float32, torch.bfloat16, torch.float16)
-_TRITON_INSTALLED = find_spec("triton") is not None
+from encdiff.ops._triton import FUSED_TYPES, interpreted, unavailable
 
 
 def column_sum_reference(x, dtype):
@@ -31,12 +26,7 @@ def column_sum_triton(x, dtype):
 
 
 def _triton_reasons(x, dtype) -> list[str]:
-    reasons = [] if _TRITON_INSTALLED else ["triton is not installed"]
-    if x.is_cuda:
-        if torch.cuda.get_device_capability(x.device) < (8, 0):
-            reasons.append("the GPU is older than compute capability 8.0")
-    elif x.device.type != "cpu" or os.environ.get("TRITON_INTERPRET") != "1":
-        reasons.append(f"x is on {x.device.type}")
+    reasons = unavailable(x)
     for name, given in (("x", x.dtype), ("the sum", dtype)):
         if given not in FUSED_TYPES:
             reasons.append(f"{name} is {given}, not float32, bfloat16 or float16")
@@ -45,14 +35,10 @@ def _triton_reasons(x, dtype) -> list[str]:
     return reasons
 
 
-def _triton_doubts(x, dtype) -> list[str]:
-    return [] if x.is_cuda else ["interpreted on the CPU: slow, for tests"]
-
-
 _op = Op(
     "column_sum",
     [
-        Implementation("triton", column_sum_triton, _triton_reasons, _triton_doubts),
+        Implementation("triton", column_sum_triton, _triton_reasons, interpreted),
         Implementation("native", column_sum_native, always),
         Implementation("reference", column_sum_reference, always),
     ],

@@ -1,8 +1,5 @@
 """The gate of a feed-forward layer: (h, g) = the halves of x; y = h GELU(g)."""
 
-import os
-from importlib.util import find_spec
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -10,8 +7,7 @@ from torch import Tensor
 from encdiff.errors import InputError
 from encdiff.ops._attention import exact
 from encdiff.ops._dispatch import Implementation, Op, always
-
-_TRITON_INSTALLED = find_spec("triton") is not None
+from encdiff.ops._triton import FUSED_TYPES, interpreted, unavailable
 
 
 def geglu_reference(x):
@@ -35,25 +31,16 @@ def geglu_triton(x):
 
 
 def _triton_reasons(x) -> list[str]:
-    reasons = [] if _TRITON_INSTALLED else ["triton is not installed"]
-    if x.is_cuda:
-        if torch.cuda.get_device_capability(x.device) < (8, 0):
-            reasons.append("the GPU is older than compute capability 8.0")
-    elif x.device.type != "cpu" or os.environ.get("TRITON_INTERPRET") != "1":
-        reasons.append(f"x is on {x.device.type}")
-    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    reasons = unavailable(x)
+    if x.dtype not in FUSED_TYPES:
         reasons.append(f"x is {x.dtype}, not float32, bfloat16 or float16")
     return reasons
-
-
-def _triton_doubts(x) -> list[str]:
-    return [] if x.is_cuda else ["interpreted on the CPU: slow, for tests"]
 
 
 _op = Op(
     "geglu",
     [
-        Implementation("triton", geglu_triton, _triton_reasons, _triton_doubts),
+        Implementation("triton", geglu_triton, _triton_reasons, interpreted),
         Implementation("native", geglu_native, always),
         Implementation("reference", geglu_reference, always),
     ],

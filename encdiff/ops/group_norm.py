@@ -1,8 +1,5 @@
 """GroupNorm with what follows it in a U-Net: y = SiLU(GN(x) (1 + scale) + shift)."""
 
-import os
-from importlib.util import find_spec
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -10,11 +7,10 @@ from torch import Tensor
 from encdiff.errors import InputError
 from encdiff.ops._attention import exact, has_gradient
 from encdiff.ops._dispatch import Implementation, Op, always
+from encdiff.ops._triton import FUSED_TYPES, interpreted, unavailable
 
-FUSED_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 FUSED_CHANNELS = 64  # of one group: the last of BLOCK_D in kernels/group_norm.py
 CENTRED_POSITIONS = 64  # from here on PyTorch's own is slower for channels-last features on the CPU
-_TRITON_INSTALLED = find_spec("triton") is not None
 
 
 def group_norm_reference(x, weight, bias, groups, eps=1e-5, *, scale=None, shift=None, silu=False):
@@ -80,13 +76,7 @@ def group_norm_triton(x, weight, bias, groups, eps=1e-5, *, scale=None, shift=No
 def _triton_reasons(
     x, weight, bias, groups, eps=1e-5, *, scale=None, shift=None, silu=False, with_input=False
 ) -> list[str]:
-    reasons = [] if _TRITON_INSTALLED else ["triton is not installed"]
-    device = x.device
-    if device.type == "cuda":
-        if torch.cuda.get_device_properties(device).major < 8:
-            reasons.append("needs a GPU of compute capability 8.0")
-    elif device.type != "cpu" or os.environ.get("TRITON_INTERPRET") != "1":
-        reasons.append(f"x is on {device.type}")
+    reasons = unavailable(x)
     tensors = {"x": x, "weight": weight, "bias": bias, "scale": scale, "shift": shift}
     for name, t in tensors.items():
         if t is not None and t.dtype not in FUSED_TYPES:
@@ -99,7 +89,7 @@ def _triton_reasons(
 
 
 def _triton_doubts(x, *_, **__) -> list[str]:
-    return ["interpreted on the CPU: slow, for tests"] if x.device.type == "cpu" else []
+    return interpreted(x)
 
 
 def _centred_doubts(x, weight, bias, groups, eps=1e-5, *, scale=None, shift=None, **_) -> list[str]:

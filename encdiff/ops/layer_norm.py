@@ -1,18 +1,14 @@
 """LayerNorm over the channels of each position: y = (x - mean) / deviation * weight + bias."""
 
-import os
-from importlib.util import find_spec
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from encdiff.errors import InputError
 from encdiff.ops._dispatch import Implementation, Op, always
+from encdiff.ops._triton import FUSED_TYPES, interpreted, unavailable
 
-FUSED_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 FUSED_CHANNELS = 4096  # the last of BLOCKS in kernels/layer_norm.py
-_TRITON_INSTALLED = find_spec("triton") is not None
 
 
 def layer_norm_reference(x, weight, bias, eps=1e-5):
@@ -41,12 +37,7 @@ def layer_norm_triton(x, weight, bias, eps=1e-5):
 
 
 def _triton_reasons(x, weight, bias, eps=1e-5) -> list[str]:
-    reasons = [] if _TRITON_INSTALLED else ["triton is not installed"]
-    if x.is_cuda:
-        if torch.cuda.get_device_capability(x.device) < (8, 0):
-            reasons.append("the GPU is older than compute capability 8.0")
-    elif x.device.type != "cpu" or os.environ.get("TRITON_INTERPRET") != "1":
-        reasons.append(f"x is on {x.device.type}")
+    reasons = unavailable(x)
     for name, t in {"x": x, "weight": weight, "bias": bias}.items():
         if t.dtype not in FUSED_TYPES:
             reasons.append(f"{name} is {t.dtype}, not float32, bfloat16 or float16")
@@ -58,7 +49,7 @@ def _triton_reasons(x, weight, bias, eps=1e-5) -> list[str]:
 def _triton_doubts(x, *_, **__) -> list[str]:
     if torch.compiler.is_compiling():
         return ["under torch.compile, which fuses PyTorch's own with its neighbours"]
-    return [] if x.is_cuda else ["interpreted on the CPU: slow, for tests"]
+    return interpreted(x)
 
 
 _op = Op(

@@ -1,19 +1,15 @@
 """N separate MLPs, one per concept: scalar i, or slice i of a vector, becomes token i."""
 
-import os
-from importlib.util import find_spec
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from encdiff.errors import InputError
 from encdiff.ops._dispatch import Implementation, Op, always
+from encdiff.ops._triton import FUSED_TYPES, interpreted, unavailable
 from encdiff.ops.cross_attention import exact
 
-FUSED_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 FUSED_WIDTHS = {"a slice": 16, "the first of two hidden layers": 128, "a token": 64}  # BLOCKS in kernels/mlp_bank.py
-_TRITON_INSTALLED = find_spec("triton") is not None
 
 
 def _elu(a: Tensor) -> Tensor:
@@ -54,13 +50,7 @@ def _slices(scalars: Tensor, weights: list[Tensor]) -> Tensor:
 
 
 def _triton_reasons(scalars, weights, biases, activation="elu") -> list[str]:
-    reasons = [] if _TRITON_INSTALLED else ["triton is not installed"]
-    device = scalars.device
-    if device.type == "cuda":
-        if torch.cuda.get_device_properties(device).major < 8:
-            reasons.append("needs a GPU of compute capability 8.0")
-    elif device.type != "cpu" or os.environ.get("TRITON_INTERPRET") != "1":
-        reasons.append(f"scalars is on {device.type}")
+    reasons = unavailable(scalars, "scalars")
     for name, tensors in (("scalars", [scalars]), ("weights", weights), ("biases", biases)):
         others = [str(t.dtype) for t in tensors if t.dtype not in FUSED_TYPES]
         if others:
@@ -79,7 +69,7 @@ def _triton_reasons(scalars, weights, biases, activation="elu") -> list[str]:
 
 
 def _triton_doubts(scalars, *_, **__) -> list[str]:
-    return ["interpreted on the CPU: slow, for tests"] if scalars.device.type == "cpu" else []
+    return interpreted(scalars)
 
 
 _op = Op(

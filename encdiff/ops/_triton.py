@@ -1,0 +1,26 @@
+"""What the ops with a Triton kernel ask before they take it."""
+
+import os
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+FUSED_TYPES = (torch.float32, torch.bfloat16, torch.float16)
+_INSTALLED = find_spec("triton") is not None
+
+
+def unavailable(x: Tensor, name: str = "x") -> list[str]:
+    """Why no kernel runs where a tensor is: on a GPU of compute capability 8.0 or more, or interpreted on the CPU."""
+    reasons = [] if _INSTALLED else ["triton is not installed"]
+    if x.is_cuda:
+        if torch.cuda.get_device_capability(x.device) < (8, 0):
+            reasons.append("the GPU is older than compute capability 8.0")
+    elif x.device.type != "cpu" or os.environ.get("TRITON_INTERPRET") != "1":
+        reasons.append(f"{name} is on {x.device.type}")
+    return reasons
+
+
+def interpreted(x: Tensor, *_, **__) -> list[str]:
+    """The doubt about a kernel that would run there for tests only."""
+    return [] if x.is_cuda else ["interpreted on the CPU: slow, for tests"]
