@@ -3,11 +3,12 @@
 from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
-__all__ = ["PRESETS", "EncDiff", "EncDiffConfig", "InputError", "SamplingEngine", "explain", "use_impl"]
+__all__ = ["PRESETS", "EncDiff", "EncDiffConfig", "InputError", "SamplingEngine", "doctor", "explain", "use_impl"]
 
 if TYPE_CHECKING:
     from encdiff.engine import SamplingEngine
     from encdiff.errors import InputError
+    from encdiff.health import doctor
     from encdiff.models import PRESETS, EncDiff, EncDiffConfig
     from encdiff.ops import explain, use_impl
 
@@ -17,6 +18,7 @@ _HOMES = {
     "EncDiffConfig": "encdiff.models",
     "InputError": "encdiff.errors",
     "SamplingEngine": "encdiff.engine",
+    "doctor": "encdiff.health",
     "explain": "encdiff.ops",
     "use_impl": "encdiff.ops",
 }

@@ -10,6 +10,7 @@ import typer
 
 from encdiff import __version__
 from encdiff.cli_data import data_app
+from encdiff.cli_doctor import doctor
 from encdiff.cli_profile import profile
 from encdiff.cli_reproduce import ablate, reproduce
 from encdiff.cli_support import (
@@ -368,6 +369,7 @@ def demo(
 app.command()(reproduce)
 app.command()(ablate)
 app.command()(profile)
+app.command()(doctor)
 
 
 def main() -> None:

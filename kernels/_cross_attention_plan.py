@@ -156,5 +156,10 @@ def choose_form(channels: int, tokens: int, heads: int, width: int, size: int) -
     """
     if not can_keep(channels, tokens, width, size):
         return "folded once"
-    queries = (1024 // channels) ** 2
+    queries = layer_queries(channels)
     return min("folded once", "kept", key=lambda r: predict(r, queries, channels, tokens, heads, size))
+
+
+def layer_queries(channels: int) -> int:
+    """Of a layer of the paper's U-Net with so many channels."""
+    return max(1, (1024 // channels) ** 2)

@@ -1,12 +1,12 @@
 """Compile the configurations that dispatch can choose, for three generations of GPU, without one.
 
-    python -m encdiff.kernels._gate [module ...]
+    python -m encdiff.kernels._gate [--brief] [module ...]
 
 A kernel module `kernels/X.py` lists its configurations in `gate_cases()`: every tile that a preset's layers take, and
 of tiles that differ from their neighbours by a width alone the narrowest and the widest. Each is compiled ahead of time
 for each of `TARGETS`; the machine code must use no stack and no local memory (that is, spill no register) and stay
 within the shared memory of one block; a kernel of matrix products must contain tensor-core instructions. Exits 1 on a
-failure.
+failure. `--brief`: the first case of each kernel, for sm_90 alone.
 """
 
 import importlib
@@ -143,14 +143,19 @@ def cases(module: str) -> Iterator[GateCase]:
     yield from getattr(importlib.import_module(f"encdiff.kernels.{module}"), "gate_cases", tuple)()
 
 
-def _examine_nth(module: str, n: int) -> list[Row]:
+def _examine_nth(module: str, n: int, targets: tuple[int, ...]) -> list[Row]:
     case = list(cases(module))[n]
-    return [examine(case, target) for target in TARGETS]
+    return [examine(case, target) for target in targets]
 
 
-def rows(names: Iterable[str]) -> Iterator[Row]:
+def rows(names: Iterable[str], brief: bool = False) -> Iterator[Row]:
     """Every case of these modules on every target, one process per core; Triton's own cache keeps what is unchanged."""
-    work = [(name, n) for name in names for n in range(len(list(cases(name))))]
+    targets, work, met = (90,) if brief else tuple(TARGETS), [], set()
+    for name in names:
+        for n, case in enumerate(cases(name)):
+            if not brief or case.kernel.__name__ not in met:
+                work.append((name, n, targets))
+            met.add(case.kernel.__name__)
     with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
         for found in pool.map(_examine_nth, *zip(*work, strict=True)) if work else ():
             yield from found
@@ -158,9 +163,10 @@ def rows(names: Iterable[str]) -> Iterator[Row]:
 
 def main(names: list[str]) -> int:
     os.environ.pop("TRITON_INTERPRET", None)  # an interpreted kernel cannot be compiled
-    start, failed, count = time.monotonic(), 0, 0
+    start, failed, count, brief = time.monotonic(), 0, 0, "--brief" in names
+    names = [name for name in names if name != "--brief"]
     print(HEADER)
-    for row in rows(names or modules()):
+    for row in rows(names or modules(), brief):
         print(row, flush=True)
         count += 1
         failed += bool(row.failure)

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [
     {"errors", "kernels", "_C", "_build"},
     {"ops", "checkpoint", "fields", "sheet"},
-    {"diffusion", "data", "metrics", "profiling"},
+    {"diffusion", "data", "metrics", "profiling", "health"},
     {"models"},
     {"runs", "visualize", "engine", "protocol"},
     {"fit", "evaluate", "masters"},
@@ -23,7 +23,7 @@ LAYERS = [
     {"demo", "cli_support"},
     {"phases"},
     {"reproduce", "ablations"},
-    {"cli_reproduce", "cli_data", "cli_profile"},
+    {"cli_reproduce", "cli_data", "cli_profile", "cli_doctor"},
     {"cli"},
     {"__init__", "__main__"},
 ]

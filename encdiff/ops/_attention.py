@@ -122,8 +122,3 @@ def kernel_bias(token_bias: Tensor | None, heads: int) -> Tensor | None:
         return None
     token_bias = token_bias if token_bias.stride(-1) == 1 else token_bias.contiguous()
     return token_bias if token_bias.ndim == 3 else token_bias[:, None].expand(-1, heads, -1)
-
-
-def has_gradient(*tensors) -> bool:
-    """Whether autograd would record an op of these."""
-    return torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tensors)

@@ -6,7 +6,8 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-FUSED_TYPES = (torch.float32, torch.bfloat16, torch.float16)
+NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+FUSED_TYPES = tuple(NAMES)
 _INSTALLED = find_spec("triton") is not None
 
 
@@ -24,3 +25,8 @@ def unavailable(x: Tensor, name: str = "x") -> list[str]:
 def interpreted(x: Tensor, *_, **__) -> list[str]:
     """The doubt about a kernel that would run there for tests only."""
     return [] if x.is_cuda else ["interpreted on the CPU: slow, for tests"]
+
+
+def has_gradient(*tensors) -> bool:
+    """Whether autograd would record an op of these."""
+    return torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tensors)

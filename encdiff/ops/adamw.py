@@ -4,8 +4,9 @@ import torch
 from torch import Tensor
 
 from encdiff.errors import InputError
+from encdiff.ops import _self_check
 from encdiff.ops._dispatch import Implementation, Op, always
-from encdiff.ops._triton import interpreted, unavailable
+from encdiff.ops._triton import NAMES, interpreted, unavailable
 
 
 def adamw_reference(
@@ -36,11 +37,19 @@ def adamw_triton(
     fused(master, gradient, exp_avg, exp_avg_sq, schedule, average, weights, scale, *betas, eps, weight_decay)
 
 
-def _triton_reasons(master, gradient, exp_avg, exp_avg_sq, schedule, *_, **__) -> list[str]:
+def _triton_reasons(
+    master, gradient, exp_avg, exp_avg_sq, schedule, average=None, weights=None, scale=None, **_
+) -> list[str]:
     reasons = unavailable(master, "master")
     if master.dtype != torch.float32 or schedule.dtype != torch.float32:
         reasons.append(f"master and schedule are {master.dtype} and {schedule.dtype}, not float32")
-    return reasons
+    return reasons or _self_check.reasons("adamw", master, _variant, master, gradient, average, weights, scale)
+
+
+def _variant(master, gradient, average, weights, scale) -> tuple:
+    sizes, copy = [len(t) for t in (master, average) if t is not None], weights is not None and NAMES[weights.dtype]
+    aligned = all(size % 16 == 0 for size in sizes)
+    return NAMES[gradient.dtype], copy or "none", average is not None, scale is not None, aligned
 
 
 def _triton_doubts(master, *_, **__) -> list[str]:

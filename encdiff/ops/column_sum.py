@@ -1,11 +1,31 @@
 """The sum over the rows of a matrix: the gradient of a bias."""
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
 from encdiff.errors import InputError
+from encdiff.ops import _self_check
 from encdiff.ops._dispatch import Implementation, Op, always
-from encdiff.ops._triton import FUSED_TYPES, interpreted, unavailable
+from encdiff.ops._triton import FUSED_TYPES, NAMES, interpreted, unavailable
+
+
+@cache
+def representative(rows: int, columns: int) -> tuple[int, int]:
+    """One size of matrix for all that take the same kernels: tiles of rows and columns, columns full or not."""
+    from encdiff.kernels.column_sum import ALL, COLUMNS, ONCE, SHARES
+
+    if rows > ONCE:
+        block = SHARES[columns <= COLUMNS].BLOCK_C
+        full = block if columns % block == 0 else 48 if columns % COLUMNS == 0 else block - 1
+        return ONCE + 1, full
+    return next((tile.BLOCK_R for tile in ALL if tile.BLOCK_R >= rows), ONCE), 64 - (columns % COLUMNS != 0)
+
+
+def representatives() -> dict[tuple[int, int], None]:
+    """All of them."""
+    return dict.fromkeys(representative(M, C) for M in (1, 200, 500, 1000, 2000, 3000) for C in (16, 15, 48, 63, 64))
 
 
 def column_sum_reference(x, dtype):
@@ -26,13 +46,26 @@ def column_sum_triton(x, dtype):
 
 
 def _triton_reasons(x, dtype) -> list[str]:
+    return _type_reasons(x, dtype) or _failed(x, dtype)
+
+
+def _type_reasons(x, dtype) -> list[str]:
+    """Those that are not of the number of rows and columns."""
     reasons = unavailable(x)
     for name, given in (("x", x.dtype), ("the sum", dtype)):
         if given not in FUSED_TYPES:
             reasons.append(f"{name} is {given}, not float32, bfloat16 or float16")
-    if len(x) >= 2**30:
-        reasons.append("x has 2^30 rows or more")
     return reasons
+
+
+def _failed(x, dtype) -> list[str]:
+    if len(x) >= 2**30:
+        return ["x has 2^30 rows or more"]
+    return _self_check.reasons("column_sum", x, _variant, x.dtype, dtype, *x.shape)
+
+
+def _variant(x, dtype, rows, columns) -> tuple:
+    return NAMES[x], NAMES[dtype], *representative(rows, columns)
 
 
 _op = Op(
@@ -66,6 +99,12 @@ def column_sum(x: Tensor, dtype: torch.dtype | None = None, *, impl: str | None 
 
 def is_fused(x: Tensor, impl: str | None = None) -> bool:
     """Whether `column_sum` of rows of x's type, on x's device, is the kernel's; False too where that cannot serve."""
-    if _triton_reasons(x, x.dtype):
+    forced = impl or _op._default()
+    if forced not in (None, "triton") or _type_reasons(x, x.dtype):
         return False
-    return _op.choose(x, x.dtype, impl=impl).name == "triton"
+    return forced == "triton" or not interpreted(x)
+
+
+def bias_gradient(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """`column_sum` where `is_fused` said so before the number of rows was known; a part of other ops, not recorded."""
+    return (column_sum_native if _failed(rows, dtype) else column_sum_triton)(rows, dtype)

@@ -7,7 +7,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from encdiff.errors import InputError
-from encdiff.kernels._cross_attention_plan import MAX_TOKENS, can_fold, choose_route, head_width_limit
+from encdiff.kernels._cross_attention_plan import (
+    FEW_TOKENS,
+    MAX_TOKENS,
+    SHORT,
+    can_fold,
+    choose_route,
+    head_width_limit,
+    heads_tile,
+)
+from encdiff.ops import _self_check
 from encdiff.ops._attention import (
     exact,
     fill_heads,
@@ -26,10 +35,12 @@ from encdiff.ops._attention import (
     stock_project_out,
 )
 from encdiff.ops._dispatch import Implementation, Op, always
+from encdiff.ops._triton import NAMES, has_gradient
 from encdiff.ops.cross_attention_folded import (
     Folded,
     check_options,
     cross_attention_folded_triton,
+    failed_folded,
     fold_by_head,
     interpreted,
     triton_reasons,
@@ -150,13 +161,38 @@ def cross_attention_triton(
     dtype = product_dtype(x)
     options = dict(norm_weight=norm_weight, norm_bias=norm_bias, norm_eps=norm_eps, residual=residual)
     options |= dict(token_bias=token_bias, maps=maps)
-    route = choose_route(x.shape[1], x.shape[2], context.shape[1], heads, dtype.itemsize)
+    gradients = has_gradient(x, context, w_q, w_k, w_v, w_o, b_o, norm_weight, norm_bias, token_bias, *projected or ())
+    route, _ = _route(x, context, w_q, heads, norm_weight, residual, token_bias, maps, gradients)
     k, v = projected or _project(*(t.to(dtype) for t in (context, w_k, w_v)))
     k, v, w_q, w_o = (t.to(dtype) for t in (k, v, w_q, w_o))
     if route == "folded":
         folded = Folded(*(t.transpose(0, 1) for t in fold_by_head(k, v, w_q, w_o, heads)))
         return cross_attention_folded_triton(x, folded, b_o, **options)
     return _by_heads(x, k, v, w_q, w_o, b_o, heads=heads, **options)
+
+
+def _route(
+    x, context, w_q, heads, norm_weight, residual, token_bias, maps, gradients
+) -> tuple[str, list[str]]:  # fmt: skip
+    """The route that is predicted to be the fastest of those whose kernels are right on x's card; or why none is."""
+    tokens, width, size = context.shape[1], w_q.shape[0] // heads, product_dtype(x).itemsize
+    preferred, against = choose_route(*x.shape[1:], tokens, heads, size), []
+    if preferred == "folded":
+        flags = norm_weight is not None, residual, token_bias is not None, maps or "none"
+        against = failed_folded(x, *flags, gradients=gradients)
+        if not against:
+            return "folded", []
+    if width > head_width_limit(tokens, size):
+        return "heads", against
+    flags = token_bias is not None, maps is not None
+    checked = x, x.shape[1], tokens, width, *flags
+    return "heads", _self_check.reasons("cross_attention_heads", x, _heads_variant, *checked, gradients=gradients)
+
+
+def _heads_variant(x, queries, tokens, width, *flags) -> tuple:
+    width, few, dtype = -(-width // 8) * 8, tokens <= FEW_TOKENS, product_dtype(x)
+    short = few and heads_tile("fwd", queries, tokens, width, dtype.itemsize) == SHORT
+    return NAMES[dtype], width, not few, short, *flags
 
 
 def _by_heads(x, k, v, w_q, w_o, b_o, *, heads, norm_weight, norm_bias, norm_eps, residual, token_bias, maps):
@@ -174,15 +210,20 @@ def _by_heads(x, k, v, w_q, w_o, b_o, *, heads, norm_weight, norm_bias, norm_eps
     return y if maps is None else (y, (p if maps == "head" else p.mean(1)).to(x.dtype))
 
 
-def _triton_reasons(x, context, w_q, *weights, heads, maps=None, **options) -> list[str]:
-    reasons = triton_reasons(x, maps, context, w_q, *weights, *options.values())
+def _triton_reasons(
+    x, context, w_q, w_k, w_v, w_o, b_o=None, *,
+    heads, norm_weight=None, norm_bias=None, norm_eps=1e-5, residual=False, token_bias=None, maps=None, projected=None,
+) -> list[str]:  # fmt: skip
+    tensors = context, w_q, w_k, w_v, w_o, b_o, norm_weight, norm_bias, token_bias, *(projected or ())
+    reasons = triton_reasons(x, maps, *tensors)
     tokens, width, dtype = context.shape[1], w_q.shape[0] // heads, product_dtype(x)
     limit = head_width_limit(tokens, dtype.itemsize)
     if not 1 <= tokens <= MAX_TOKENS:
         reasons.append(f"{tokens} tokens must be 1 to {MAX_TOKENS}")
     if width > limit and not can_fold(x.shape[2], tokens, dtype.itemsize):
         reasons.append(f"head width {width} must be at most {limit} in {dtype} with {tokens} tokens")
-    return reasons
+    gradients = has_gradient(x, *tensors)
+    return reasons or _route(x, context, w_q, heads, norm_weight, residual, token_bias, maps, gradients)[1]
 
 
 def _transposed_doubts(x, context, w_q, *weights, heads, **_) -> list[str]:

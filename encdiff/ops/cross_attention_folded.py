@@ -20,13 +20,16 @@ from encdiff.errors import InputError
 from encdiff.kernels._cross_attention_plan import (
     FOLDED_CHANNELS,
     FOLDED_TOKENS,
+    KEPT_TILES,
     can_fold,
     can_keep,
     choose_form,
+    layer_queries,
+    pad,
 )
+from encdiff.ops import _self_check
 from encdiff.ops._attention import (
     exact,
-    has_gradient,
     kernel_bias,
     product_dtype,
     products_out,
@@ -34,6 +37,7 @@ from encdiff.ops._attention import (
     stock_layer_norm,
 )
 from encdiff.ops._dispatch import Implementation, Op, always
+from encdiff.ops._triton import NAMES, has_gradient
 
 TRITON = find_spec("triton") is not None
 
@@ -67,7 +71,8 @@ def fold(context: Tensor, w_q: Tensor, w_k: Tensor, w_v: Tensor, w_o: Tensor, *,
     weights = w_q, w_k, w_v, w_o
     if context.is_cuda and not has_gradient(context, *weights):
         (channels, inner), size = w_o.shape, product_dtype(context).itemsize
-        if choose_form(channels, context.shape[1], heads, inner // heads, size) == "kept":
+        form = choose_form(channels, context.shape[1], heads, inner // heads, size)
+        if form == "kept" and not failed_kept(context, channels, inner // heads):
             return keep(context, *weights, heads=heads)
     return fold_matrices(context, *weights, heads=heads)
 
@@ -210,8 +215,11 @@ def _sizes(folded: Folded | Kept) -> tuple[int, int, int, int]:
     return tuple(folded.keys.shape)
 
 
-def _triton_reasons(x, folded, b_o=None, *, maps=None, **options) -> list[str]:
-    tensors = *folded, b_o, *options.values()
+def _triton_reasons(
+    x, folded, b_o=None, *,
+    norm_weight=None, norm_bias=None, norm_eps=1e-5, residual=False, token_bias=None, maps=None,
+) -> list[str]:  # fmt: skip
+    tensors = *folded, b_o, norm_weight, norm_bias, token_bias
     reasons = triton_reasons(x, maps, *tensors)
     (_, heads, tokens, channels), size = _sizes(folded), product_dtype(x).itemsize
     if isinstance(folded, Kept):
@@ -227,7 +235,33 @@ def _triton_reasons(x, folded, b_o=None, *, maps=None, **options) -> list[str]:
             f"{channels} channels and {tokens} tokens must be a multiple of 8 up to {FOLDED_CHANNELS.get(size, 0)} "
             f"and 1 to {FOLDED_TOKENS}"
         )
-    return reasons
+    if reasons:
+        return reasons
+    flags = norm_weight is not None, residual, token_bias is not None, maps or "none"
+    if isinstance(folded, Kept):
+        return _self_check.reasons("cross_attention_kept", x, _kept_variant, x, *x.shape[1:], width, *flags)
+    return failed_folded(x, *flags, gradients=has_gradient(x, *tensors))
+
+
+def failed_folded(x, norm: bool, residual: bool, bias: bool, maps: str, gradients: bool) -> list[str]:
+    """Why the card of x must not take the folded kernels: what their check has found."""
+    flags = norm, residual, bias, maps
+    return _self_check.reasons("cross_attention_folded", x, _folded_variant, x, *flags, gradients=gradients)
+
+
+def _folded_variant(x, *flags) -> tuple:
+    return NAMES[x.dtype], NAMES[product_dtype(x)], x.shape[2], *flags
+
+
+def failed_kept(context: Tensor, channels: int, width: int) -> list[str]:
+    """Likewise of the kernel of kept tokens, in a layer of as many queries as `choose_form` takes it to have."""
+    layer = layer_queries(channels), channels, width, True, True, False, "none"
+    return _self_check.reasons("cross_attention_kept", context, _kept_variant, context, *layer)
+
+
+def _kept_variant(x, queries, channels, width, *flags) -> tuple:
+    few = queries < KEPT_TILES[pad(channels, 128), pad(width, 16)].BLOCK_L  # then samples share a tile
+    return NAMES[x.dtype], NAMES[product_dtype(x)], channels, width, 9 if few else 80, *flags
 
 
 def triton_reasons(x: Tensor, maps: str | None, *tensors) -> list[str]:

@@ -5,9 +5,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from encdiff.errors import InputError
+from encdiff.ops import _self_check
 from encdiff.ops._attention import exact
 from encdiff.ops._dispatch import Implementation, Op, always
-from encdiff.ops._triton import FUSED_TYPES, interpreted, unavailable
+from encdiff.ops._triton import FUSED_TYPES, NAMES, has_gradient, interpreted, unavailable
 
 
 def geglu_reference(x):
@@ -34,7 +35,14 @@ def _triton_reasons(x) -> list[str]:
     reasons = unavailable(x)
     if x.dtype not in FUSED_TYPES:
         reasons.append(f"x is {x.dtype}, not float32, bfloat16 or float16")
-    return reasons
+    return reasons or _self_check.reasons("geglu", x, _variant, x, gradients=has_gradient(x))
+
+
+def _variant(x) -> tuple:
+    from encdiff.kernels.geglu import BLOCKS
+
+    N = x.shape[-1] // 2
+    return NAMES[x.dtype], next((b for b in BLOCKS if b >= N), BLOCKS[-1]) - (N % 16 != 0)
 
 
 _op = Op(

@@ -1,16 +1,31 @@
 """GroupNorm with what follows it in a U-Net: y = SiLU(GN(x) (1 + scale) + shift)."""
 
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from encdiff.errors import InputError
-from encdiff.ops._attention import exact, has_gradient
+from encdiff.ops import _self_check
+from encdiff.ops._attention import exact
 from encdiff.ops._dispatch import Implementation, Op, always
-from encdiff.ops._triton import FUSED_TYPES, interpreted, unavailable
+from encdiff.ops._triton import FUSED_TYPES, NAMES, has_gradient, interpreted, unavailable
 
 FUSED_CHANNELS = 64  # of one group: the last of BLOCK_D in kernels/group_norm.py
 CENTRED_POSITIONS = 64  # from here on PyTorch's own is slower for channels-last features on the CPU
+
+
+@cache
+def representatives() -> dict:
+    """Tile of kernels/group_norm.py -> one (positions, channels, groups) for all that take it, the narrowest first."""
+    from encdiff.kernels.group_norm import BLOCK_D, COLUMNS, WIDTHS, Tile
+
+    lengths, found = (*COLUMNS, max(COLUMNS) + 1), {}
+    for D in (*WIDTHS, *(d - 1 for d in BLOCK_D)):
+        for L in lengths:
+            found.setdefault(Tile.of(L, 8 * D, 8), (L, 8 * D, 8))
+    return found
 
 
 def group_norm_reference(x, weight, bias, groups, eps=1e-5, *, scale=None, shift=None, silu=False):
@@ -85,7 +100,16 @@ def _triton_reasons(
         reasons.append(f"a group has {x.shape[1] // groups} channels, at most {FUSED_CHANNELS}")
     if x[:1].numel() >= 2**31:
         reasons.append("a sample has 2^31 elements or more")
-    return reasons
+    gradients = has_gradient(*tensors.values())
+    flags = scale is not None, shift is not None, silu, with_input
+    return reasons or _self_check.reasons("group_norm", x, _variant, x, weight, groups, flags, gradients=gradients)
+
+
+def _variant(x, weight, groups, flags) -> tuple:
+    from encdiff.kernels.group_norm import Tile
+
+    tile = Tile.of(x.shape[2] * x.shape[3], x.shape[1], groups)
+    return NAMES[x.dtype], NAMES[weight.dtype], *representatives()[tile], *flags
 
 
 def _triton_doubts(x, *_, **__) -> list[str]:
@@ -154,7 +178,7 @@ def group_norm(
     options = dict(scale=scale, shift=shift, silu=silu, impl=impl)
     if not with_input:
         return _op(*arguments, **options)
-    fused = has_gradient(x) and _op.choose(*arguments, **options).name == "triton"
+    fused = has_gradient(x) and _op.choose(*arguments, **options, with_input=True).name == "triton"
     return _op(*arguments, **options, with_input=True) if fused else (_op(*arguments, **options), x)
 
 

@@ -5,8 +5,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from encdiff.errors import InputError
+from encdiff.ops import _self_check
 from encdiff.ops._dispatch import Implementation, Op, always
-from encdiff.ops._triton import FUSED_TYPES, interpreted, unavailable
+from encdiff.ops._triton import FUSED_TYPES, NAMES, has_gradient, interpreted, unavailable
 
 FUSED_CHANNELS = 4096  # the last of BLOCKS in kernels/layer_norm.py
 
@@ -43,7 +44,15 @@ def _triton_reasons(x, weight, bias, eps=1e-5) -> list[str]:
             reasons.append(f"{name} is {t.dtype}, not float32, bfloat16 or float16")
     if x.shape[-1] > FUSED_CHANNELS:
         reasons.append(f"x has {x.shape[-1]} channels, at most {FUSED_CHANNELS}")
-    return reasons
+    gradients = has_gradient(x, weight, bias)
+    return reasons or _self_check.reasons("layer_norm", x, _variant, x, weight, gradients=gradients)
+
+
+def _variant(x, weight) -> tuple:
+    from encdiff.kernels.layer_norm import BLOCKS
+
+    C = x.shape[-1]
+    return NAMES[x.dtype], NAMES[weight.dtype], next(b for b in BLOCKS if b >= C), C % 8 == 0
 
 
 def _triton_doubts(x, *_, **__) -> list[str]:

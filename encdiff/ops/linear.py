@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from encdiff.errors import InputError
-from encdiff.ops.column_sum import column_sum_triton, is_fused
+from encdiff.ops.column_sum import bias_gradient, is_fused
 
 Pair = tuple[int, int]
 
@@ -31,7 +31,7 @@ class _Linear(torch.autograd.Function):
         rows = _matrix(dy)
         dx = (rows @ weight).view(*dy.shape[:-1], weight.shape[1]) if wanted[0] else None
         dw = rows.mT @ _matrix(x) if wanted[1] else None
-        return dx, dw, column_sum_triton(rows, ctx.bias_dtype) if wanted[2] else None
+        return dx, dw, bias_gradient(rows, ctx.bias_dtype) if wanted[2] else None
 
 
 def _matrix(x: Tensor) -> Tensor:
@@ -57,7 +57,7 @@ class _Conv2d(torch.autograd.Function):
                 dy, x, weight, [len(weight)], ctx.stride, ctx.padding, (1, 1), False, (0, 0), 1, theirs
             )
         if rows is not None:
-            db = column_sum_triton(rows, ctx.bias_dtype)
+            db = bias_gradient(rows, ctx.bias_dtype)
         return dx, dw, db, None, None
 
 

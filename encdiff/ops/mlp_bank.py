@@ -5,8 +5,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from encdiff.errors import InputError
+from encdiff.ops import _self_check
 from encdiff.ops._dispatch import Implementation, Op, always
-from encdiff.ops._triton import FUSED_TYPES, interpreted, unavailable
+from encdiff.ops._triton import FUSED_TYPES, NAMES, has_gradient, interpreted, unavailable
 from encdiff.ops.cross_attention import exact
 
 FUSED_WIDTHS = {"a slice": 16, "the first of two hidden layers": 128, "a token": 64}  # BLOCKS in kernels/mlp_bank.py
@@ -65,7 +66,16 @@ def _triton_reasons(scalars, weights, biases, activation="elu") -> list[str]:
     for width, (name, widest) in zip(widths, FUSED_WIDTHS.items(), strict=True):
         if width > widest:
             reasons.append(f"{name} is {width} wide, at most {widest}")
-    return reasons
+    gradients = has_gradient(scalars, *weights, *biases)
+    checked = scalars, weights[0], *widths[1:], activation
+    return reasons or _self_check.reasons("mlp_bank", scalars, _variant, *checked, gradients=gradients)
+
+
+def _variant(scalars, weight, first, token, activation) -> tuple:
+    from encdiff.kernels.mlp_bank import BLOCKS
+
+    blocks = (next(b for b in BLOCKS[name] if b >= width) for name, width in (("F", first), ("D", token)))
+    return NAMES[scalars.dtype], NAMES[weight.dtype], *blocks, activation
 
 
 def _triton_doubts(scalars, *_, **__) -> list[str]:

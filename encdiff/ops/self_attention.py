@@ -1,10 +1,13 @@
 """Spatial features attend to each other: y = x + Wo Attn(LN(x) Wq, LN(x) Wk, LN(x) Wv) + bo."""
 
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from encdiff.errors import InputError
+from encdiff.ops import _self_check
 from encdiff.ops._attention import (
     exact,
     fill_heads,
@@ -20,9 +23,27 @@ from encdiff.ops._attention import (
     stock_project_out,
 )
 from encdiff.ops._dispatch import Implementation, Op, always
+from encdiff.ops._triton import NAMES, has_gradient
 from encdiff.ops.cross_attention_folded import interpreted, triton_reasons
 
 FUSED_POSITIONS, FUSED_WIDTH = 1024, 32  # past them, wider heads above all, the stock kernels are at home
+
+
+# numbers of positions: one for each choice of tiles, whole and not, that the tables of kernels/self_attention.py make
+LENGTHS = (16, 11, 64, 50, 128, 100, 256, 200, 512, 300)
+
+
+@cache
+def representative(positions: int, width: int, size: int) -> int:
+    """One number of positions for all that take the same kernels; `size`: bytes of an element, `width`: of a head."""
+    from encdiff.kernels.self_attention import choose_tile
+
+    def code(L: int) -> tuple:
+        tiles = [choose_tile(name, size, width, L) for name in ("fwd", "bwd")]
+        rows, columns = tiles[1].BLOCK_L, tiles[1].BLOCK_N
+        return *tiles, L % rows == L % columns == 0, min(3, -(-L // rows))
+
+    return next((L for L in LENGTHS if code(L) == code(positions)), positions)
 
 
 def self_attention_reference(
@@ -64,7 +85,13 @@ def _triton_reasons(x, w_q, *weights, heads, **options) -> list[str]:
         reasons.append(f"{x.shape[1]} positions must be at most {FUSED_POSITIONS}")
     if w_q.shape[0] // heads > FUSED_WIDTH:
         reasons.append(f"head width {w_q.shape[0] // heads} must be at most {FUSED_WIDTH}")
-    return reasons
+    gradients = has_gradient(x, w_q, *weights, *options.values())
+    return reasons or _self_check.reasons("self_attention", x, _variant, x, w_q, heads, gradients=gradients)
+
+
+def _variant(x, w_q, heads) -> tuple:
+    width, dtype = -(-w_q.shape[0] // heads // 8) * 8, product_dtype(x)  # filled up, as the kernel gets it
+    return NAMES[dtype], width, representative(x.shape[1], width, dtype.itemsize)
 
 
 def self_attention_native(

@@ -1,0 +1,103 @@
+"""Every variant of every kernel, checked in processes of their own.
+
+    python -m encdiff.health.kernels DEVICE FAMILY,... FIRST STEP
+
+takes each STEP-th check from the FIRST on, and writes one line of JSON for each. Where it dies, since a kernel can take
+the whole process with it, the check that it was at is the finding, and another process goes on behind it.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from tempfile import TemporaryFile
+from threading import Lock
+
+import torch
+
+from encdiff.ops import _families, _families_native, _native
+from encdiff.ops._check import Family, Finding, Variant, check
+
+PROCESSES = 8  # on a GPU at most: each holds some hundred megabytes there
+LOST = 3  # the exit code where the device serves no one any more: what was found before it stands
+
+
+def families(device: torch.device) -> dict[str, Family]:
+    """Those that can be checked on a device; of the native engine what is built of it."""
+    problem, has_cuda = _native.load()
+    served = _families_native.FAMILIES if device.type == "cpu" else _families_native.ON_GPU if has_cuda else ()
+    native = {name: _families_native.FAMILIES[name] for name in served if not problem}
+    return _families.FAMILIES | native
+
+
+def every(device: torch.device, names: Iterable[str]) -> list[tuple[Family, Variant, bool]]:
+    """Each check of these families, and whether with gradients."""
+    found, known = [], families(device)
+    for family in (known[name] for name in names):
+        for variant in family.variants():
+            mapped = variant[-1] in ("head", "mean")  # attention maps have no gradient
+            found.append((family, variant, family.differentiable and not mapped))
+    return found
+
+
+def check_all(device: torch.device, names: list[str], tick: Callable[[int, int], None]) -> list[Finding]:
+    """All findings, in the order of `every`; `tick(done, all)` is called as they come."""
+    checks, found, lock = every(device, names), {}, Lock()
+    step = min(os.cpu_count() or 1, PROCESSES if device.type == "cuda" else len(checks))
+
+    def take(n: int, errors: dict[str, float], wrong: list[str]) -> int:
+        family, variant, gradients = checks[n]
+        with lock:
+            found[n] = Finding(family.name, variant, gradients, errors, wrong)
+            tick(len(found), len(checks))
+        return n + step
+
+    def watch(at: int) -> None:
+        while at < len(checks):
+            begun = at
+            with TemporaryFile("w+") as complaint:
+                process = _start(device, names, at, step, complaint)
+                for line in process.stdout:
+                    at = take(*json.loads(line))
+                code = process.wait()
+                if at < len(checks) and code != LOST:
+                    complaint.seek(0)
+                    said = " ".join(complaint.read().split())[-300:]
+                    if at == begun == at % step:  # not even the first one
+                        raise RuntimeError(f"kernels cannot be checked, the process ended with {code}: {said}")
+                    at = take(at, {}, [f"the process died, {code}: {said}"])
+
+    with ThreadPoolExecutor(step) as pool:
+        list(pool.map(watch, range(step)))
+    return [found[n] for n in sorted(found)]
+
+
+def _start(device: torch.device, names: list[str], first: int, step: int, complaint) -> subprocess.Popen:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    if device.type == "cpu":
+        environment |= {"TRITON_INTERPRET": "1"}
+    else:
+        environment.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, "-W", "ignore", "-m", "encdiff.health.kernels", str(device), ",".join(names)]
+    command += [str(first), str(step)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=complaint, text=True, env=environment)
+
+
+def main(device: str, names: str, first: str, step: str) -> int:
+    on = torch.device(device)
+    checks = every(on, names.split(","))
+    for n in range(int(first), len(checks), int(step)):
+        finding = check(*checks[n], on)
+        print(json.dumps((n, finding.errors, finding.wrong)), flush=True)
+        if on.type == "cuda" and finding.wrong:
+            try:
+                torch.cuda.synchronize(on)
+            except RuntimeError:  # an illegal access stays with the process
+                return LOST
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

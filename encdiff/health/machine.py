@@ -1,0 +1,126 @@
+"""Versions, processor, GPU, compilers and engines; the rates that kernels are held against."""
+
+import os
+import platform
+import subprocess
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+import encdiff
+from encdiff import _build
+from encdiff.ops import _native
+
+SETTINGS = ("ENCDIFF_", "TRITON_", "CUDA_VISIBLE_DEVICES", "CUDA_HOME", "CXX", "OMP_NUM_THREADS", "XDG_CACHE_HOME")
+
+
+def describe(device: torch.device) -> dict[str, str]:
+    """What is there, in the order in which it is read."""
+    problem, has_cuda = _native.load()
+    half = "with its CUDA half" if has_cuda else f"without its CUDA half: {_no_cuda_half()}"
+    return {
+        "encdiff": f"{encdiff.__version__} in {Path(encdiff.__file__).parent}",
+        "Python": f"{platform.python_version()} in {sys.prefix}",
+        "PyTorch": f"{torch.__version__}, "
+        + (f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"),
+        "Triton": _version("triton"),
+        "NumPy": _version("numpy"),
+        "processor": f"{_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, "
+        f"{torch.backends.cpu.get_cpu_capability()}",
+        "GPU": _gpu(device),
+        "C++ compiler": _compiler(_build.find_compiler),
+        "nvcc": _compiler(_build.find_nvcc),
+        "native engine": problem or f"{_build.find_or_build(torch.version.cuda is not None)}, {half}",
+        "settings": ", ".join(f"{n}={v}" for n, v in sorted(os.environ.items()) if n.startswith(SETTINGS)) or "none",
+    }
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _gpu(device: torch.device) -> str:
+    if not torch.cuda.is_available():
+        return "none that this PyTorch can use"
+    index = device.index or 0
+    found = torch.cuda.get_device_properties(index)
+    others = torch.cuda.device_count() - 1
+    return (
+        f"{found.name} (cuda:{index}), sm_{found.major}{found.minor}, {found.multi_processor_count} multiprocessors, "
+        f"{found.total_memory / 2**30:.0f} GiB, driver {_driver()}{f', and {others} more' if others else ''}"
+    )
+
+
+def _driver() -> str:
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout.split("\n")[0]
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
+def _compiler(find) -> str:
+    """Path and version, or why there is none."""
+    try:
+        found = find()
+    except _build.BuildError as error:
+        return str(error)
+    if found is None:
+        return "none in CUDA_HOME or on PATH, or not wanted by ENCDIFF_CUDA"
+    try:
+        said = subprocess.run([found, "--version"], capture_output=True, text=True, timeout=60, check=False).stdout
+    except (OSError, subprocess.SubprocessError) as error:
+        return f"{found} does not run: {error}"
+    lines = [line for line in said.splitlines() if "release" in line or line[:1] not in ("", " ")]
+    release = next((line for line in lines if "release" in line), lines[0] if lines else "unknown version")
+    return f"{found}: {release.strip()}"
+
+
+def _no_cuda_half() -> str:
+    if _build.wanted_cuda() == "0":
+        return "ENCDIFF_CUDA=0"
+    try:
+        return "no nvcc was there" if _build.find_nvcc() is None else "it was built before nvcc was there"
+    except _build.BuildError as error:
+        return str(error)
+
+
+def rates(device: torch.device) -> dict[str, float]:
+    """Bytes/s of a copy past every cache, FLOP/s of products: what a kernel can be held against."""
+    gpu = device.type == "cuda"
+    source = torch.ones(2**26 if gpu else 2**24, device=device)
+    target = torch.empty_like(source)
+    found = {"copy B/s": 2 * source.nbytes / _seconds(lambda: target.copy_(source), device)}
+    n = 4096 if gpu else 512
+    for name, dtype in (("bfloat16", torch.bfloat16), ("float32", torch.float32)):
+        a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+        found[f"products in {name} FLOP/s"] = 2 * n**3 / _seconds(lambda a=a, b=b: a @ b, device)
+    return found
+
+
+def _seconds(run, device: torch.device, calls: int = 7) -> float:
+    """The least of some calls, each waited for: what the device can do."""
+    taken = []
+    for _ in range(calls + 2):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        begin = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        taken.append(time.perf_counter() - begin)
+    return min(taken[2:])

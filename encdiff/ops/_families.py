@@ -1,0 +1,172 @@
+"""The families of Triton kernels, and how each is checked: a new kernel is one more entry here.
+
+The first of a variant is the type of the features; then come the types of what else is read, the sizes that choose a
+tile, and flags. Where a tile serves many sizes, one stands for all: `representative` in the op's file names it. Inputs
+are the smallest that leave the last program partly empty.
+"""
+
+from collections.abc import Iterator
+from itertools import product
+
+import torch
+
+from encdiff.ops import _families_attention
+from encdiff.ops._check import TYPES, Draw, Family, Outputs, Tensors, Variant
+from encdiff.ops.adamw import adamw_reference, adamw_triton
+from encdiff.ops.column_sum import column_sum_reference, column_sum_triton
+from encdiff.ops.column_sum import representatives as of_column_sum
+from encdiff.ops.geglu import geglu_reference, geglu_triton
+from encdiff.ops.group_norm import group_norm_reference, group_norm_triton
+from encdiff.ops.group_norm import representatives as of_group_norm
+from encdiff.ops.layer_norm import layer_norm_reference, layer_norm_triton
+from encdiff.ops.mlp_bank import mlp_bank_reference, mlp_bank_triton
+
+# of features and parameters: each type alone, and as under autocast
+KINDS = [("float32", "float32"), ("bfloat16", "bfloat16"), ("float16", "float16"), ("bfloat16", "float32")]
+
+
+def _adamw(draw: Draw, gradient: str, weights: str, average: bool, scale: bool, aligned: bool) -> Tensors:
+    n, k = (2064, 1040) if aligned else (2061, 1031)
+    inputs = {"master": draw(n), "gradient": draw(n).to(TYPES[gradient]), "exp_avg": draw(n)}
+    inputs |= {"exp_avg_sq": draw(n).abs(), "schedule": torch.tensor([1e-2, 0.3, 0.1, 0.05], device="cpu")}
+    inputs |= {"average": draw(k)} if average else {}
+    inputs |= {"weights": torch.zeros(n, dtype=TYPES[weights], device="cpu")} if weights != "none" else {}
+    return inputs | ({"scale": draw(1)[0].abs()} if scale else {})
+
+
+def _adamw_with(op):
+    def run(i: Tensors, *variant) -> Outputs:
+        state = {n: t.clone() for n, t in i.items()}
+        op(**state)
+        return tuple(t for n, t in state.items() if n not in ("gradient", "schedule", "scale"))
+
+    return run
+
+
+def _adamw_variants() -> Iterator[Variant]:
+    for kinds in (("bfloat16", "bfloat16"), ("float16", "float16"), ("float32", "none")):
+        for scale, aligned in product((False, True), repeat=2):
+            yield *kinds, True, scale, aligned
+
+
+def _column_sum(draw: Draw, x: str, dtype: str, rows: int, columns: int) -> Tensors:
+    return {"x": draw(rows, columns, shift=0.1).to(TYPES[x])}
+
+
+def _column_sum_with(op):
+    return lambda i, x, dtype, rows, columns: (op(i["x"], torch.float64 if i["x"].itemsize == 8 else TYPES[dtype]),)
+
+
+def _column_sum_variants() -> Iterator[Variant]:
+    for size in of_column_sum():
+        yield "bfloat16", "bfloat16", *size
+    for kinds in (("float32", "float32"), ("float16", "float16"), ("bfloat16", "float32")):
+        for size in list(of_column_sum())[-4:]:
+            yield *kinds, *size
+
+
+def _geglu(draw: Draw, x: str, columns: int) -> Tensors:
+    return {"x": draw(2 * max(1, 2048 // columns) + 1, 2 * columns).to(TYPES[x])}
+
+
+def _geglu_with(op):
+    return lambda i, *variant: (op(i["x"]),)
+
+
+def _geglu_variants() -> Iterator[Variant]:
+    from encdiff.kernels.geglu import BLOCKS
+
+    for dtype, columns, lack in product(TYPES, BLOCKS, (0, 1)):
+        yield dtype, columns - lack
+
+
+def _group_norm(draw: Draw, x: str, weight: str, L: int, C: int, groups: int, *flags: bool) -> Tensors:
+    """`flags`: scale, shift, silu, with_input."""
+    inputs = {"x": draw(3, C, L, 1, scale=2, shift=1).to(TYPES[x], memory_format=torch.channels_last)}
+    inputs |= {"weight": draw(C, scale=0.1, shift=1).to(TYPES[weight]), "bias": draw(C).to(TYPES[weight])}
+    given = {"scale": draw(3, C, scale=0.3), "shift": draw(3, C)}
+    return inputs | {n: t.to(TYPES[x]) for (n, t), flag in zip(given.items(), flags, strict=False) if flag}
+
+
+def _group_norm_with(op):
+    def run(i: Tensors, x, weight, L, C, groups, scale, shift, silu, with_input) -> Outputs:
+        options = {n: i[n] for n in ("scale", "shift") if n in i} | {"silu": silu}
+        if with_input and op is group_norm_triton:
+            return op(i["x"], i["weight"], i["bias"], groups, **options, with_input=True)
+        y = op(i["x"], i["weight"], i["bias"], groups, **options)
+        return (y, i["x"].clone()) if with_input else (y,)
+
+    return run
+
+
+def _group_norm_variants() -> Iterator[Variant]:
+    sizes = list(of_group_norm().values())
+    for size in sizes:
+        yield *KINDS[1], *size, True, True, True, True
+    for kinds in (KINDS[0], KINDS[2], KINDS[3]):
+        for size in (sizes[0], sizes[-1]):
+            yield *kinds, *size, True, True, True, True
+    for size in (sizes[0], sizes[-1]):
+        yield *KINDS[1], *size, False, False, True, False
+
+
+def _layer_norm(draw: Draw, x: str, weight: str, columns: int, aligned: bool) -> Tensors:
+    C, dtype = columns if aligned else columns - 1, TYPES[weight]
+    inputs = {"x": draw(2 * max(1, 4096 // columns) + 1, C, scale=2, shift=1).to(TYPES[x])}
+    return inputs | {"weight": draw(C, scale=0.1, shift=1).to(dtype), "bias": draw(C).to(dtype)}
+
+
+def _layer_norm_with(op):
+    return lambda i, *variant: (op(i["x"], i["weight"], i["bias"]),)
+
+
+def _layer_norm_variants() -> Iterator[Variant]:
+    from encdiff.kernels.layer_norm import BLOCKS
+
+    for kinds in KINDS:
+        for columns in BLOCKS if kinds == KINDS[1] else (64, 4096):
+            yield *kinds, columns, True
+    for kinds in KINDS[:2]:
+        yield *kinds, 64, False
+
+
+def _mlp_bank(draw: Draw, x: str, weight: str, F: int, D: int, activation: str) -> Tensors:
+    N, chain = 3, [3, *([F - 4] if F else []), 40, D - 3]
+    inputs = {"scalars": draw(33, N, 3).to(TYPES[x])}
+    for k, (i, o) in enumerate(zip(chain, chain[1:], strict=False)):
+        inputs |= {f"w{k}": draw(N, o, i, scale=i**-0.5).to(TYPES[weight]), f"b{k}": draw(N, o).to(TYPES[weight])}
+    return inputs
+
+
+def _mlp_bank_with(op):
+    def run(i: Tensors, x, weight, F, D, activation) -> Outputs:
+        layers = range((len(i) - 1) // 2)
+        return (op(i["scalars"], [i[f"w{k}"] for k in layers], [i[f"b{k}"] for k in layers], activation),)
+
+    return run
+
+
+def _mlp_bank_variants() -> Iterator[Variant]:
+    from encdiff.kernels.mlp_bank import BLOCKS
+
+    for kinds, F, D in product(KINDS[:3], BLOCKS["F"], BLOCKS["D"]):
+        yield *kinds, F, D, "elu"
+    for activation in ("silu", "gelu", "relu"):
+        yield *KINDS[1], 64, 16, activation
+
+
+def _family(name, variants, make, run, kernel, exact, **options) -> Family:
+    return Family(name, variants, make, run(kernel), run(exact), **options)
+
+
+FAMILIES = {family.name: family for family in [
+    *_families_attention.FAMILIES,
+    _family("mlp_bank", _mlp_bank_variants, _mlp_bank, _mlp_bank_with, mlp_bank_triton, mlp_bank_reference,
+            products=True),
+    _family("group_norm", _group_norm_variants, _group_norm, _group_norm_with, group_norm_triton, group_norm_reference),
+    _family("layer_norm", _layer_norm_variants, _layer_norm, _layer_norm_with, layer_norm_triton, layer_norm_reference),
+    _family("geglu", _geglu_variants, _geglu, _geglu_with, geglu_triton, geglu_reference),
+    _family("column_sum", _column_sum_variants, _column_sum, _column_sum_with, column_sum_triton, column_sum_reference,
+            differentiable=False),
+    _family("adamw", _adamw_variants, _adamw, _adamw_with, adamw_triton, adamw_reference, differentiable=False),
+]}  # fmt: skip

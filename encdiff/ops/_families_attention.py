@@ -1,0 +1,161 @@
+"""The families of attention: see `_families`."""
+
+from collections.abc import Iterator
+from itertools import product
+
+import torch
+from torch import Tensor
+
+from encdiff.kernels import _cross_attention_plan as plan
+from encdiff.ops._attention import merge_heads, softmax, split_heads
+from encdiff.ops._check import TYPES, Draw, Family, Outputs, Tensors, Variant
+from encdiff.ops.cross_attention_folded import (
+    Folded,
+    Kept,
+    cross_attention_folded_reference,
+    cross_attention_folded_triton,
+)
+from encdiff.ops.self_attention import LENGTHS, representative
+
+HALVES = ("bfloat16", "float16")
+PLAIN, EVERYTHING = (True, True, False, "none"), (True, True, True, "none")  # norm, residual, bias, maps
+MAPPED = (True, False, True, "mean")
+
+
+def _size(dtype: str) -> int:
+    return TYPES[dtype].itemsize
+
+
+def _bias(draw: Draw, *shape: int) -> Tensor:
+    """(B, H, N) with one token masked."""
+    bias = draw(*shape)
+    bias[..., 1] = -float("inf")
+    return bias
+
+
+def _features(draw: Draw, x: str, C: int, L: int, norm: bool, bias: bool, heads: int, N: int) -> Tensors:
+    """What the ops that go from LayerNorm to residual read besides the tokens: three samples."""
+    inputs = {"x": draw(3, L, C).to(TYPES[x]), "b_o": draw(C).to(TYPES[x])}
+    if norm:
+        inputs |= {"norm_weight": draw(C, scale=0.1, shift=1).to(TYPES[x]), "norm_bias": draw(C).to(TYPES[x])}
+    return inputs | ({"token_bias": _bias(draw, 3, heads, N)} if bias else {})
+
+
+def _folded(draw: Draw, x: str, dtype: str, C: int, norm: bool, residual: bool, bias: bool, maps: str) -> Tensors:
+    tokens = {n: draw(3, 3, 20, C, scale=C**-0.5).to(TYPES[dtype]) for n in ("keys", "values")}
+    return tokens | _features(draw, x, C, 80, norm, bias, 3, 20)
+
+
+def _run(op, i: Tensors, tokens: Folded | Kept, residual: bool, maps: str) -> Outputs:
+    options = {n: i[n] for n in ("norm_weight", "norm_bias", "token_bias") if n in i}
+    x, dtype = i["x"], tokens.keys.dtype
+    with torch.autocast(x.device.type, dtype, enabled=x.dtype == torch.float32 != dtype):
+        y = op(x, tokens, i["b_o"], **options, residual=residual, maps=None if maps == "none" else maps)
+    return y if isinstance(y, tuple) else (y,)
+
+
+def _folded_with(op):
+    def run(i: Tensors, x, dtype, C, norm, residual, bias, maps) -> Outputs:
+        return _run(op, i, Folded(i["keys"], i["values"]), residual, maps)
+
+    return run
+
+
+def _folded_variants() -> Iterator[Variant]:
+    for dtype in TYPES:
+        for C in sorted({c for _, half, c in plan.FOLDED_TILES if half == (dtype in HALVES)}):
+            yield dtype, dtype, C, *PLAIN
+            yield dtype, dtype, C, *EVERYTHING
+    for C in (64, 128, 256):
+        yield "float32", "bfloat16", C, *PLAIN  # as under autocast
+        yield "bfloat16", "bfloat16", C, *MAPPED
+    yield "bfloat16", "bfloat16", 40, *PLAIN
+
+
+def _heads(draw: Draw, dtype: str, width: int, many: bool, short: bool, bias: bool, maps: bool) -> Tensors:
+    L, N, H = 16 if short else 80, 100 if many else 20, 3
+    shapes = {"q": (2, L, H * width), "k": (2, N, H * width), "v": (2, N, H * width)}
+    inputs = {n: draw(*shape).to(TYPES[dtype]) for n, shape in shapes.items()}
+    return inputs | ({"token_bias": _bias(draw, 2, H, N)} if bias else {})
+
+
+def _heads_kernel(i: Tensors, dtype, width, many, short, bias, maps) -> Outputs:
+    from encdiff.kernels.cross_attention import cross_attention_heads as fused
+
+    o, _, p = fused(i["q"], i["k"], i["v"], i.get("token_bias"), 3, width**-0.5, maps)
+    return (o, p) if maps else (o,)
+
+
+def _heads_exact(i: Tensors, dtype, width, many, short, bias, maps) -> Outputs:
+    q, k, v = (split_heads(i[n], 3) for n in "qkv")
+    p = softmax(q @ k.mT * width**-0.5, i.get("token_bias"))
+    return (merge_heads(p @ v), p) if maps else (merge_heads(p @ v),)
+
+
+def _heads_variants() -> Iterator[Variant]:
+    for dtype in TYPES:
+        for width in (8, 16, *sorted({d for _, half, d in plan.HEADS_TILES if half == (dtype in HALVES)})):
+            for many in (False, True):
+                if width <= plan.head_width_limit(100 if many else 20, _size(dtype)):
+                    yield dtype, width, many, False, False, False
+    for width in (8, 16, 32):
+        yield "bfloat16", width, False, True, False, False
+    yield "bfloat16", 16, False, False, True, False
+
+
+def _kept(draw: Draw, x: str, dtype: str, C: int, width: int, L: int, *flags: bool | str) -> Tensors:
+    norm, _, bias, _ = flags
+    H = max(1, C // width)
+    inner = H * width
+    shapes = {"keys": (3, 20, inner), "values": (3, 20, inner), "w_q": (inner, C), "w_o": (inner, C)}
+    tokens = {n: draw(*s, scale=C**-0.5 if n[0] == "w" else 1).to(TYPES[dtype]) for n, s in shapes.items()}
+    return tokens | _features(draw, x, C, L, norm, bias, H, 20)
+
+
+def _kept_with(op):
+    def run(i: Tensors, x, dtype, C, width, L, norm, residual, bias, maps) -> Outputs:
+        kept = Kept(*(i[n] for n in ("keys", "values", "w_q", "w_o")), max(1, C // width))
+        return _run(op, i, kept, residual, maps)
+
+    return run
+
+
+def _kept_variants() -> Iterator[Variant]:
+    for dtype in HALVES:
+        for C, width in plan.KEPT_TILES:
+            for L in (9, 80) if dtype == "bfloat16" else (9,):
+                yield dtype, dtype, C, width, L, *PLAIN
+            yield dtype, dtype, C, width, 80, *MAPPED
+
+
+def _self(draw: Draw, dtype: str, width: int, L: int) -> Tensors:
+    return {"qkv": draw(1 if L > 128 else 2, L, 3 * 2 * width).to(TYPES[dtype])}
+
+
+def _self_kernel(i: Tensors, dtype: str, width: int, L: int) -> Outputs:
+    from encdiff.kernels.self_attention import self_attention as fused
+
+    return (fused(i["qkv"], 2, width**-0.5)[0],)
+
+
+def _self_exact(i: Tensors, dtype: str, width: int, L: int) -> Outputs:
+    q, k, v = (split_heads(t, 2) for t in i["qkv"].chunk(3, -1))
+    return (merge_heads((q @ k.mT * width**-0.5).softmax(-1) @ v),)
+
+
+def _self_variants() -> Iterator[Variant]:
+    for dtype, width in product(TYPES, (8, 16, 32)):
+        lengths = {representative(L, width, _size(dtype)) for L in LENGTHS}
+        for L in sorted(lengths) if dtype != "float16" else (256,):
+            yield dtype, width, L
+
+
+FAMILIES = [
+    Family("cross_attention_folded", _folded_variants, _folded,
+           _folded_with(cross_attention_folded_triton), _folded_with(cross_attention_folded_reference), products=True),
+    Family("cross_attention_heads", _heads_variants, _heads, _heads_kernel, _heads_exact, products=True),
+    Family("cross_attention_kept", _kept_variants, _kept,
+           _kept_with(cross_attention_folded_triton), _kept_with(cross_attention_folded_reference),
+           differentiable=False, products=True),
+    Family("self_attention", _self_variants, _self, _self_kernel, _self_exact, products=True),
+]  # fmt: skip
