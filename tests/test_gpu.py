@@ -17,7 +17,7 @@ from bench.gpu.lab import Lab
 from bench.gpu.steps import group_of
 from encdiff.data.procedural import FACTOR_SIZES, SHAPES, factor_labels, render, view
 
-SET_BY_MAIN = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "ENCDIFF_COMMIT")
+SET_BY_MAIN = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "ENCDIFF_COMMIT", "ENCDIFF_SELF_CHECK")
 
 
 @pytest.fixture(autouse=True)
@@ -205,12 +205,14 @@ def test_images_coloured_on_the_device_are_the_renderers(tmp_path):
 
 def test_the_whole_script_without_a_gpu(tmp_path):
     out, root = tmp_path / "out", Path(gpu.ROOT)
-    command = [sys.executable, "-m", "bench.gpu", str(out), "--cpu", "--only", "machine,step,sampling"]
+    command = [sys.executable, "-m", "bench.gpu", str(out), "--cpu", "--only", "machine,step,sampling,doctor"]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith((out / "summary.md").read_text() + "\n")
     lines = (out / "summary.md").read_text().splitlines()
-    assert [line.split(",")[0] for line in lines if line.startswith("==")] == ["== machine", "== step", "== sampling"]
+    blocks = [line.split(",")[0] for line in lines if line.startswith("==")]
+    assert blocks == ["== machine", "== step", "== sampling", "== doctor"]
     assert len(lines) <= 120 and not any("Error" in line or "FAILED" in line for line in lines)
-    for name in ("machine.json", "step.json", "sampling.json", "results.tgz"):
+    assert lines[-1] == "30 of 30 checks made, 0 wrong"
+    for name in ("machine.json", "step.json", "sampling.json", "doctor.json", "results.tgz"):
         assert (out / name).exists(), name

@@ -24,10 +24,11 @@ def quick(monkeypatch):
     """Nothing is run: every check passes but for those in the list that is returned."""
     wrong: list[str] = []
 
-    def check_all(device, names, tick):
+    def check_all(device, names, tell):
         checks = kernels.every(device, names)
-        tick(len(checks), len(checks))
-        return [Finding(f.name, v, g, {"y0": 1e-7}, wrong if f.name == "geglu" else []) for f, v, g in checks]
+        found = [Finding(f.name, v, g, {"y0": 1e-7}, wrong if f.name == "geglu" else []) for f, v, g in checks]
+        tell(found[-1], len(checks), len(checks))
+        return found
 
     monkeypatch.setattr(kernels, "check_all", check_all)
     monkeypatch.setattr(report, "_compile_ahead", lambda: ("compiled for sm_90, not run: 1", []))
@@ -88,6 +89,9 @@ class Process:
     def wait(self) -> int:
         return self.code
 
+    def kill(self) -> None:
+        self.code = -9
+
 
 def scripted(monkeypatch, *lives: tuple[int, int]):
     """Processes that make so many checks and end with that code, in turn; the rest make all."""
@@ -117,6 +121,23 @@ def test_processes_that_cannot_begin_are_an_error(monkeypatch):
     scripted(monkeypatch, (0, 1))
     with pytest.raises(RuntimeError, match="kernels cannot be checked, the process ended with 1: Segmentation fault"):
         kernels.check_all(CPU, ["adamw"], lambda *_: None)
+
+
+def test_an_interruption_leaves_no_process(monkeypatch):
+    """Ctrl-C, or the time limit of a block of bench.gpu, while processes are at work."""
+    started, start = [], kernels._start
+
+    def remember(*given):
+        started.append(start(*given))
+        return started[-1]
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(kernels, "_start", remember)
+    with pytest.raises(KeyboardInterrupt):
+        kernels.check_all(CPU, ["geglu", "group_norm"], interrupt)
+    assert started and all(process.wait(60) is not None for process in started)
 
 
 def test_on_a_gpu_the_verdicts_are_kept(quick, monkeypatch):

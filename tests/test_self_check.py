@@ -320,6 +320,16 @@ def test_every_size_has_a_variant_that_can_be_checked(card, monkeypatch, dtype):
             assert variant[1] <= plan.head_width_limit(100 if variant[2] else 20, of.itemsize)
 
 
+WITH_TRITON = [name for name, op in ops.OPS.items() if any(i.name == "triton" for i in op.implementations)]
+
+
+@pytest.mark.parametrize("name", WITH_TRITON)
+def test_every_op_with_a_triton_kernel_is_checked(name):
+    families = {"cross_attention": ["cross_attention_folded", "cross_attention_heads"]}
+    families["cross_attention_folded"] = ["cross_attention_folded", "cross_attention_kept"]
+    assert set(families.get(name, [name])) <= set(FAMILIES), "see CONTRIBUTING.md: adding an op"
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_variants_are_told_apart(name):
     variants = list(FAMILIES[name].variants())

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from tempfile import TemporaryFile
-from threading import Lock
+from threading import Event, Lock
 
 import torch
 
@@ -42,27 +42,31 @@ def every(device: torch.device, names: Iterable[str]) -> list[tuple[Family, Vari
     return found
 
 
-def check_all(device: torch.device, names: list[str], tick: Callable[[int, int], None]) -> list[Finding]:
-    """All findings, in the order of `every`; `tick(done, all)` is called as they come."""
+def check_all(device: torch.device, names: list[str], report: Callable[[Finding, int, int], None]) -> list[Finding]:
+    """All findings, in the order of `every`; `report(finding, done, all)` is called as they come."""
     checks, found, lock = every(device, names), {}, Lock()
+    running: set[subprocess.Popen] = set()
+    stopped = Event()
     step = min(os.cpu_count() or 1, PROCESSES if device.type == "cuda" else len(checks))
 
     def take(n: int, errors: dict[str, float], wrong: list[str]) -> int:
         family, variant, gradients = checks[n]
         with lock:
             found[n] = Finding(family.name, variant, gradients, errors, wrong)
-            tick(len(found), len(checks))
+            report(found[n], len(found), len(checks))
         return n + step
 
     def watch(at: int) -> None:
-        while at < len(checks):
+        while at < len(checks) and not stopped.is_set():
             begun = at
             with TemporaryFile("w+") as complaint:
                 process = _start(device, names, at, step, complaint)
+                running.add(process)
                 for line in process.stdout:
                     at = take(*json.loads(line))
                 code = process.wait()
-                if at < len(checks) and code != LOST:
+                running.discard(process)
+                if at < len(checks) and code != LOST and not stopped.is_set():
                     complaint.seek(0)
                     said = " ".join(complaint.read().split())[-300:]
                     if at == begun == at % step:  # not even the first one
@@ -70,7 +74,13 @@ def check_all(device: torch.device, names: list[str], tick: Callable[[int, int],
                     at = take(at, {}, [f"the process died, {code}: {said}"])
 
     with ThreadPoolExecutor(step) as pool:
-        list(pool.map(watch, range(step)))
+        try:
+            list(pool.map(watch, range(step)))
+        except BaseException:  # the user's Ctrl-C, a time limit: no process is left behind
+            stopped.set()
+            for process in list(running):
+                process.kill()
+            raise
     return [found[n] for n in sorted(found)]
 
 

@@ -102,7 +102,7 @@ def doctor(
     known = list(kernels.families(on))
     if unknown := [name for name in families or () if name not in known]:
         raise InputError(f"kernel {unknown[0]!r} must be one of {', '.join(known)}")
-    found = kernels.check_all(on, families or known, progress or (lambda done, total: None))
+    found = kernels.check_all(on, families or known, lambda _, *done: progress and progress(*done))
     gpu = on.type == "cuda"
     if gpu:
         _self_check.keep(on.index, [f for f in found if f.family in kernels._families.FAMILIES])
