@@ -153,6 +153,13 @@ def test_on_a_gpu_the_verdicts_are_kept(quick, monkeypatch):
     assert {f.family for f in kept} == {"geglu", "layer_norm"}
 
 
+def test_without_triton_the_native_engine_is_checked_alone(quick, monkeypatch):
+    monkeypatch.setattr("encdiff.ops._triton._INSTALLED", False)
+    found = encdiff.doctor("cpu")
+    assert found.ok and {f.family.split()[0] for f in found.findings} == {"native"}
+    assert "kernels, none of Triton: triton is not installed" in str(found)
+
+
 def test_an_engine_that_cannot_be_built_is_wrong_but_one_without_a_compiler_is_not(quick, monkeypatch):
     described = {"native engine": "the native engine is not built: the build failed, failure.txt says why"}
     monkeypatch.setattr(report.machine, "describe", lambda device: described)

@@ -19,6 +19,7 @@ import torch
 
 from encdiff.ops import _families, _families_native, _native
 from encdiff.ops._check import Family, Finding, Variant, check
+from encdiff.ops._triton import unavailable
 
 PROCESSES = 8  # on a GPU at most: each holds some hundred megabytes there
 LOST = 3  # the exit code where the device serves no one any more: what was found before it stands
@@ -26,10 +27,17 @@ LOST = 3  # the exit code where the device serves no one any more: what was foun
 
 def families(device: torch.device) -> dict[str, Family]:
     """Those that can be checked on a device; of the native engine what is built of it."""
+    triton = {} if no_triton(device) else _families.FAMILIES
     problem, has_cuda = _native.load()
     served = _families_native.FAMILIES if device.type == "cpu" else _families_native.ON_GPU if has_cuda else ()
     native = {name: _families_native.FAMILIES[name] for name in served if not problem}
-    return _families.FAMILIES | native
+    return triton | native
+
+
+def no_triton(device: torch.device) -> list[str]:
+    """Why no Triton kernel runs on a device, not even interpreted."""
+    against = unavailable(torch.empty(0, device=device))
+    return against if device.type == "cuda" else [reason for reason in against if "installed" in reason]
 
 
 def every(device: torch.device, names: Iterable[str]) -> list[tuple[Family, Variant, bool]]:

@@ -88,7 +88,8 @@ def doctor(
     """Look at this machine and check every kernel on it against float64, forward and every gradient.
 
     On a GPU kernels are compiled and run there, and the verdicts kept for this card (see `encdiff.ops._self_check`) are
-    replaced. Without one they are interpreted on the CPU, and one case of each is compiled for sm_90. Takes a minute.
+    replaced. Without one they are interpreted on the CPU, and one case of each is compiled for sm_90. Takes a minute
+    or two.
 
     Args:
         device: "auto" takes a GPU if there is one; "cpu", "cuda", "cuda:1".
@@ -106,13 +107,15 @@ def doctor(
     gpu = on.type == "cuda"
     if gpu:
         _self_check.keep(on.index, [f for f in found if f.family in kernels._families.FAMILIES])
-    compiled, failures = ("", []) if gpu else _compile_ahead()
+    no_triton = kernels.no_triton(on)
+    compiled, failures = ("", []) if gpu or no_triton else _compile_ahead()
     described = machine.describe(on)
     problems = [f"{finding}: {'; '.join(finding.wrong)}" for finding in found if finding.wrong] + failures
     engine = described["native engine"]
     if "does not load" in engine or ("not built" in engine and "no C++ compiler" not in engine):
         problems.append(engine)
     how = f"compiled, on {_self_check.card(on.index)}" if gpu else "interpreted: no GPU"
+    how = f"none of Triton: {'; '.join(no_triton)}" if no_triton else how
     return Report(str(on), described, how, found, compiled, machine.rates(on), choices(on), problems)
 
 
