@@ -148,6 +148,7 @@ def test_on_a_gpu_the_verdicts_are_kept(quick, monkeypatch):
     monkeypatch.setattr(report._self_check, "card", lambda index: "Fake 9000 (sm_90)")
     monkeypatch.setattr(report.machine, "rates", lambda device: {"copy B/s": 3e12})
     monkeypatch.setattr(report, "choices", lambda device: {})
+    monkeypatch.setattr(kernels, "no_triton", lambda device: [])
     found = encdiff.doctor(families=["geglu", "layer_norm"])
     assert "compiled, on Fake 9000 (sm_90)" in str(found) and "copy 3 TB/s" in str(found)
     assert {f.family for f in kept} == {"geglu", "layer_norm"}
