@@ -27,7 +27,7 @@ from bench.baselines import PAPER
 from bench.published import Published
 from encdiff.diffusion import losses
 from encdiff.models import EncDiff, EncDiffConfig
-from encdiff.models.attention import fold_tokens
+from encdiff.models.attention import begin_sampling
 from encdiff.ops import use_impl
 
 FORMS = ("published", "ours, autocast", "ours, bf16 weights")
@@ -234,11 +234,10 @@ def count_evaluation(form: str, config: EncDiffConfig = PAPER, batch: int = 128)
         model.eval()
         dtype = torch.bfloat16 if form == "ours, bf16 weights" else torch.float32
         (x_t, t, _), tokens = _noised(config, batch), _empty(batch, config.concepts, config.token_width, dtype=dtype)
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32), ExitStack() as stack:
-            if form != "published":
-                stack.enter_context(fold_tokens(model.unet, tokens))
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32):
+            options = {} if form == "published" else {"sampling": begin_sampling(tokens, model.unet.attending)}
             with Counting() as counting:
-                model.unet(x_t.to(dtype), t, tokens)
+                model.unet(x_t.to(dtype), t, tokens, **options)
     return counting
 
 

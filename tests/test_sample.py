@@ -64,7 +64,6 @@ def test_the_gate_stops_cross_attention(model, scalars):
         count, gated = calls(model, scalars, gate=gate)
         assert count == gate
         assert ((gated - exact).abs().max() > 1e-4) == differs
-    assert all(m.gate == "compute" and m.kept is None for m in model.unet.modules() if isinstance(m, TransformerBlock))
     torch.testing.assert_close(model.sample(scalars, steps=6), exact, rtol=0, atol=0)
 
 

@@ -181,11 +181,14 @@ def test_folded_blocks_project_no_tokens(monkeypatch):
     monkeypatch.setattr(attention, "projecting_pays", lambda tokens: True)
     inputs = torch.randn(2, 2, 8, 8), torch.tensor([3, 700])
     before = unet(*inputs, tokens)
-    with attention.fold_tokens(unet, tokens):
-        projected = attention.project_tokens(tokens, unet.attending)
-        folded = [block.is_folded(tokens) for block in unet.attending]
-        assert set(folded) == {True, False} and [pair is None for pair in projected] == folded
-        torch.testing.assert_close(unet(*inputs, tokens), before)
+    sampling = attention.begin_sampling(tokens, unet.attending)
+    cond = attention.Conditioning(tokens, sampling=sampling)
+    projected = attention.project_tokens(cond, unet.attending)
+    folded = [cond.folded(block.place) is not None for block in unet.attending]
+    assert set(folded) == {True, False} and [pair is None for pair in projected] == folded
+    torch.testing.assert_close(unet(*inputs, tokens, sampling=sampling), before)
+    others = tokens.clone()  # equal, and not the tokens that were folded
+    assert attention.Conditioning(others, sampling=sampling).folded(unet.attending[0].place) is None
 
 
 def test_a_residual_block_projects_alone_what_it_is_not_given():

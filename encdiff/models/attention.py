@@ -1,7 +1,6 @@
 """The spatial transformer of the U-Net: self-attention, cross-attention to the concept tokens, GEGLU."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 import torch
@@ -12,7 +11,21 @@ from torch import Tensor
 
 from encdiff import ops
 from encdiff.models.layers import Conv2d, Linear
-from encdiff.ops.cross_attention_folded import Folded, cross_attention_folded, fold, fold_pays
+from encdiff.ops.cross_attention_folded import Folded, Kept, cross_attention_folded, fold, fold_pays
+
+
+@dataclass
+class Sampling:
+    """What one sampling keeps from one evaluation of the U-Net to the next, by a block's place in it.
+
+    gate: every cross-attention is computed; or its output kept, too; or what was kept is given again (T-GATE, arXiv
+        2404.02747).
+    """
+
+    tokens: Tensor
+    folded: dict[int, Folded | Kept] = field(default_factory=dict)  # the tokens, where attending to that is faster
+    gate: Literal["compute", "keep", "reuse"] = "compute"
+    outputs: dict[int, Tensor] = field(default_factory=dict)
 
 
 class Conditioning(NamedTuple):
@@ -22,6 +35,16 @@ class Conditioning(NamedTuple):
     token_bias: Tensor | None = None  # (B, N), added to the logits
     maps: list[Tensor] | None = None  # collects (B, h, w, N), the attention averaged over heads, layer by layer
     projected: list[tuple[Tensor, Tensor] | None] | None = None  # of `project_tokens`, by a block's place
+    sampling: Sampling | None = None  # that this evaluation belongs to
+
+    @property
+    def gate(self) -> str:
+        return "compute" if self.sampling is None else self.sampling.gate
+
+    def folded(self, place: int) -> Folded | Kept | None:
+        """What the sampling's tokens became for a block, if they are these."""
+        known = self.sampling is not None and self.sampling.tokens is self.tokens
+        return self.sampling.folded.get(place) if known else None
 
 
 class Attention(nn.Module):
@@ -78,28 +101,25 @@ class TransformerBlock(nn.Module):
             self.attn2 = Attention(width, context_width, heads)
             self.norm2 = nn.LayerNorm(width)
         self.norm3 = nn.LayerNorm(width)
-        self.folded: tuple[Tensor, Folded] | None = None  # the tokens of `fold_tokens` and what they became
-        self.gate: Literal["compute", "keep", "reuse"] = "compute"  # cross-attention: its output is kept, then reused
-        self.kept: Tensor | None = None
         self.place = 0  # among the blocks of a U-Net
 
     def forward(self, x: Tensor, cond: Conditioning) -> Tensor:
         if self.self_attention:
             x = ops.self_attention(x, *self.attn1.weights(), heads=self.attn1.heads, residual=True, **_norm(self.norm1))
         if self.cross_attention:
-            x = self._cross_attend(x, cond) if self.gate == "compute" else self._gated(x, cond)
+            x = self._cross_attend(x, cond) if cond.gate == "compute" else self._gated(x, cond)
         return x + self.ff(ops.layer_norm(x, self.norm3.weight, self.norm3.bias, self.norm3.eps))
 
     def _gated(self, x: Tensor, cond: Conditioning) -> Tensor:
-        if self.gate == "keep":
-            self.kept = self._cross_attend(x, cond, residual=False)
-        return x + self.kept
+        if cond.gate == "keep":
+            cond.sampling.outputs[self.place] = self._cross_attend(x, cond, residual=False)
+        return x + cond.sampling.outputs[self.place]
 
     def _cross_attend(self, x: Tensor, cond: Conditioning, residual: bool = True) -> Tensor:
         maps = None if cond.maps is None else "mean"
         options = dict(residual=residual, token_bias=cond.token_bias, maps=maps, **_norm(self.norm2))
-        if self.is_folded(cond.tokens):
-            y = cross_attention_folded(x, self.folded[1], self.attn2.to_out[0].bias, **options)
+        if (folded := cond.folded(self.place)) is not None:
+            y = cross_attention_folded(x, folded, self.attn2.to_out[0].bias, **options)
         else:
             options |= {"heads": self.attn2.heads, "projected": cond.projected and cond.projected[self.place]}
             y = ops.cross_attention(x, cond.tokens, *self.attn2.weights(), **options)
@@ -108,14 +128,11 @@ class TransformerBlock(nn.Module):
             cond.maps.append(attention)
         return y
 
-    def is_folded(self, tokens: Tensor) -> bool:
-        return self.folded is not None and self.folded[0] is tokens
 
-
-def project_tokens(tokens: Tensor, blocks: list[TransformerBlock]) -> list[tuple[Tensor, Tensor] | None] | None:
+def project_tokens(cond: Conditioning, blocks: list[TransformerBlock]) -> list[tuple[Tensor, Tensor] | None] | None:
     """Keys and values (B, N, heads*d) of every block that asks for them, in one product; None: each makes its own."""
-    asking = [b for b in blocks if b.cross_attention and b.gate != "reuse" and not b.is_folded(tokens)]
-    if not (asking and projecting_pays(tokens)):
+    tokens, asking = cond.tokens, [b for b in blocks if b.cross_attention and cond.folded(b.place) is None]
+    if cond.gate == "reuse" or not (asking and projecting_pays(tokens)):
         return None
     weights = [w for block in asking for w in (block.attn2.to_k.weight, block.attn2.to_v.weight)]
     parts = iter(F.linear(tokens, torch.cat(weights)).split([len(w) for w in weights], dim=-1))
@@ -127,19 +144,15 @@ def projecting_pays(tokens: Tensor) -> bool:
     return tokens.is_cuda
 
 
-@contextmanager
-def fold_tokens(module: nn.Module, tokens: Tensor) -> Iterator[None]:
-    """Inside, the module's cross-attentions to exactly this tensor use what is folded now, where that is faster."""
-    blocks = [block for block in module.modules() if isinstance(block, TransformerBlock) and block.cross_attention]
-    try:
-        for block in blocks:
+def begin_sampling(tokens: Tensor, blocks: list[TransformerBlock]) -> Sampling:
+    """The state of a sampling under these tokens (B, N, D), folded once where attending to that is faster."""
+    sampling = Sampling(tokens)
+    for block in blocks:
+        if block.cross_attention:
             *weights, bias = block.attn2.weights()
             if fold_pays(tokens, len(bias), block.attn2.heads):
-                block.folded = tokens, fold(tokens, *weights, heads=block.attn2.heads)
-        yield
-    finally:
-        for block in blocks:
-            block.folded = None
+                sampling.folded[block.place] = fold(tokens, *weights, heads=block.attn2.heads)
+    return sampling
 
 
 class SpatialTransformer(nn.Module):

@@ -2,8 +2,7 @@
 
 import json
 import operator
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import SupportsIndex
@@ -27,9 +26,11 @@ from encdiff.checkpoint import (
 )
 from encdiff.diffusion import losses, samplers, schedules
 from encdiff.errors import InputError
+from encdiff.models.attention import Sampling
 from encdiff.models.autoencoder import SpaceToDepth, VQAutoencoder
 from encdiff.models.config import EncDiffConfig
 from encdiff.models.encoder import ImageEncoder
+from encdiff.models.mode import evaluating
 from encdiff.models.sample import sample_latents
 from encdiff.models.tokens import MLPBank
 from encdiff.models.unet import UNet
@@ -133,12 +134,13 @@ class EncDiff(
         tokens: Tensor,
         token_bias: Tensor | None = None,
         maps: list[Tensor] | None = None,
+        sampling: Sampling | None = None,
     ) -> Tensor:
         """Noisy latents (B, c, h, w), timesteps (B,), tokens (B, N, d) -> the configured prediction (B, c, h, w).
 
-        See `UNet.forward` for token_bias and maps.
+        See `UNet.forward` for token_bias, maps and sampling.
         """
-        return self.unet(x_t.to(tokens.dtype), t, tokens, token_bias, maps)
+        return self.unet(x_t.to(tokens.dtype), t, tokens, token_bias, maps, sampling)
 
     def to_latents(self, images: Tensor) -> Tensor:
         """Images (B, 3, S, S) -> latents (B, c, h, w) as the diffusion sees them; the first stage learns nothing."""
@@ -208,7 +210,7 @@ class EncDiff(
         inverts; eta belongs to it. From evaluation `gate` of the U-Net on, the cross-attentions repeat what they gave
         there (T-GATE, arXiv 2404.02747): less work, and not exact.
         """
-        with self._evaluating():
+        with evaluating(self):
             tokens = self.tokens(scalars).to(next(self.unet.parameters()).dtype)
             shape = (len(scalars), *self.latent_shape)
             if sample_ids is None:
@@ -230,7 +232,7 @@ class EncDiff(
 
     def invert(self, images: Tensor, steps: int = 50) -> Tensor:
         """The x_T from which `sampler="ddim"` in as many steps comes back to these images by their own concepts."""
-        with self._evaluating():
+        with evaluating(self):
             tokens = self.tokens(self._codes(images))
             return samplers.ddim_invert(
                 lambda x_t, t: self.denoise(x_t, t, tokens), self.to_latents(images), self.alphas_cumprod,
@@ -267,7 +269,7 @@ class EncDiff(
         """
         if steps < 1:
             raise InputError(f"steps is {steps}, must be at least 1")
-        with self._evaluating():
+        with evaluating(self):
             tokens = self.tokens(self._codes(images))
             x0 = self.to_latents(images)
             total, count = torch.zeros((), device=x0.device), 0
@@ -360,20 +362,9 @@ class EncDiff(
     # ---- checks
 
     def _codes(self, images: Tensor) -> Tensor:
-        with self._evaluating():
+        with evaluating(self):
             self._check_images(images, values=True)
             return self.encode(images)
-
-    @contextmanager
-    def _evaluating(self) -> Iterator[None]:
-        """Eval mode without gradients inside the block; the mode before it afterwards."""
-        training = self.training
-        self.eval()
-        try:
-            with torch.no_grad():
-                yield
-        finally:
-            self.train(training)
 
     def _check_concept(self, concept: SupportsIndex) -> int:
         try:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from encdiff.diffusion import samplers, schedules, solvers
 from encdiff.errors import InputError
-from encdiff.models.attention import TransformerBlock, fold_tokens
+from encdiff.models.attention import begin_sampling
 
 if TYPE_CHECKING:
     from encdiff.models.encdiff import EncDiff
@@ -43,43 +42,24 @@ def sample_latents(
     calls = 2 * steps - 1 if sampler == "heun" else steps
     if gate is not None and not 1 <= gate <= calls:
         raise InputError(f"gate is {gate}, must lie in 1 to {calls}, the evaluations of the U-Net")
-    done = 0
+    done, sampling = 0, begin_sampling(tokens, model.unet.attending)
 
-    with fold_tokens(model.unet, tokens), _gating(model) as set_gate:
+    def denoise(x_t: Tensor, t: Tensor) -> Tensor:
+        nonlocal done
+        done += 1
+        sampling.gate = "compute" if gate is None or done < gate else "keep" if done == gate else "reuse"
+        output = model.denoise(x_t, t, tokens, token_bias, sampling=sampling)
+        output = output.to(x_t.dtype)  # x stays exact, and `step` is one kernel
+        if progress:
+            progress(done, calls)
+        return output
 
-        def denoise(x_t: Tensor, t: Tensor) -> Tensor:
-            nonlocal done
-            done += 1
-            set_gate("compute" if gate is None or done < gate else "keep" if done == gate else "reuse")
-            output = model.denoise(x_t, t, tokens, token_bias).to(x_t.dtype)  # x stays exact, and `step` is one kernel
-            if progress:
-                progress(done, calls)
-            return output
-
-        config, alpha_bar = model.config, model.schedule
-        options = {"prediction": config.prediction}
-        if sampler == "ddim":
-            return samplers.ddim(
-                denoise, x_T, alpha_bar, steps=steps, eta=eta, seed=seed, sample_ids=sample_ids, **options
-            )
-        if sampler == "ddpm":
-            return samplers.ddpm(denoise, x_T, alpha_bar, steps=steps, seed=seed, sample_ids=sample_ids, **options)
-        spacing = "linspace" if sampler in ("euler", "heun") else "inner"
-        path = solvers.vp_path(alpha_bar, schedules.spaced_timesteps(steps, config.num_timesteps, spacing))
-        return SOLVERS[sampler](denoise, x_T, path, **options)
-
-
-@contextmanager
-def _gating(model: EncDiff) -> Iterator[Callable[[str], None]]:
-    """Yields what sets every cross-attention to "compute", "keep" or "reuse" its output (T-GATE, arXiv 2404.02747)."""
-    blocks = [block for block in model.unet.modules() if isinstance(block, TransformerBlock)]
-
-    def set_gate(gate: str) -> None:
-        for block in blocks:
-            block.gate = gate
-
-    try:
-        yield set_gate
-    finally:
-        for block in blocks:
-            block.gate, block.kept = "compute", None
+    config, alpha_bar = model.config, model.schedule
+    options = {"prediction": config.prediction}
+    if sampler == "ddim":
+        return samplers.ddim(denoise, x_T, alpha_bar, steps=steps, eta=eta, seed=seed, sample_ids=sample_ids, **options)
+    if sampler == "ddpm":
+        return samplers.ddpm(denoise, x_T, alpha_bar, steps=steps, seed=seed, sample_ids=sample_ids, **options)
+    spacing = "linspace" if sampler in ("euler", "heun") else "inner"
+    path = solvers.vp_path(alpha_bar, schedules.spaced_timesteps(steps, config.num_timesteps, spacing))
+    return SOLVERS[sampler](denoise, x_T, path, **options)

@@ -13,6 +13,7 @@ from encdiff import ops
 from encdiff.errors import InputError
 from encdiff.models.attention import (
     Conditioning,
+    Sampling,
     SpatialTransformer,
     TransformerBlock,
     normalise,
@@ -21,6 +22,7 @@ from encdiff.models.attention import (
     zero_init,
 )
 from encdiff.models.layers import Conv2d, Linear
+from encdiff.ops._dispatch import carried
 
 
 class UNet(nn.Module):
@@ -126,15 +128,18 @@ class UNet(nn.Module):
         tokens: Tensor,
         token_bias: Tensor | None = None,
         maps: list[Tensor] | None = None,
+        sampling: Sampling | None = None,
     ) -> Tensor:
         """Predict from x_t (B, C, H, W), timesteps t (B,) and concept tokens (B, N, D); returns (B, C, H, W).
 
         token_bias (B, N) is added to every attention logit of a token; a list given as `maps` receives the attention
         of every layer, averaged over heads, as (B, h, w, N). Raises InputError for either where nothing cross-attends.
+        `sampling` is what `begin_sampling` gave for these tokens.
         """
         if self.concept_embed is not None and not (token_bias is None and maps is None):
             raise InputError("conditioning is 'adagn': there is no attention to concepts to bias or to show")
-        cond = Conditioning(tokens, token_bias, maps, project_tokens(tokens, self.attending))
+        cond = Conditioning(tokens, token_bias, maps, sampling=sampling)
+        cond = cond._replace(projected=project_tokens(cond, self.attending))
         emb = self.time_embed(timestep_embedding(t, self.width).to(self.time_embed[0].weight.dtype))
         if self.concept_embed is not None:
             emb = emb + self.concept_embed(tokens.flatten(1))
@@ -151,7 +156,8 @@ class UNet(nn.Module):
 
     def _apply_stage(self, stage: "Stage", *inputs) -> Tensor:
         if self.checkpoint_activations and self.training:
-            return checkpoint(stage, *inputs, use_reentrant=False, preserve_rng_state=False)  # nothing in it is random
+            again = stage if torch.compiler.is_compiling() else carried(stage)
+            return checkpoint(again, *inputs, use_reentrant=False, preserve_rng_state=False)  # nothing in it is random
         return stage(*inputs)
 
 

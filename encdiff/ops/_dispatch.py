@@ -6,6 +6,7 @@ The choice is a pure function of the inputs: every implementation answers with t
 
 import logging
 import os
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -17,9 +18,18 @@ from encdiff.errors import InputError
 log = logging.getLogger("encdiff.ops")
 
 OPS: dict[str, "Op"] = {}
-_forced: str | None = None  # set by use_impl; wins over ENCDIFF_IMPL
-_ran: list[tuple[str, str]] | None = None  # filled inside record_impls
 _logged: set[tuple[str, str, str]] = set()
+
+
+class _Here(threading.local):
+    """What holds in this thread alone. Not a ContextVar: `torch.compile` cannot read one, and guards on this."""
+
+    def __init__(self):
+        self.forced: str | None = None  # set by use_impl; wins over ENCDIFF_IMPL
+        self.ran: list[tuple[str, str]] | None = None  # filled inside record_impls
+
+
+_here = _Here()
 
 
 def always(*args, **kwargs) -> list[str]:
@@ -49,8 +59,8 @@ class Op:
 
     def __call__(self, *args, impl: str | None = None, **kwargs):
         chosen = self.choose(*args, impl=impl, **kwargs)
-        if _ran is not None:
-            _ran.append((self.name, chosen.name))
+        if _here.ran is not None:
+            _here.ran.append((self.name, chosen.name))
         return chosen.fn(*args, **kwargs)
 
     def choose(self, *args, impl: str | None = None, **kwargs) -> Implementation:
@@ -76,7 +86,7 @@ class Op:
         return "\n".join(lines)
 
     def _default(self) -> str | None:
-        name = _forced or os.environ.get("ENCDIFF_IMPL") or "auto"
+        name = _here.forced or os.environ.get("ENCDIFF_IMPL") or "auto"
         if name == "auto":
             return None
         _check_known(name)
@@ -109,29 +119,42 @@ def _log_once(op: str, implementation: str, reasons: list[str]) -> None:
 
 @contextmanager
 def use_impl(name: str) -> Iterator[None]:
-    """Force the implementation `name` for every op that has one of that name; other ops choose as usual.
+    """Force the implementation `name` for every op that has one of that name, in this thread; others choose as usual.
 
     `"auto"` restores the automatic choice, also over the environment variable `ENCDIFF_IMPL`.
     """
-    global _forced
     if name != "auto":
         _check_known(name)
-    before, _forced = _forced, name
+    before, _here.forced = _here.forced, name
     try:
         yield
     finally:
-        _forced = before
+        _here.forced = before
 
 
 @contextmanager
 def record_impls() -> Iterator[list[tuple[str, str]]]:
-    """Collect (op, implementation) of every call inside the block: the proof of what ran."""
-    global _ran
-    before, _ran = _ran, []
+    """Collect (op, implementation) of every call of this thread inside the block: the proof of what ran."""
+    before, _here.ran = _here.ran, []
     try:
-        yield _ran
+        yield _here.ran
     finally:
-        _ran = before
+        _here.ran = before
+
+
+def carried(run: Callable[..., Any]) -> Callable[..., Any]:
+    """`run` under what is forced and recorded now, in whatever thread: autograd has one of its own for a GPU."""
+    forced, ran = _here.forced, _here.ran
+
+    def carrying(*args, **kwargs):
+        before = _here.forced, _here.ran
+        _here.forced, _here.ran = forced, ran
+        try:
+            return run(*args, **kwargs)
+        finally:
+            _here.forced, _here.ran = before
+
+    return carrying
 
 
 def explain(op: str | Callable[..., Any], *args, **kwargs) -> str:

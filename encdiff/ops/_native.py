@@ -1,8 +1,8 @@
 """The native engine (csrc/), noise and CPU attention: loaded at first use, its ops with fakes, gradients and calls."""
 
 import ctypes
-import functools
 import math
+import threading
 
 import torch
 
@@ -13,9 +13,20 @@ _KINDS = {"x0": 0, "epsilon": 1, "v": 2, "flow": 3}  # csrc/noise.h: Target
 _RANDOM = {"normal": 0, "uniform": 1}
 
 
-@functools.cache
+_lock = threading.Lock()
+_loaded: tuple[str | None, bool] | None = None
+
+
 def load() -> tuple[str | None, bool]:
-    """Load the library, building it if need be: why that failed or None, and whether it has its CUDA half."""
+    """Load the library once, building it if need be: why that failed or None, and whether it has its CUDA half."""
+    global _loaded
+    if _loaded is None:
+        with _lock:
+            _loaded = _loaded or _load()
+    return _loaded
+
+
+def _load() -> tuple[str | None, bool]:
     try:
         path = str(_build.find_or_build(torch.version.cuda is not None))
     except (_build.BuildError, OSError) as error:
