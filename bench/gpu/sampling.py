@@ -7,8 +7,9 @@ evaluations.
 import torch
 
 from bench.baselines import fresh_model, published_twin
+from bench.clock import called
 from bench.cost import sampling_cost
-from bench.gpu.lab import Lab, called
+from bench.gpu.lab import Lab
 from bench.gpu.steps import advance, ours
 from encdiff import SamplingEngine
 from encdiff.ops import normal, q_sample

@@ -12,8 +12,9 @@ from encdiff.kernels import _cross_attention_plan as plan
 from encdiff.kernels import self_attention as attention
 from encdiff.kernels.cross_attention import cross_attention_folded, cross_attention_heads, cross_attention_kept
 
+from bench.clock import Run, replayed
 from bench.gpu.checks import layers
-from bench.gpu.lab import Lab, Run, replayed
+from bench.gpu.lab import Lab
 
 
 class Sweep(NamedTuple):
