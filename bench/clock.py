@@ -21,20 +21,20 @@ class WarmUp(NamedTuple):
     settled: bool
 
 
-def warm_up(run: Run, most: float, window: int = 8, within: float = 0.1, now=time.perf_counter) -> WarmUp:
-    """Call until times settle, `most` seconds at most: the median of `window` calls is within a tenth of the last.
+def warm_up(run: Run, most: float, least: float = 1.0, window: int = 8, now=time.perf_counter) -> WarmUp:
+    """Call until times settle, from `least` to `most` seconds: the medians of two windows differ by at most a tenth.
 
     The window is that wide because a fresh machine can be evenly slow for ten calls.
     """
-    taken, end = [], now() + most
-    while now() < end:
+    taken, began = [], now()
+    while now() - began < most:
         begin = now()
         run()
         taken.append(now() - begin)
         before, last = taken[-2 * window : -window], taken[-window:]
-        if len(before) == window:
+        if len(before) == window and now() - began >= least:
             medians = statistics.median(before), statistics.median(last)
-            if max(medians) <= (1 + within) * min(medians):
+            if max(medians) <= 1.1 * min(medians):
                 return WarmUp(len(taken), True)
     return WarmUp(len(taken), False)
 

@@ -3,7 +3,8 @@
     OMP_NUM_THREADS=2 python -m bench.cpu [seconds]
 
 The paper's configuration, batch 16: its widest cross-attention, one evaluation of the U-Net, one training step;
-`published` is `bench.published`.
+`published` is `bench.published`. Each form is called until its times have settled before any is timed, and how often
+that was stands beside it: on a fresh machine the first ten steps of a training took ten times as long as the later.
 """
 
 import copy
@@ -16,17 +17,18 @@ import torch
 
 from bench.baselines import PAPER, fresh_model, published_twin
 from bench.bench_cross_attention import OPS, inputs
+from bench.clock import warm_up
 from bench.published import PublishedTraining
 from encdiff.data import to_float
 from encdiff.models import EncDiff
 from encdiff.train import TrainConfig, Training
 
 BATCH = 16
+SETTLING = 60.0  # seconds of one form at most
 
 
 def in_turns(title: str, forms: dict[str, Callable], seconds: float) -> None:
-    for form in forms.values():
-        form()
+    before = {name: warm_up(form, SETTLING) for name, form in forms.items()}
     taken, end = {name: [] for name in forms}, time.monotonic() + seconds
     while time.monotonic() < end:
         for name, form in forms.items():
@@ -34,10 +36,11 @@ def in_turns(title: str, forms: dict[str, Callable], seconds: float) -> None:
             form()
             taken[name].append(time.perf_counter() - begin)
     print(f"{title}, batch {BATCH}, {torch.get_num_threads()} threads")
-    print(f"  {'':<32} {'median, ms':>12} {'ratio':>6} {'least, ms':>12} {'ratio':>6}")
-    for name in forms:
+    print(f"  {'':<32} {'median, ms':>12} {'ratio':>6} {'least, ms':>12} {'ratio':>6}  calls to warm up")
+    for name, (calls, settled) in before.items():
         figures = [(f(taken[name]), f(taken["published"])) for f in (statistics.median, min)]
-        print(f"  {name:<32}" + "".join(f" {1e3 * own:12.2f} {published / own:6.2f}" for own, published in figures))
+        times = "".join(f" {1e3 * own:12.2f} {published / own:6.2f}" for own, published in figures)
+        print(f"  {name:<32}{times}  {calls}" + ("" if settled else f", not settled in {SETTLING:.0f} s"))
 
 
 def forward(model: EncDiff, seconds: float) -> None:
@@ -62,7 +65,7 @@ def forward(model: EncDiff, seconds: float) -> None:
 
 def one_cross_attention(seconds: float) -> None:
     tensors = inputs(BATCH, 256, 64, 20, 16, torch.device("cpu"), torch.float32)
-    forms = {name: lambda op=op: op(**tensors) for name, op in OPS.items() if name != "published_compiled"}
+    forms = {name: lambda op=op: op(*tensors) for name, op in OPS.items()}
     with torch.inference_mode():
         in_turns("cross-attention, 256 queries, 64 channels, 20 tokens", forms, seconds)
 

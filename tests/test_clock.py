@@ -167,14 +167,14 @@ def test_the_host_does_not_wait_between_calls(monkeypatch):
 # ---- until times settle
 
 
-def settle(times, most: float = 1e9) -> clock.WarmUp:
+def settle(times, most: float = 1e9, least: float = 0.0) -> clock.WarmUp:
     """`warm_up` of calls that take these times."""
     times, now = iter(times), [0.0]
 
     def run():
         now[0] += next(times)
 
-    return clock.warm_up(run, most, now=lambda: now[0])
+    return clock.warm_up(run, most, least, now=lambda: now[0])
 
 
 def test_times_that_are_even_have_settled_after_two_windows():
@@ -189,6 +189,11 @@ def test_a_slow_beginning_is_waited_for():
     falling = (0.1 * (1 + 10 * 0.7**n) for n in itertools.count())
     calls, settled = settle(falling)
     assert settled and 10 * 0.7 ** (calls - 4) < 0.1
+
+
+def test_short_calls_are_made_for_a_while():
+    calls, settled = settle(itertools.repeat(0.001), least=1.0)
+    assert settled and calls == pytest.approx(1000, abs=1)
 
 
 def test_one_slow_call_does_not_matter():
