@@ -24,7 +24,7 @@ from encdiff.models import EncDiff
 from encdiff.train import TrainConfig, Training
 
 BATCH = 16
-SETTLING = 60.0  # seconds of one form at most
+SETTLING = 120.0  # seconds of one form at most
 
 
 def in_turns(title: str, forms: dict[str, Callable], seconds: float) -> None:
