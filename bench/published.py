@@ -281,7 +281,10 @@ class Published(nn.Module):
             e = unet(x, torch.full((len(x),), timesteps[i], device=x.device), tokens)
             x0 = (x - (1 - a).sqrt() * e) / a.sqrt()
             x = a_prev.sqrt() * x0 + (1 - a_prev - s**2).sqrt() * e + s * torch.randn_like(x)
-        return self.first_stage_model.decode(x / self.config.scaling_factor).clamp(-1, 1)
+        return self.to_images(x)
+
+    def to_images(self, latents: Tensor) -> Tensor:
+        return self.first_stage_model.decode(latents / self.config.scaling_factor).clamp(-1, 1)
 
 
 class PublishedTraining:
