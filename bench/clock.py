@@ -17,26 +17,33 @@ TURNS = range(2, 17)  # how many inputs may take turns on a GPU
 
 
 class WarmUp(NamedTuple):
-    calls: int
+    calls: int  # until the times had settled, or all there were
     settled: bool
 
 
-def warm_up(run: Run, most: float, least: float = 1.0, window: int = 8, now=time.perf_counter) -> WarmUp:
-    """Call until times settle, from `least` to `most` seconds: the medians of two windows differ by at most a tenth.
+def warm_up(runs: Sequence[Run], most: float, least: float = 1.0, now=time.perf_counter) -> list[WarmUp]:
+    """Call them in turns until the times of all have settled, from `least` to `most` seconds."""
+    began, taken, calls = now(), [[] for _ in runs], [0 for _ in runs]
+    while now() - began < most and not (all(calls) and now() - began >= least):
+        for n, run in enumerate(runs):
+            begin = now()
+            run()
+            taken[n].append(now() - begin)
+            if not calls[n] and settled(taken[n]):
+                calls[n] = len(taken[n])
+    return [WarmUp(c or len(t), c > 0) for c, t in zip(calls, taken, strict=True)]
 
-    The window is that wide because a fresh machine can be evenly slow for ten calls.
+
+def settled(taken: Sequence[float], window: int = 8) -> bool:
+    """Whether the medians of the last two windows differ by at most a tenth.
+
+    They are that wide because a fresh machine can be evenly slow for ten calls.
     """
-    taken, began = [], now()
-    while now() - began < most:
-        begin = now()
-        run()
-        taken.append(now() - begin)
-        before, last = taken[-2 * window : -window], taken[-window:]
-        if len(before) == window and now() - began >= least:
-            medians = statistics.median(before), statistics.median(last)
-            if max(medians) <= 1.1 * min(medians):
-                return WarmUp(len(taken), True)
-    return WarmUp(len(taken), False)
+    before, last = taken[-2 * window : -window], taken[-window:]
+    if len(before) < window:
+        return False
+    medians = statistics.median(before), statistics.median(last)
+    return max(medians) <= 1.1 * min(medians)
 
 
 def turns(bytes: int, device: torch.device) -> int:

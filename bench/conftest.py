@@ -116,7 +116,7 @@ def measure(benchmark, device, limits, smoke):
         info.update(labels, dtype=str(dtype), device=str(device), bytes=bytes, flops=flops, tf32=tf32 and on_gpu)
         with float32_precision(tf32):
             if smoke or not on_gpu:
-                info["warm_up"] = None if smoke else warm_up(run, WARM_UP)._asdict()
+                info["warm_up"] = None if smoke else warm_up([run], WARM_UP)[0]._asdict()
                 benchmark(run)
             else:
                 benchmark.pedantic(lambda: (run(), synchronize(device)), rounds=10, warmup_rounds=6)

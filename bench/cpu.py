@@ -3,8 +3,9 @@
     OMP_NUM_THREADS=2 python -m bench.cpu [seconds]
 
 The paper's configuration, batch 16: its widest cross-attention, one evaluation of the U-Net, one training step;
-`published` is `bench.published`. Each form is called until its times have settled before any is timed, and how often
-that was stands beside it: on a fresh machine the first ten steps of a training took ten times as long as the later.
+`published` is `bench.published`. All forms are called in turns until the times of each have settled; after how many
+calls they had stands beside them. On a fresh machine the first ten steps of a training took ten times as long as later
+ones.
 """
 
 import copy
@@ -24,23 +25,23 @@ from encdiff.models import EncDiff
 from encdiff.train import TrainConfig, Training
 
 BATCH = 16
-SETTLING = 120.0  # seconds of one form at most
+SETTLING, ROUNDS = 300.0, 5  # seconds of warming up at most, rounds at least
 
 
 def in_turns(title: str, forms: dict[str, Callable], seconds: float) -> None:
-    before = {name: warm_up(form, SETTLING) for name, form in forms.items()}
+    before = dict(zip(forms, warm_up(list(forms.values()), SETTLING), strict=True))
     taken, end = {name: [] for name in forms}, time.monotonic() + seconds
-    while time.monotonic() < end:
+    while time.monotonic() < end or len(taken["published"]) < ROUNDS:
         for name, form in forms.items():
             begin = time.perf_counter()
             form()
             taken[name].append(time.perf_counter() - begin)
     print(f"{title}, batch {BATCH}, {torch.get_num_threads()} threads")
-    print(f"  {'':<32} {'median, ms':>12} {'ratio':>6} {'least, ms':>12} {'ratio':>6}  calls to warm up")
+    print(f"  {'':<32} {'median, ms':>12} {'ratio':>6} {'least, ms':>12} {'ratio':>6}  calls until settled")
     for name, (calls, settled) in before.items():
         figures = [(f(taken[name]), f(taken["published"])) for f in (statistics.median, min)]
         times = "".join(f" {1e3 * own:12.2f} {published / own:6.2f}" for own, published in figures)
-        print(f"  {name:<32}{times}  {calls}" + ("" if settled else f", not settled in {SETTLING:.0f} s"))
+        print(f"  {name:<32}{times}  {calls}" + ("" if settled else ", NOT SETTLED"))
 
 
 def forward(model: EncDiff, seconds: float) -> None:

@@ -2,6 +2,7 @@
 
 import itertools
 from contextlib import contextmanager
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -167,44 +168,56 @@ def test_the_host_does_not_wait_between_calls(monkeypatch):
 # ---- until times settle
 
 
-def settle(times, most: float = 1e9, least: float = 0.0) -> clock.WarmUp:
-    """`warm_up` of calls that take these times."""
-    times, now = iter(times), [0.0]
+def settle(*series, most: float = 1e9, least: float = 0.0) -> list[clock.WarmUp]:
+    """`warm_up` of runs whose calls take these times."""
+    now = [0.0]
 
-    def run():
+    def run(times):
         now[0] += next(times)
 
-    return clock.warm_up(run, most, least, now=lambda: now[0])
+    runs = [partial(run, iter(times)) for times in series]
+    return clock.warm_up(runs, most, least, now=lambda: now[0])
 
 
 def test_times_that_are_even_have_settled_after_two_windows():
-    assert settle(itertools.repeat(0.1)) == (16, True)
-    assert settle(itertools.cycle([0.1, 0.104])) == (16, True)
+    assert settle(itertools.repeat(0.1)) == [(16, True)]
+    assert settle(itertools.cycle([0.1, 0.104])) == [(16, True)]
 
 
 def test_a_slow_beginning_is_waited_for():
-    """Ten steps that take ten times as long, as on a fresh machine: none of them is in the last window's median."""
-    calls, settled = settle([1.0] * 10 + [0.1] * 100)
+    """Ten steps that take ten times as long, as on a fresh machine: they no longer make a window's median."""
+    [(calls, settled)] = settle([1.0] * 10 + [0.1] * 100)
     assert settled and calls - 8 >= 10 + 4
     falling = (0.1 * (1 + 10 * 0.7**n) for n in itertools.count())
-    calls, settled = settle(falling)
+    [(calls, settled)] = settle(falling)
     assert settled and 10 * 0.7 ** (calls - 4) < 0.1
 
 
-def test_short_calls_are_made_for_a_while():
-    calls, settled = settle(itertools.repeat(0.001), least=1.0)
-    assert settled and calls == pytest.approx(1000, abs=1)
-
-
 def test_one_slow_call_does_not_matter():
-    assert settle([0.1] * 5 + [3.0] + [0.1] * 100) == (16, True)
+    assert settle([0.1] * 5 + [3.0] + [0.1] * 100) == [(16, True)]
+
+
+def test_those_that_have_settled_go_on_until_all_have():
+    slow, fast = iter([1.0] * 20 + [0.1] * 100), iter([0.1] * 100)
+    first, second = settle(slow, fast)
+    assert first == (16, True) and second == (16, True)  # evenly slow for longer than two windows: not to be told
+    late, early = iter([1.0 / (1 + n) for n in range(30)] + [0.01] * 100), iter([0.1] * 100)
+    first, second = settle(late, early)
+    assert second == (16, True) and first.settled and first.calls > 30
+    assert len(list(early)) == 100 - first.calls
+
+
+def test_short_calls_are_made_for_a_while():
+    calls = iter([0.001] * 5000)
+    assert settle(calls, least=1.0) == [(16, True)]
+    assert len(list(calls)) == pytest.approx(4000, abs=1)
 
 
 def test_times_that_never_settle_end_with_their_seconds():
     growing = (0.1 * 1.1**n for n in itertools.count())
-    calls, settled = settle(growing, most=30.0)
+    [(calls, settled)] = settle(growing, most=30.0)
     assert not settled and 30 < calls < 40
 
 
 def test_calls_slower_than_the_limit_end_too():
-    assert settle(itertools.repeat(7.0), most=30.0) == (5, False)
+    assert settle(itertools.repeat(7.0), most=30.0) == [(5, False)]
