@@ -70,10 +70,15 @@ class Positional(nn.Module):
 
 
 def compiled(function: Callable, device: torch.device, smoke: bool) -> Callable:
-    """The function compiled as hard as the device allows; as it is in a smoke test, which may not take minutes."""
+    """The function compiled as hard as the device allows; as it is in a smoke test, which may not take minutes.
+
+    Anew for each case: one compiled function over many shapes would turn dynamic, or not be compiled again at all.
+    Without CUDA graphs of its own: `measure` captures it, like every other form.
+    """
     if smoke:
         return function
-    return torch.compile(function, dynamic=False, mode="max-autotune" if device.type == "cuda" else None)
+    torch._dynamo.reset()
+    return torch.compile(function, dynamic=False, mode="max-autotune-no-cudagraphs" if device.type == "cuda" else None)
 
 
 def as_exact(actual: Tensor, published: Tensor, exact: Tensor) -> bool:

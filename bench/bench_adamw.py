@@ -5,12 +5,12 @@ for the U-Net's 37.5 million the average in and out: 28 and 8 bytes an element, 
 not measured.
 """
 
-import pytest
 import torch
 
+from bench.cases import cases
 from encdiff.ops.adamw import adamw, adamw_reference
 
-SIZES = {"paper": (38_842_240, 37_469_696), "small": (2**20, 2**20 - 4096)}  # weights, averaged ones
+PAPER, SMALL = (38_842_240, 37_469_696), (2**20, 2**20 - 4096)  # weights, averaged ones
 CONSTANTS = {"betas": (0.9, 0.999), "weight_decay": 0.01}
 
 
@@ -48,12 +48,11 @@ def check(made: dict[str, torch.Tensor]) -> None:
     torch.testing.assert_close(ours["weights"].float(), ours["master"], rtol=2**-8, atol=0)
 
 
-@pytest.mark.parametrize("impl", ["torch", "ours"])
-@pytest.mark.parametrize("size", SIZES)
-def test_adamw(measure, benchmark, device, size, impl):
-    if benchmark.disabled and size == "paper":
-        pytest.skip("takes longer than a smoke test may")
-    n, k = SIZES[size]
+@cases(
+    "size, impl", [(s, i) for s in ("paper", "small") for i in ("torch", "ours")], lambda size, impl: size == "paper"
+)
+def test_adamw(measure, smoke, device, size, impl):
+    n, k = SMALL if smoke or size == "small" else PAPER
     made = buffers(n, k, device)
     check(made)
     run = by_torch(made) if impl == "torch" else lambda: adamw(**made, **CONSTANTS)

@@ -1,19 +1,23 @@
 """Cross-attention: the four shapes of the paper's sixteen layers, and on a GPU Stable Diffusion's.
 
 The form to beat is the published one: separate projections, einsum, softmax, LayerNorm and residual each on its own.
+By default a training's calls (with gradients) and a sampler's (tokens folded before) are timed.
 """
 
 import functools
+from itertools import product
 
-import pytest
 import torch
 import torch.nn.functional as F
 
+from bench.baselines import compiled
+from bench.cases import DTYPE, GPU, LAYERS, PHASES, cases, check, run_of
+from bench.clock import Run
 from encdiff.ops.cross_attention import cross_attention, cross_attention_reference
 from encdiff.ops.cross_attention_folded import cross_attention_folded, fold
 
 # queries, channels, tokens, token width
-PAPER = {"16x16": (256, 64, 20, 16), "8x8": (64, 128, 20, 16), "4x4": (16, 256, 20, 16), "2x2": (4, 256, 20, 16)}
+PAPER = {name: (*layer, 20, 16) for name, layer in LAYERS.items()}
 STABLE_DIFFUSION = {
     "SD 64x64": (4096, 320, 77, 768),
     "SD 32x32": (1024, 640, 77, 768),
@@ -21,13 +25,12 @@ STABLE_DIFFUSION = {
     "SD 8x8": (64, 1280, 77, 768),
 }
 HEADS = 8
-GPU = torch.cuda.is_available()
-CASES = [(name, batch) for name in PAPER for batch in ((1, 16, 128, 1024) if GPU else (16,))]
-CASES += [(name, 8) for name in STABLE_DIFFUSION] if GPU else []
-DTYPES = [torch.bfloat16, torch.float32] if GPU else [torch.float32]
-IMPLS = ["published", "published_compiled", "sdpa", "ours"] if GPU else ["published", "sdpa", "ours"]
-NAMES = ("x", "context", "w_q", "w_k", "w_v", "w_o", "b_o", "norm_weight", "norm_bias")
-TOKEN_SIDE = NAMES[1:6]
+SHAPES = [(name, batch) for name in PAPER for batch in ((1, 16, 128, 1024) if GPU else (16,))]
+SHAPES += [(name, 8) for name in STABLE_DIFFUSION] if GPU else []
+DTYPES = (torch.bfloat16, torch.float32) if GPU else (torch.float32,)
+IMPLS = ("published", "compiled", "sdpa", "ours") if GPU else ("published", "sdpa", "ours")
+CASES = [(*shape, *rest) for shape, *rest in product(SHAPES, (*PHASES, "folded"), IMPLS, DTYPES)
+         if shape[0] in PAPER or rest[0] != "folded"]  # fmt: skip
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
 
 
@@ -42,88 +45,74 @@ def published(x, context, w_q, w_k, w_v, w_o, b_o, norm_weight, norm_bias):
     return F.linear(a, w_o, b_o) + x
 
 
+def fused(function, *tensors, **options):
+    """One of `ops`, its norm given by position."""
+    *rest, weight, bias = tensors
+    return function(*rest, norm_weight=weight, norm_bias=bias, heads=HEADS, residual=True, **options)
+
+
 OPS = {
     "published": published,
-    "published_compiled": torch.compile(published, mode="max-autotune-no-cudagraphs"),
-    "sdpa": functools.partial(cross_attention, heads=HEADS, residual=True, impl="sdpa"),
-    "ours": functools.partial(cross_attention, heads=HEADS, residual=True),
+    "sdpa": functools.partial(fused, cross_attention, impl="sdpa"),
+    "ours": functools.partial(fused, cross_attention),
 }
+reference = functools.partial(fused, cross_attention_reference)
 
 
-def inputs(batch, queries, channels, tokens, width, device, dtype) -> dict[str, torch.Tensor]:
+def inputs(batch, queries, channels, tokens, width, device, dtype) -> list[torch.Tensor]:
+    """x, context, w_q, w_k, w_v, w_o, b_o, the norm's weight and bias."""
     shapes = [(batch, queries, channels), (batch, tokens, width), (channels, channels)]
     shapes += [(channels, width)] * 2 + [(channels, channels)] + [(channels,)] * 3
-    drawn = [torch.randn(s) / (s[-1] ** 0.5 if n[0] == "w" else 1) for n, s in zip(NAMES, shapes, strict=True)]
-    return {n: t.to(device, dtype).requires_grad_() for n, t in zip(NAMES, drawn, strict=True)}
+    drawn = [torch.randn(s) / (s[-1] ** 0.5 if 2 <= n <= 5 else 1) for n, s in enumerate(shapes)]
+    return [t.to(device, dtype).requires_grad_() for t in drawn]
 
 
-def cost(tensors: dict[str, torch.Tensor], phase: str, folded: tuple = ()) -> dict[str, int]:
+def folded_tokens(tensors: list[torch.Tensor]):
+    """What ours makes of the tokens and their weights, once before all of a sampler's steps."""
+    return fold(*(t.detach() for t in tensors[1:6]), heads=HEADS)
+
+
+def folded_run(tensors: list[torch.Tensor]) -> Run:
+    """A sampler's step of ours."""
+    folded, (x, *_, b_o, weight, bias) = folded_tokens(tensors), (t.detach() for t in tensors)
+    return lambda: cross_attention_folded(x, folded, b_o, norm_weight=weight, norm_bias=bias, residual=True)
+
+
+def cost(batch, queries, channels, tokens, width, dtype, phase: str) -> dict[str, int]:
     """Bytes of inputs and output once (with gradients: of both, and the inputs again), FLOP of the plain form.
 
-    Folded: x, what `fold` made of the tokens, the channels' vectors and y; FLOP as if no head were folded.
+    Folded: x, the channels' vectors and y, to which come the folded tokens; FLOP as if no head were folded.
     """
-    (batch, queries, channels), (_, tokens, width) = tensors["x"].shape, tensors["context"].shape
     per_query = 4 * batch * queries * channels * (channels + tokens)
     per_token = 4 * batch * tokens * width * channels
-    read, written = sum(t.nbytes for t in tensors.values()), tensors["x"].nbytes
+    vectors, features = 3 * channels * dtype.itemsize, batch * queries * channels * dtype.itemsize
+    weights = 2 * channels**2 + 2 * channels * width
+    read = features + vectors + (batch * tokens * width + weights) * dtype.itemsize
     if phase == "folded":
-        others = [t for t in folded if isinstance(t, torch.Tensor)] + [tensors[name] for name in NAMES[6:]]
-        return {"bytes": 2 * written + sum(t.nbytes for t in others), "flops": per_query}
+        return {"bytes": 2 * features + vectors, "flops": per_query}
     if phase == "forward":
-        return {"bytes": read + written, "flops": per_query + per_token}
-    return {"bytes": 3 * read + 2 * written, "flops": 3 * (per_query + per_token)}
+        return {"bytes": read + features, "flops": per_query + per_token}
+    return {"bytes": 3 * read + 2 * features, "flops": 3 * (per_query + per_token)}
 
 
-def check(op, tensors: dict[str, torch.Tensor]) -> None:
-    """Output and every gradient against float64, before anything is timed."""
-    exact = {name: tensor.detach().double().requires_grad_() for name, tensor in tensors.items()}
-    y, expected = op(**tensors), cross_attention_reference(**exact, heads=HEADS, residual=True)
-    upstream = torch.randn_like(y)
-    actual = [y, *torch.autograd.grad(y, tensors.values(), upstream)]
-    expected = [expected, *torch.autograd.grad(expected, exact.values(), upstream.double())]
-    for name, a, e in zip(("y", *NAMES), actual, expected, strict=True):
-        assert (a - e).norm() <= TOLERANCE[y.dtype] * e.norm(), name
+def decides(shape, batch, phase, impl, dtype) -> bool:
+    shapes = {"forward_backward": ("16x16", "8x8", "4x4"), "folded": ("16x16", "8x8")}
+    return shape in shapes.get(phase, ()) and batch in (16, 128)[GPU:] and impl != "sdpa" and dtype == DTYPE
 
 
-def labels_of(impl: str, phase: str, tensors: dict[str, torch.Tensor]) -> dict[str, str]:
-    (B, L, C), N = tensors["x"].shape, tensors["context"].shape[1]
-    return {"op": "cross_attention", "impl": impl, "phase": phase, "shape": f"B={B} L={L} C={C} H={HEADS} N={N}"}
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("phase", ["forward", "forward_backward"])
-@pytest.mark.parametrize("shape, batch", CASES)
-def test_cross_attention(measure, device, shape, batch, phase, impl, dtype):
-    tensors, op = inputs(batch, *(PAPER | STABLE_DIFFUSION)[shape], device, dtype), OPS[impl]
-    check(op, tensors)
-    upstream = torch.randn_like(tensors["x"])
-
-    def forward():
-        with torch.no_grad():
-            return op(**tensors)
-
-    def forward_backward():
-        return torch.autograd.grad(op(**tensors), tensors.values(), upstream)
-
-    run = forward if phase == "forward" else forward_backward
-    measure(run, **labels_of(impl, phase, tensors), dtype=dtype, **cost(tensors, phase))
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("shape, batch", [case for case in CASES if case[0] in PAPER])
-def test_folded(measure, device, shape, batch, impl, dtype):
-    """One sampler step: ours folded the tokens before, the others begin from the tokens."""
-    tensors = {n: t.detach() for n, t in inputs(batch, *PAPER[shape], device, dtype).items()}
-    rest = {n: t for n, t in tensors.items() if n not in TOKEN_SIDE}
-    folded = fold(*(tensors[n] for n in TOKEN_SIDE), heads=HEADS)
-
-    def ours():
-        return cross_attention_folded(**rest, folded=folded, residual=True)
-
-    run = ours if impl == "ours" else lambda: OPS[impl](**tensors)
-    exact = cross_attention_reference(**{n: t.double() for n, t in tensors.items()}, heads=HEADS, residual=True)
-    with torch.no_grad():
-        assert (run() - exact).norm() <= TOLERANCE[dtype] * exact.norm()
-        measure(run, **labels_of(impl, "folded", tensors), dtype=dtype, **cost(tensors, "folded", folded))
+@cases("shape, batch, phase, impl, dtype", CASES, decides)
+def test_cross_attention(measure, rotated, smoke, device, shape, batch, phase, impl, dtype):
+    sizes = (2 if smoke else batch, *(PAPER | STABLE_DIFFUSION)[shape])
+    op = compiled(published, device, smoke) if impl == "compiled" else OPS[impl]
+    costs = cost(*sizes, dtype, phase)
+    sets = rotated(lambda: inputs(*sizes, device, dtype), costs["bytes"])
+    if phase == "folded":
+        runs = [folded_run(s) if impl == "ours" else run_of("forward", op, s) for s in sets]
+        exact = reference(*(t.detach().double() for t in sets[0]))
+        assert (runs[0]() - exact).norm() <= TOLERANCE[dtype] * exact.norm()
+        costs["bytes"] += sum(t.nbytes for t in folded_tokens(sets[0]) if isinstance(t, torch.Tensor))
+    else:
+        check(op, reference, sets[0], TOLERANCE[dtype])
+        runs = [run_of(phase, op, s) for s in sets]
+    labels = {"op": "cross_attention", "impl": impl, "phase": phase, "shape": "B={} L={} C={} H=8 N={}".format(*sizes)}
+    measure(runs, **labels, dtype=dtype, **costs)

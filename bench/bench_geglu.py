@@ -5,66 +5,43 @@ upstream gradient in and two gradients out too. At batch 128 and 16x16 in bfloat
 4.3 TB/s, 134 MB with gradients, 31 us: predicted, not measured.
 """
 
-import pytest
+from itertools import product
+
 import torch
 
+from bench.baselines import compiled
+from bench.cases import DTYPE, GPU, LAYERS, PHASES, cases, check, run_of
 from encdiff.ops.geglu import geglu, geglu_reference
 
 BATCH = 128
-SIZES = {"16x16": (256, 64), "8x8": (64, 128), "4x4": (16, 256), "2x2": (4, 256)}  # positions, channels
 FACTOR = 4  # the gated features are so many times wider
-GPU = torch.cuda.is_available()
-IMPLS = ("native", "native_compiled", "ours")
+IMPLS = ("published", "compiled", "ours") if GPU else ("published", "compiled")  # on a CPU ours is PyTorch's
+CASES = list(product(LAYERS, (torch.float32, torch.bfloat16), PHASES, IMPLS))
 
 
-def prepare(impl: str):
-    if impl == "native_compiled":
-        return torch.compile(lambda x: geglu(x, impl="native"), dynamic=False)
-    return lambda x: geglu(x, impl="native" if impl == "native" else None)
-
-
-def check(op, x: torch.Tensor) -> None:
-    """Output and gradient against float64, before timing."""
-    exact = x.detach().double().requires_grad_()
-    y, expected = op(x), geglu_reference(exact)
-    upstream = torch.randn_like(y)
-    pairs = [(y, expected), (torch.autograd.grad(y, x, upstream)[0],
-                             torch.autograd.grad(expected, exact, upstream.double())[0])]  # fmt: skip
-    for a, e in pairs:
-        assert (a - e).norm() <= 4 * torch.finfo(y.dtype).eps * e.norm()
-
-
-def cost(x: torch.Tensor, phase: str) -> dict[str, int]:
+def cost(elements: int, dtype: torch.dtype, phase: str) -> dict[str, int]:
     """GELU 20 FLOP with its erf, the product 1; backward twice that and the derivative's exponential."""
-    half, elements = x.nbytes // 2, x.numel() // 2
-    if phase == "forward":
-        return {"bytes": 3 * half, "flops": 21 * elements}
-    return {"bytes": 8 * half, "flops": 70 * elements}
+    reads, flops = (3, 21) if phase == "forward" else (8, 70)
+    return {"bytes": reads * elements * dtype.itemsize, "flops": flops * elements}
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("phase", ["forward", "forward_backward"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("size", SIZES)
-def test_geglu(measure, benchmark, device, size, dtype, phase, impl):
-    if impl == "ours" and not GPU:
-        pytest.skip("on a CPU ours is PyTorch's")
-    if benchmark.disabled and (impl == "native_compiled" or size != "2x2"):
-        pytest.skip("takes longer than a smoke test may")
-    positions, channels = SIZES[size]
-    x = torch.randn(BATCH, positions, 2 * FACTOR * channels, device=device).to(dtype).requires_grad_()
-    op = prepare(impl)
-    check(op, x)
-    upstream = torch.randn_like(x[..., : x.shape[-1] // 2])
+def decides(size, dtype, phase, impl) -> bool:
+    return size == "16x16" and dtype == DTYPE and phase == "forward_backward" and (GPU or impl == "published")
 
-    def forward():
-        with torch.no_grad():
-            return op(x)
 
-    def forward_backward():
-        return torch.autograd.grad(op(x), x, upstream)
+@cases("size, dtype, phase, impl", CASES, decides)
+def test_geglu(measure, rotated, smoke, device, size, dtype, phase, impl):
+    positions, channels = LAYERS[size]
+    shape = (2 if smoke else BATCH, positions, FACTOR * channels)
 
-    forward()  # compiles anew without gradients
-    labels = {"op": "geglu", "impl": impl, "phase": phase, "shape": f"B={BATCH} L={positions} N={FACTOR * channels}"}
-    run = forward if phase == "forward" else forward_backward
-    measure(run, **labels, dtype=dtype, **cost(x, phase))
+    def op(x):
+        return geglu(x, impl=None if impl == "ours" else "native")
+
+    op = compiled(op, device, smoke) if impl == "compiled" else op
+    costs = cost(shape[0] * shape[1] * shape[2], dtype, phase)
+    sets = rotated(
+        lambda: torch.randn(*shape[:2], 2 * shape[2], device=device).to(dtype).requires_grad_(), costs["bytes"]
+    )
+    check(op, geglu_reference, sets[:1], 4 * torch.finfo(dtype).eps)
+    labels = {"op": "geglu", "impl": impl, "phase": phase, "shape": "B={} L={} N={}".format(*shape)}
+    measure([run_of(phase, op, [x]) for x in sets], **labels, dtype=dtype, **costs)

@@ -4,16 +4,20 @@
 and 93 with backward.
 """
 
+from itertools import product
+
 import pytest
 import torch
 from torch import nn
 from torch.utils.benchmark import Timer
 
+from bench.baselines import compiled
+from bench.cases import GPU, PHASES, cases, run_of
 from encdiff.ops.mlp_bank import mlp_bank, mlp_bank_reference
 
 CONCEPTS, WIDTHS = 20, (1, 64, 128, 16)
 BATCHES = (1, 128, 1024, 8192)
-IMPLS = ("published", "eager", "eager_compiled", "ours")
+IMPLS = ("published", "eager", "eager_compiled", "ours") if GPU else ("published", "eager", "eager_compiled")
 MACS = sum(i * o for i, o in zip(WIDTHS, WIDTHS[1:], strict=False))  # of one concept and sample
 
 
@@ -38,7 +42,7 @@ class Published(nn.Module):
         )
 
 
-def prepare(impl: str, device):
+def prepare(impl: str, device, smoke: bool = False):
     """(op, its parameters) of one implementation; the parameters' values are the same for all."""
     torch.manual_seed(0)
     loop = Published().to(device)
@@ -50,7 +54,7 @@ def prepare(impl: str, device):
     def op(scalars):
         return mlp_bank(scalars, weights, biases, impl=name)
 
-    return torch.compile(op, dynamic=False) if impl == "eager_compiled" else op, [*weights, *biases]
+    return compiled(op, device, smoke) if impl == "eager_compiled" else op, [*weights, *biases]
 
 
 def check(op, parameters, scalars, impl: str) -> None:
@@ -88,34 +92,22 @@ def predicted_us(batch: int, phase: str) -> float:
     return 3 * launches + products * batch * CONCEPTS * MACS / (132 * 128 * 1700 / 4)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("phase", ["forward", "forward_backward"])
-@pytest.mark.parametrize("batch", BATCHES)
-def test_mlp_bank(measure, benchmark, device, batch, phase, impl):
-    if impl == "ours" and device.type != "cuda":
-        pytest.skip("the Triton kernels need a GPU: interpreted, they take seconds")
-    if impl == "eager_compiled" and benchmark.disabled:
-        pytest.skip("compiling takes longer than a smoke test may")
-    if benchmark.disabled and batch > 1024:
-        pytest.skip("takes longer than a smoke test may")
-    op, parameters = prepare(impl, device)
-    scalars = torch.randn(batch, CONCEPTS, device=device, requires_grad=True)
-    check(op, parameters, scalars, impl)
-    upstream = torch.randn(batch, CONCEPTS, WIDTHS[-1], device=device)
+def decides(batch, phase, impl) -> bool:
+    return batch == 128 and impl != ("eager" if GPU else "ours")
 
-    def forward():
-        with torch.no_grad():
-            return op(scalars)
 
-    def forward_backward():
-        return torch.autograd.grad(op(scalars), [scalars, *parameters], upstream)
-
-    forward()  # compiles anew without gradients
+@cases("batch, phase, impl", product(BATCHES, PHASES, IMPLS), decides)
+def test_mlp_bank(measure, benchmark, rotated, smoke, device, batch, phase, impl):
+    batch = min(batch, 8) if smoke else batch
+    op, parameters = prepare(impl, device, smoke)
+    costs = cost(batch, parameters, phase)
+    sets = rotated(lambda: torch.randn(batch, CONCEPTS, device=device, requires_grad=True), costs["bytes"])
+    check(op, parameters, sets[0], impl)
     benchmark.extra_info["predicted_us"] = predicted_us(batch, phase) if impl == "ours" else None
     shape = f"B={batch} N={CONCEPTS} widths={'-'.join(map(str, WIDTHS))}"
     labels = {"op": "mlp_bank", "impl": impl, "phase": phase, "shape": shape}
-    run = forward if phase == "forward" else forward_backward
-    measure(run, **labels, dtype=scalars.dtype, **cost(batch, parameters, phase))
+    runs = [run_of(phase, op, [scalars], parameters) for scalars in sets]
+    measure(runs, **labels, dtype=torch.float32, **costs)
 
 
 def test_twice_as_fast_as_the_published_loop(benchmark, device):

@@ -4,9 +4,10 @@
 `eager_out`, `ours_out` and `copy` (of a tensor of that shape), which write into given ones: on a CPU the pages of a
 fresh tensor can cost more than the arithmetic, depending on what the C library's malloc has seen before.
 
-    python bench/bench_noise.py [threads]    # the two figures that matter on a CPU, minima of interleaved runs
+    python -m bench.bench_noise [threads]    # the two figures that matter on a CPU, minima of interleaved runs
 """
 
+import functools
 import math
 import sys
 import time
@@ -14,16 +15,19 @@ import time
 import pytest
 import torch
 
+from bench.baselines import compiled
+from bench.cases import GPU, cases
 from encdiff.diffusion.samplers import ddim_coefficients
 from encdiff.diffusion.schedules import alphas_cumprod, ddim_timesteps, make_betas
 from encdiff.ops.noise import q_sample, step
 
 ALPHA_BAR = alphas_cumprod(make_betas("scaled_linear"))
-SHAPES = {"4096x3x16x16": (4096, 3, 16, 16), "64x3x16x16": (64, 3, 16, 16)}
+SMALL = "64x3x16x16"
+SHAPES = {"4096x3x16x16": (4096, 3, 16, 16), SMALL: (64, 3, 16, 16)}
 IMPLS = ("eager", "eager_out", "compiled", "diffusers", "ours", "ours_out")
 CASES = [(shape, "float32", impl) for shape in SHAPES for impl in IMPLS]
 CASES += [("4096x3x16x16", "bfloat16", impl) for impl in ("eager", "ours", "ours_out")]
-cases = pytest.mark.parametrize("shape,dtype,impl", CASES)
+DECIDE = ("eager", "compiled", "ours") if GPU else ("eager", "eager_out", "compiled", "ours", "ours_out")
 
 
 def eager_q_sample(x0, t, signal, sigma):
@@ -38,6 +42,7 @@ def eager_step(x_t, output, alpha, alpha_prev):
     return alpha_prev.sqrt() * x0 + (1 - alpha_prev).sqrt() * output
 
 
+@functools.cache
 def scheduler(steps=50):
     diffusers = pytest.importorskip("diffusers", reason="one of the baselines is diffusers")
     made = diffusers.DDIMScheduler(
@@ -48,14 +53,14 @@ def scheduler(steps=50):
     return made
 
 
-def q_sample_runs(x0, t):
+def q_sample_runs(x0, t, compiled=eager_q_sample):
     alpha_bar, out = ALPHA_BAR.to(x0.device), (torch.empty_like(x0), torch.empty_like(x0))
     signal, sigma = alpha_bar.sqrt().to(x0.dtype), (1 - alpha_bar).sqrt().to(x0.dtype)
     ids, draw = torch.arange(len(x0), device=x0.device), torch.zeros(1, dtype=torch.int64, device=x0.device)
 
     def diffusers_form():
         noise = torch.randn_like(x0)
-        return scheduler_.add_noise(x0, noise, t), noise
+        return scheduler().add_noise(x0, noise, t), noise
 
     def eager_out():
         x_t, noise = out
@@ -66,7 +71,6 @@ def q_sample_runs(x0, t):
     def ours(out=None):
         return q_sample(x0, None, t, alpha_bar, seed=1, sample_ids=ids, draw=draw, out=out)
 
-    scheduler_, compiled = scheduler(), torch.compile(eager_q_sample)
     return {
         "eager": lambda: eager_q_sample(x0, t, signal, sigma),
         "eager_out": eager_out,
@@ -77,8 +81,8 @@ def q_sample_runs(x0, t):
     }
 
 
-def step_runs(x_t, output, c, alpha, alpha_prev, t):
-    x_prev, scheduler_, compiled = torch.empty_like(x_t), scheduler(), torch.compile(eager_step)
+def step_runs(x_t, output, c, alpha, alpha_prev, t, compiled=eager_step):
+    x_prev = torch.empty_like(x_t)
 
     def eager_out():
         a, b = (alpha_prev / alpha).sqrt(), (1 - alpha_prev).sqrt() - (alpha_prev * (1 - alpha) / alpha).sqrt()
@@ -88,7 +92,7 @@ def step_runs(x_t, output, c, alpha, alpha_prev, t):
         "eager": lambda: eager_step(x_t, output, alpha, alpha_prev),
         "eager_out": eager_out,
         "compiled": lambda: compiled(x_t, output, alpha, alpha_prev),
-        "diffusers": lambda: scheduler_.step(output, t, x_t).prev_sample,
+        "diffusers": lambda: scheduler().step(output, t, x_t).prev_sample,
         "ours": lambda: step(x_t, output, c),
         "ours_out": lambda: step(x_t, output, c, out=x_prev),
     }
@@ -103,36 +107,44 @@ def step_inputs(shape, device, dtype, same_row=False):
     return x_t, output, c, alpha, alpha_prev, int(timesteps[25])
 
 
-@cases
-def test_q_sample(measure, benchmark, device, shape, dtype, impl):
-    if impl == "compiled" and benchmark.disabled:
-        pytest.skip("compiling takes longer than a smoke test may")
-    torch.manual_seed(0)
-    x0 = torch.randn(SHAPES[shape], device=device, dtype=getattr(torch, dtype))
-    t = torch.randint(len(ALPHA_BAR), (len(x0),), device=device)
-    run = q_sample_runs(x0, t)[impl]
+def decides(shape, dtype, impl) -> bool:
+    return shape == "4096x3x16x16" and dtype == "float32" and impl in DECIDE
+
+
+@cases("shape, dtype, impl", CASES, decides)
+def test_q_sample(measure, rotated, smoke, device, shape, dtype, impl):
+    shape, form = SMALL if smoke else shape, compiled(eager_q_sample, device, smoke or impl != "compiled")
+
+    def draw():
+        x0 = torch.randn(SHAPES[shape], device=device, dtype=getattr(torch, dtype))
+        return x0, torch.randint(len(ALPHA_BAR), (len(x0),), device=device)
+
+    size = 3 * math.prod(SHAPES[shape]) * getattr(torch, dtype).itemsize
+    sets = rotated(draw, size)
+    (x0, t), runs = sets[0], [q_sample_runs(*given, form)[impl] for given in sets]
     q_sample(x0, None, t, ALPHA_BAR.to(device), seed=1, impl="native")  # built and loaded before it is timed
-    x_t, noise = run()
+    x_t, noise = runs[0]()
     expected, _ = q_sample(x0, noise, t, ALPHA_BAR.to(device), impl="reference")
     assert (x_t.float() - expected.float()).norm() <= (1e-5 if dtype == "float32" else 2e-2) * expected.float().norm()
     assert abs(noise.double().mean()) < 6 / math.sqrt(noise.numel()) and abs(noise.double().std() - 1) < 0.02
     labels = {"op": "q_sample", "impl": impl, "phase": "step", "shape": f"{shape} {dtype}"}
-    measure(run, **labels, dtype=x0.dtype, bytes=3 * x0.nbytes, flops=0)
+    measure(runs, **labels, dtype=x0.dtype, bytes=size, flops=0)
 
 
-@cases
-def test_step(measure, benchmark, device, shape, dtype, impl):
-    if impl == "compiled" and benchmark.disabled:
-        pytest.skip("compiling takes longer than a smoke test may")
-    torch.manual_seed(0)
-    inputs = step_inputs(SHAPES[shape], device, getattr(torch, dtype), same_row=impl == "diffusers")
-    x_t, output, c = inputs[:3]
+@cases("shape, dtype, impl", CASES, decides)
+def test_step(measure, rotated, smoke, device, shape, dtype, impl):
+    shape, form = SMALL if smoke else shape, compiled(eager_step, device, smoke or impl != "compiled")
+    size = 3 * math.prod(SHAPES[shape]) * getattr(torch, dtype).itemsize
+    sets = rotated(
+        lambda: step_inputs(SHAPES[shape], device, getattr(torch, dtype), same_row=impl == "diffusers"), size
+    )
+    x_t, output, c = sets[0][:3]
     expected = step(x_t.float(), output.float(), c, impl="reference")
     step(x_t, output, c, impl="native")
-    run = step_runs(*inputs)[impl]
-    assert (run().float() - expected).norm() <= (1e-4 if dtype == "float32" else 5e-2) * expected.norm()
+    runs = [step_runs(*inputs, form)[impl] for inputs in sets]
+    assert (runs[0]().float() - expected).norm() <= (1e-4 if dtype == "float32" else 5e-2) * expected.norm()
     labels = {"op": "step", "impl": impl, "phase": "step", "shape": f"{shape} {dtype}"}
-    measure(run, **labels, dtype=x_t.dtype, bytes=3 * x_t.nbytes, flops=0)
+    measure(runs, **labels, dtype=x_t.dtype, bytes=size, flops=0)
 
 
 def main() -> None:

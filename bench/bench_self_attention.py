@@ -8,20 +8,19 @@ it, and projections fused into the kernel, which each of an image's programs wou
 """
 
 import functools
+from itertools import product
 
-import pytest
 import torch
 import torch.nn.functional as F
 
+from bench.baselines import compiled
+from bench.cases import DTYPE, GPU, LAYERS, PHASES, cases, check, run_of
 from encdiff.ops.self_attention import self_attention, self_attention_reference
 
-PAPER = {"16x16": (256, 64), "8x8": (64, 128), "4x4": (16, 256), "2x2": (4, 256)}  # queries, channels
 HEADS = 8
-GPU = torch.cuda.is_available()
-CASES = [(name, batch) for name in PAPER for batch in ((1, 16, 128, 1024) if GPU else (16,))]
-DTYPES = [torch.bfloat16, torch.float32] if GPU else [torch.float32]
-IMPLS = ["published", "published_compiled", "sdpa", "ours"] if GPU else ["published", "sdpa", "ours"]
-NAMES = ("x", "w_q", "w_k", "w_v", "w_o", "b_o", "norm_weight", "norm_bias")
+BATCHES = (1, 16, 128, 1024) if GPU else (16,)
+DTYPES = (torch.bfloat16, torch.float32) if GPU else (torch.float32,)
+IMPLS = ("published", "compiled", "sdpa", "ours") if GPU else ("published", "sdpa", "ours")
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
 
 
@@ -35,60 +34,47 @@ def published(x, w_q, w_k, w_v, w_o, b_o, norm_weight, norm_bias):
     return F.linear(a, w_o, b_o) + x
 
 
+def fused(function, x, *rest, **options):
+    """One of `ops`, its norm given by position."""
+    return function(x, *rest[:-2], norm_weight=rest[-2], norm_bias=rest[-1], heads=HEADS, residual=True, **options)
+
+
 OPS = {
     "published": published,
-    "published_compiled": torch.compile(published, mode="max-autotune-no-cudagraphs"),
-    "sdpa": functools.partial(self_attention, heads=HEADS, residual=True, impl="sdpa"),
-    "ours": functools.partial(self_attention, heads=HEADS, residual=True),
+    "sdpa": functools.partial(fused, self_attention, impl="sdpa"),
+    "ours": functools.partial(fused, self_attention),
 }
+reference = functools.partial(fused, self_attention_reference)
 
 
-def inputs(batch, queries, channels, device, dtype) -> dict[str, torch.Tensor]:
+def inputs(batch, queries, channels, device, dtype) -> list[torch.Tensor]:
+    """x, the four weights, their bias, the norm's weight and bias."""
     shapes = [(batch, queries, channels), *[(channels, channels)] * 4, *[(channels,)] * 3]
-    drawn = [torch.randn(s) / (s[-1] ** 0.5 if n[0] == "w" else 1) for n, s in zip(NAMES, shapes, strict=True)]
-    return {n: t.to(device, dtype).requires_grad_() for n, t in zip(NAMES, drawn, strict=True)}
+    drawn = [torch.randn(s) / (channels**0.5 if 1 <= n <= 4 else 1) for n, s in enumerate(shapes)]
+    return [t.to(device, dtype).requires_grad_() for t in drawn]
 
 
-def cost(tensors: dict[str, torch.Tensor], phase: str) -> dict[str, int]:
+def cost(batch, queries, channels, dtype, phase: str) -> dict[str, int]:
     """Bytes of inputs and output once (with gradients: of both, and the inputs again), FLOP of the plain form."""
-    batch, queries, channels = tensors["x"].shape
     flops = 4 * batch * queries * channels * (2 * channels + queries)
-    read, written = sum(t.nbytes for t in tensors.values()), tensors["x"].nbytes
+    written = batch * queries * channels * dtype.itemsize
+    read = written + (4 * channels**2 + 3 * channels) * dtype.itemsize
     if phase == "forward":
         return {"bytes": read + written, "flops": flops}
     return {"bytes": 3 * read + 2 * written, "flops": 3 * flops}
 
 
-def check(op, tensors: dict[str, torch.Tensor]) -> None:
-    """Output and every gradient against float64, before anything is timed."""
-    exact = {name: tensor.detach().double().requires_grad_() for name, tensor in tensors.items()}
-    y, expected = op(**tensors), self_attention_reference(**exact, heads=HEADS, residual=True)
-    upstream = torch.randn_like(y)
-    actual = [y, *torch.autograd.grad(y, tensors.values(), upstream)]
-    expected = [expected, *torch.autograd.grad(expected, exact.values(), upstream.double())]
-    for name, a, e in zip(("y", *NAMES), actual, expected, strict=True):
-        assert (a - e).norm() <= TOLERANCE[y.dtype] * e.norm(), name
+def decides(shape, batch, phase, impl, dtype) -> bool:
+    shapes = ("16x16", "8x8", "4x4") if phase == "forward_backward" or not GPU else ("16x16", "8x8")
+    return shape in shapes and batch in (16, 128)[GPU:] and impl != "sdpa" and dtype == DTYPE
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("phase", ["forward", "forward_backward"])
-@pytest.mark.parametrize("shape, batch", CASES)
-def test_self_attention(measure, benchmark, device, shape, batch, phase, impl, dtype):
-    if benchmark.disabled and shape == "16x16" and not GPU:
-        pytest.skip("takes longer than a smoke test may")
-    tensors, op = inputs(batch, *PAPER[shape], device, dtype), OPS[impl]
-    check(op, tensors)
-    upstream = torch.randn_like(tensors["x"])
-
-    def forward():
-        with torch.no_grad():
-            return op(**tensors)
-
-    def forward_backward():
-        return torch.autograd.grad(op(**tensors), tensors.values(), upstream)
-
-    B, L, C = tensors["x"].shape
-    labels = {"op": "self_attention", "impl": impl, "phase": phase, "shape": f"B={B} L={L} C={C} H={HEADS}"}
-    run = forward if phase == "forward" else forward_backward
-    measure(run, **labels, dtype=dtype, **cost(tensors, phase))
+@cases("shape, batch, phase, impl, dtype", product(LAYERS, BATCHES, PHASES, IMPLS, DTYPES), decides)
+def test_self_attention(measure, rotated, smoke, device, shape, batch, phase, impl, dtype):
+    sizes = (2 if smoke else batch, *LAYERS[shape])
+    op = compiled(published, device, smoke) if impl == "compiled" else OPS[impl]
+    costs = cost(*sizes, dtype, phase)
+    sets = rotated(lambda: inputs(*sizes, device, dtype), costs["bytes"])
+    check(op, reference, sets[0], TOLERANCE[dtype])
+    labels = {"op": "self_attention", "impl": impl, "phase": phase, "shape": "B={} L={} C={} H=8".format(*sizes)}
+    measure([run_of(phase, op, tensors) for tensors in sets], **labels, dtype=dtype, **costs)

@@ -3,7 +3,9 @@
     OMP_NUM_THREADS=2 python -m bench.cpu [seconds]
 
 The paper's configuration, batch 16: its widest cross-attention, one evaluation of the U-Net, one training step;
-`published` is `bench.published`.
+`published` is `bench.published`. All forms are called in turns until the times of each have settled; after how many
+calls they had stands beside them. On a fresh machine the first ten steps of a training took ten times as long as later
+ones.
 """
 
 import copy
@@ -16,28 +18,30 @@ import torch
 
 from bench.baselines import PAPER, fresh_model, published_twin
 from bench.bench_cross_attention import OPS, inputs
+from bench.clock import warm_up
 from bench.published import PublishedTraining
 from encdiff.data import to_float
 from encdiff.models import EncDiff
 from encdiff.train import TrainConfig, Training
 
 BATCH = 16
+SETTLING, ROUNDS = 300.0, 5  # seconds of warming up at most, rounds at least
 
 
 def in_turns(title: str, forms: dict[str, Callable], seconds: float) -> None:
-    for form in forms.values():
-        form()
+    before = dict(zip(forms, warm_up(list(forms.values()), SETTLING), strict=True))
     taken, end = {name: [] for name in forms}, time.monotonic() + seconds
-    while time.monotonic() < end:
+    while time.monotonic() < end or len(taken["published"]) < ROUNDS:
         for name, form in forms.items():
             begin = time.perf_counter()
             form()
             taken[name].append(time.perf_counter() - begin)
     print(f"{title}, batch {BATCH}, {torch.get_num_threads()} threads")
-    print(f"  {'':<32} {'median, ms':>12} {'ratio':>6} {'least, ms':>12} {'ratio':>6}")
-    for name in forms:
+    print(f"  {'':<32} {'median, ms':>12} {'ratio':>6} {'least, ms':>12} {'ratio':>6}  calls until settled")
+    for name, (calls, settled) in before.items():
         figures = [(f(taken[name]), f(taken["published"])) for f in (statistics.median, min)]
-        print(f"  {name:<32}" + "".join(f" {1e3 * own:12.2f} {published / own:6.2f}" for own, published in figures))
+        times = "".join(f" {1e3 * own:12.2f} {published / own:6.2f}" for own, published in figures)
+        print(f"  {name:<32}{times}  {calls}" + ("" if settled else ", NOT SETTLED"))
 
 
 def forward(model: EncDiff, seconds: float) -> None:
@@ -62,7 +66,7 @@ def forward(model: EncDiff, seconds: float) -> None:
 
 def one_cross_attention(seconds: float) -> None:
     tensors = inputs(BATCH, 256, 64, 20, 16, torch.device("cpu"), torch.float32)
-    forms = {name: lambda op=op: op(**tensors) for name, op in OPS.items() if name != "published_compiled"}
+    forms = {name: lambda op=op: op(*tensors) for name, op in OPS.items()}
     with torch.inference_mode():
         in_turns("cross-attention, 256 queries, 64 channels, 20 tokens", forms, seconds)
 

@@ -8,6 +8,7 @@ the same function as ours: `tests/test_published.py`. `attention="sdpa"` takes t
 
 import copy
 import math
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -247,6 +248,11 @@ class Published(nn.Module):
     def unet(self) -> UNet:
         return self.model["diffusion_model"]
 
+    @cached_property
+    def alphas(self) -> list[float]:
+        """`alpha_bar` on the host, where the published sampler has it."""
+        return self.alpha_bar.tolist()
+
     def tokens(self, images: Tensor) -> Tensor:
         return self.cond_stage_model["net"](self.cond_stage_model["encoder"](images))
 
@@ -267,7 +273,7 @@ class Published(nn.Module):
         """Images from scalars (B, N) by DDIM; `unet` stands in for the model's own, such as a compiled one."""
         unet, tokens, x = unet or self.unet, self.cond_stage_model["net"](scalars), x_T
         timesteps = schedules.ddim_timesteps(steps, self.config.num_timesteps).tolist()
-        alphas = self.alpha_bar.tolist()
+        alphas = self.alphas
         for i in reversed(range(steps)):
             alpha, before = alphas[timesteps[i]], alphas[timesteps[i - 1]] if i else alphas[0]
             sigma = eta * math.sqrt((1 - before) / (1 - alpha) * (1 - alpha / before))
@@ -275,18 +281,32 @@ class Published(nn.Module):
             e = unet(x, torch.full((len(x),), timesteps[i], device=x.device), tokens)
             x0 = (x - (1 - a).sqrt() * e) / a.sqrt()
             x = a_prev.sqrt() * x0 + (1 - a_prev - s**2).sqrt() * e + s * torch.randn_like(x)
-        return self.first_stage_model.decode(x / self.config.scaling_factor).clamp(-1, 1)
+        return self.to_images(x)
+
+    def to_images(self, latents: Tensor) -> Tensor:
+        return self.first_stage_model.decode(latents / self.config.scaling_factor).clamp(-1, 1)
 
 
 class PublishedTraining:
-    """The published training step: AdamW, and the U-Net's average tensor by tensor. `fast` makes both fused."""
+    """The published training step: AdamW, and the U-Net's average tensor by tensor. `fast` makes both fused.
 
-    def __init__(self, model: Published, learning_rate: float, loss=None, precision: str = "float32", fast=False):
+    `capturable`: the optimiser keeps its count on the device, so that a step can be captured in a CUDA graph.
+    """
+
+    def __init__(
+        self,
+        model: Published,
+        learning_rate: float,
+        loss=None,
+        precision: str = "float32",
+        fast=False,
+        capturable=False,
+    ):
         self.model, self.loss, self.fast = model.train(), loss or model.loss, fast
         self.device, self.precision, self.updates = next(model.parameters()).device, precision, 0
         self.average = copy.deepcopy(model.unet).requires_grad_(False)
         parameters = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(parameters, learning_rate, fused=fast or None)
+        self.optimizer = torch.optim.AdamW(parameters, learning_rate, fused=fast or None, capturable=capturable)
 
     def advance(self, images: Tensor) -> Tensor:
         """One step on float images (B, 3, S, S); returns the loss."""

@@ -3,9 +3,11 @@
     python -m bench.report RUN.json [MORE.json ...] [--against STORED] [--out FOLDER] [--store FOLDER]
 
 Prints Markdown: per op one table, every time as a ratio to the published form and to the best stock form of the same
-run, dtype and shape (above 1: this one is faster). `--out` also writes report.md and a plot per op. `--against` names
-a stored JSON, or a folder of them, and compares with the one of this device: exit status 1 and a list where a time
-moved by more than 10 %. `--store` keeps this run in a folder under its device's name, without the raw samples.
+run, dtype and shape (above 1: this one is faster). On a GPU a time is that of one of many calls in a captured graph, or
+between two events and then marked so; "eager host" is what the host takes to issue a call. `--out` also writes
+report.md and a plot per op. `--against` names a stored JSON, or a folder of them, and compares with the one of this
+device: exit status 1 and a list where a time moved by more than 10 %. `--store` keeps this run in a folder under its
+device's name, without the raw samples.
 """
 
 import argparse
@@ -17,11 +19,11 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
-STOCK = ("published_compiled", "eager_compiled", "compiled", "diffusers")  # what else a user could take today
+STOCK = ("published_compiled", "eager_compiled", "compiled", "diffusers", "torch")  # what else a user could take today
 LIMIT = 0.10
 COLUMNS = (
-    "impl", "dtype", "time", "vs published", "vs best stock", "images/s", "launches", "peak MiB", "GB/s", "TFLOP/s",
-    "% of bound",
+    "impl", "dtype", "time", "vs published", "vs best stock", "eager host", "images/s", "launches", "peak MiB", "GB/s",
+    "TFLOP/s", "% of bound",
 )  # fmt: skip
 
 
@@ -109,8 +111,10 @@ def row(case: Case, published: float | None, stock: float | None) -> list[str]:
     peak = info.get("peak_memory")
     figures = [info.get(name) for name in ("samples_per_second", "launches")]
     rates = [info.get(name) for name in ("gbps", "tflops", "percent_of_bound")]
+    eager, mark = info.get("eager_seconds"), ", events" if info.get("timed") == "events" else ""
     return [
-        case.impl, case.dtype, duration(case.seconds), *ratios, *map(number, figures),
+        case.impl, case.dtype, duration(case.seconds) + mark, *ratios, duration(eager) if eager else "",
+        *map(number, figures),
         number(peak and peak / 2**20), *map(number, rates),
     ]  # fmt: skip
 

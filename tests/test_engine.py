@@ -10,7 +10,7 @@ import torch
 from _tiny import TINY
 from test_train import CONFIG
 
-from bench.gpu.lab import captured
+from bench.clock import captured
 from encdiff import EncDiff, InputError, SamplingEngine
 from encdiff.data import open_dataset
 from encdiff.engine import Graph, choose

@@ -61,13 +61,21 @@ def test_ratios_are_of_the_medians_of_the_same_dtype():
     assert bf16[:5] == ["ours", "bfloat16", "100 ms", "", ""]
     assert published[:5] == ["published", "float32", "500 ms", "1.00", "0.60"]
     assert ours[:5] == ["ours", "float32", "250 ms", "2.00", "1.20"]
-    assert ours[5:] == ["64", "12", "3", "", "", "12.3"]
+    assert ours[5:] == ["", "64", "12", "3", "", "", "12.3"]
     assert (diffusers[3], compiled[3]) == ("1.67", "1.25")
 
 
 def test_the_clock_of_a_gpu_goes_before_the_median_of_the_calls():
     found = cases(a_run(benchmark("ours", 0.5, seconds=0.125)))
     assert [case.seconds for case in found] == [0.125]
+
+
+def test_what_the_host_takes_is_a_column_and_times_by_events_are_marked():
+    graph = benchmark("ours", 1.0, seconds=2e-5, timed="graph", eager_seconds=2e-4)
+    events = benchmark("published", 1.0, seconds=0.25, timed="events", eager_seconds=0.125)
+    header, _, published, ours = table(markdown(a_run(graph, events)))
+    assert (published[2], ours[2]) == ("250 ms, events", "20 us")
+    assert (published[header.index("eager host")], ours[header.index("eager host")]) == ("125 ms", "200 us")
 
 
 def test_heading_names_device_versions_and_commit():

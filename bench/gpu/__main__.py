@@ -266,9 +266,10 @@ def main(arguments: list[str] | None = None) -> int:
     if not given.go_on:
         for name in ("said", "right", "tests", *SECONDS):  # of an earlier run into the same folder
             (out / f"{name}.json").unlink(missing_ok=True)
+        (out / "tables.txt").unlink(missing_ok=True)
     session = Session(lab, blocks)
     session.run()
-    pack(out, out / "results.tgz", "*.json", "*.png", "summary.md", "parts/*.log", "parts/*.json")
+    pack(out, out / "results.tgz", "*.json", "*.png", "summary.md", "tables.txt", "parts/*.log", "parts/*.json")
     print((out / "summary.md").read_text())
     failed = (lab.load("tests") or {}).get("FAILED", 0)
     return int(failed > 0 or any(not r["ok"] for r in lab.load("right") or []))

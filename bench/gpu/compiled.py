@@ -8,8 +8,9 @@ from collections.abc import Callable
 import torch
 
 from bench.baselines import fresh_model, published_twin
+from bench.clock import captured, repeated, replayed
 from bench.gpu import operations
-from bench.gpu.lab import Lab, captured, repeated, replayed
+from bench.gpu.lab import Lab
 from bench.gpu.steps import advance, ours, published
 from encdiff.engine import Graph
 

@@ -1,10 +1,9 @@
-"""What every block is given, and how it times."""
+"""What every block is given."""
 
 import json
 import signal
-import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,10 +11,7 @@ from pathlib import Path
 import torch
 
 from bench.baselines import PAPER, SMOKE
-from encdiff.engine import uncollected
 from encdiff.models import EncDiffConfig
-
-Run = Callable[[], object]
 
 
 class Late(Exception):
@@ -72,70 +68,3 @@ def alarm(seconds: float) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
-
-
-def called(run: Run, device: torch.device, calls: int = 10, warm_up: int = 3) -> float:
-    """Seconds of one call as the host makes it, median; on a GPU until the device is done."""
-    for _ in range(warm_up):
-        run()
-    times = []
-    for _ in range(calls):
-        synchronize(device)
-        begin = time.perf_counter()
-        run()
-        synchronize(device)
-        times.append(time.perf_counter() - begin)
-    return statistics.median(times)
-
-
-def replayed(runs: Run | Sequence[Run], device: torch.device, calls: int = 20, repeats: int = 7) -> float:
-    """Seconds of one call on the device alone: `calls` of them in one CUDA graph, over rotating inputs; median.
-
-    Several runs take turns, so that an input is not in the cache when its turn comes. Without a GPU as `called`.
-    """
-    runs = [runs] if callable(runs) else list(runs)
-    if device.type != "cuda":
-        return called(runs[0], device, calls=2, warm_up=1)
-    graph, kept = captured(lambda: [runs[i % len(runs)]() for i in range(calls)], runs)
-    times = [_elapsed(graph.replay) for _ in range(repeats + 1)][1:]
-    del kept
-    return statistics.median(times) / calls
-
-
-def captured(work: Run, warm_up: Sequence[Run] = ()) -> tuple[torch.cuda.CUDAGraph, object]:
-    """A CUDA graph of `work`, and its outputs, which the graph's memory holds."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for run in warm_up:
-            run()
-            run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with uncollected(), torch.cuda.graph(graph):
-        outputs = work()
-    return graph, outputs
-
-
-def repeated(run: Run, device: torch.device, calls: int = 20, warm_up: int = 6) -> float:
-    """Seconds of one call when calls follow each other without waiting: as in a training."""
-    for _ in range(warm_up):
-        run()
-    if device.type != "cuda":
-        return called(run, device, calls=3, warm_up=0)
-    return _elapsed(lambda: [run() for _ in range(calls)]) / calls
-
-
-def _elapsed(run: Run) -> float:
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize()
-    begin.record()
-    run()
-    end.record()
-    torch.cuda.synchronize()
-    return begin.elapsed_time(end) / 1000
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()

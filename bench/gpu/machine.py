@@ -7,7 +7,8 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from bench.gpu.lab import Lab, replayed
+from bench.clock import replayed
+from bench.gpu.lab import Lab
 
 PACKAGES = ("torch", "triton", "numpy", "einops", "scikit-learn")
 

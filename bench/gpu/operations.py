@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench import published
+from bench.clock import replayed
 from bench.gpu.checks import layers
-from bench.gpu.lab import Lab, replayed
+from bench.gpu.lab import Lab
 from encdiff import ops
 from encdiff.diffusion.samplers import ddim_coefficients
 from encdiff.diffusion.schedules import alphas_cumprod, ddim_timesteps, make_betas

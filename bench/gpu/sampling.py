@@ -7,13 +7,16 @@ evaluations.
 import torch
 
 from bench.baselines import fresh_model, published_twin
+from bench.clock import called
 from bench.cost import sampling_cost
-from bench.gpu.lab import Lab, called
+from bench.gpu.lab import Lab
 from bench.gpu.steps import advance, ours
 from encdiff import SamplingEngine
+from encdiff.engine import float32_precision
 from encdiff.ops import normal, q_sample
 
 
+@float32_precision(tf32=False)
 def check(lab: Lab) -> dict:
     """Native noise on the device = on the CPU; graph = eager; the sampling engine = sample; each as a number."""
     found: dict[str, object] = {}
@@ -57,9 +60,10 @@ def check_lines(found: dict) -> list[str]:
     return [f"{name}: {value:.3g}" for name, value in found.items() if isinstance(value, float)]
 
 
+@float32_precision(tf32=False)
 def measure(lab: Lab) -> dict:
     steps = 3 if lab.cpu else 10
-    found = {"steps": steps, "seconds": {}, "bound": {}}
+    found = {"steps": steps, "tf32": False, "seconds": {}, "bound": {}}
     model = fresh_model(lab.config, lab.device).eval()
     twin = published_twin(model)
     for batch in (lab.batch, 1):

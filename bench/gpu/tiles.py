@@ -1,4 +1,6 @@
-"""Block `tiles`: every tile of the tables that dispatch reads, timed at the paper's layers; the best, ready to paste.
+"""Block `tiles`: every tile of the tables that dispatch reads, timed at the paper's layers.
+
+`OUT/tables.txt` has the best of each key, ready to paste (`bench.gpu.tables`).
 
 Many processes compile first (`compile_share`), with what they find in Triton's cache on disk; then one times.
 """
@@ -12,8 +14,10 @@ from encdiff.kernels import _cross_attention_plan as plan
 from encdiff.kernels import self_attention as attention
 from encdiff.kernels.cross_attention import cross_attention_folded, cross_attention_heads, cross_attention_kept
 
+from bench.clock import Run, replayed
+from bench.gpu import tables
 from bench.gpu.checks import layers
-from bench.gpu.lab import Lab, Run, replayed
+from bench.gpu.lab import Lab
 
 
 class Sweep(NamedTuple):
@@ -25,6 +29,7 @@ class Sweep(NamedTuple):
     candidates: list
     run: Run
     layers: int  # how many of a U-Net's layers have this shape
+    positions: int
 
 
 def sweeps(lab: Lab) -> Iterator[Sweep]:
@@ -51,7 +56,7 @@ def sweeps(lab: Lab) -> Iterator[Sweep]:
             for kernel, run in (("fwd", folded), ("dx", folded_backward), ("dkv", folded_backward)):
                 tiles = [plan.FoldedTile(*t) for t in _folded(kernel, rows)]
                 key = (kernel, True, plan.pad(C, 64))
-                yield Sweep(f"FOLDED {kernel} C={C} L={L}", plan.FOLDED_TILES, key, tiles, run, n)
+                yield Sweep(f"FOLDED {kernel} C={C} L={L}", plan.FOLDED_TILES, key, tiles, run, n, L)
         key = (plan.pad(C, 128), plan.pad(width, 16))
         if C >= 128 and plan.can_keep(C, N, width, 2):
             w_q, w_o = (torch.randn(C, C, device=lab.device, dtype=torch.bfloat16) / C**0.5 for _ in range(2))
@@ -63,7 +68,7 @@ def sweeps(lab: Lab) -> Iterator[Sweep]:
             shapes = product((16, 32, 64), (1, 2), (32, 64), (4, 8), (2, 3))
             fitting = [t for t in shapes if 2 <= t[0] / t[3] <= 16 and t[0] * t[1] <= 64 and t[3:] != (8, 3)]
             tiles = [plan.KeptTile(*t) for t in fitting if t[0] < 64 or t[4] == 2]
-            yield Sweep(f"KEPT C={C} L={L}", plan.KEPT_TILES, key, tiles, kept, n)
+            yield Sweep(f"KEPT C={C} L={L}", plan.KEPT_TILES, key, tiles, kept, n, L)
         q, do = (torch.randn(B, L, C, device=lab.device, dtype=torch.bfloat16) for _ in range(2))
         k, v = (torch.randn(B, N, C, device=lab.device, dtype=torch.bfloat16) for _ in range(2))
         lse = cross_attention_heads(q, k, v, None, H, width**-0.5, False)[1]
@@ -79,7 +84,7 @@ def sweeps(lab: Lab) -> Iterator[Sweep]:
                 continue  # these take a short tile of their own, whatever the table says
             tiles = [plan.HeadsTile(r, 128 if kernel != "dkv" else 32, w) for r, w in product(rows, (1, 2, 4))]
             yield Sweep(
-                f"HEADS {kernel} C={C} L={L}", plan.HEADS_TILES, (kernel, True, plan.pad(width, 32)), tiles, run, n
+                f"HEADS {kernel} C={C} L={L}", plan.HEADS_TILES, (kernel, True, plan.pad(width, 32)), tiles, run, n, L
             )
         qkv = torch.randn(B, L, 3 * C, device=lab.device, dtype=torch.bfloat16)
         o, lse_self = attention.self_attention(qkv, H, width**-0.5)
@@ -93,7 +98,7 @@ def sweeps(lab: Lab) -> Iterator[Sweep]:
         for kernel, run in (("fwd", attend), ("bwd", attend_backward)):
             tiles = [(attention.Tile(*t),) for t in _self_attention(kernel, L)]
             key = (kernel, True, attention.pad_width(width))
-            yield Sweep(f"SELF {kernel} d={width} L={L}", attention.TILES, key, tiles, run, n)
+            yield Sweep(f"SELF {kernel} d={width} L={L}", attention.TILES, key, tiles, run, n, L)
 
 
 def _folded(kernel: str, rows: list[int]) -> Iterator[tuple[int, int, int, int]]:
@@ -165,13 +170,15 @@ def measure(lab: Lab) -> dict:
             "key": str(sweep.key),
             "us": ranked,
             "layers": sweep.layers,
+            "positions": sweep.positions,
         }
         lab.save("tiles", found)
+        (lab.out / tables.FILE).write_text(tables.text(found))
     return found
 
 
 def lines(found: dict) -> list[str]:
-    said = []
+    said = [f"the best of each key, ready to paste: {tables.FILE}"]
     for name, r in found.items():
         best = next(iter(r["us"].items()), ("none", float("nan")))
         said.append(f"{name:26} {r['key']:22} now {r['now_us'] or float('nan'):7.2f} best {best[1]:7.2f} us {best[0]}")

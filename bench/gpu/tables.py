@@ -1,0 +1,106 @@
+"""What the sweep of tiles found, as lines to paste into the tables of kernels/.
+
+Layers of several shapes may share a key: the tile then is the one of least time over all of them, each shape counted as
+often as a U-Net has it, and only what was timed at every shape is chosen from.
+"""
+
+from ast import literal_eval
+from itertools import product
+from typing import NamedTuple
+
+from encdiff.kernels import _cross_attention_plan as plan
+from encdiff.kernels import self_attention as attention
+
+FILE = "tables.txt"
+PLAN, SELF = "kernels/_cross_attention_plan.py", "kernels/self_attention.py"
+TABLES = {  # kind of a sweep: table, its name and file, type of its tiles
+    "FOLDED": (plan.FOLDED_TILES, "FOLDED_TILES", PLAN, plan.FoldedTile),
+    "KEPT": (plan.KEPT_TILES, "KEPT_TILES", PLAN, plan.KeptTile),
+    "HEADS": (plan.HEADS_TILES, "HEADS_TILES", PLAN, plan.HeadsTile),
+    "SELF": (attention.TILES, "TILES", SELF, attention.Tile),
+}
+HEAD = """\
+# Of block `tiles`, 16 bits. Before an entry is kept it must pass `make gate`, and the checks of the kernels on the GPU:
+# `python -m bench.gpu OUT --only beside`. Microseconds are of all layers of the key: with this entry, and with today's.
+"""
+
+
+class Shape(NamedTuple):
+    """Of the sweep of one key at one number of positions: microseconds of each tile, and now."""
+
+    positions: int
+    layers: int
+    times: dict[tuple, float]
+    now: float | None
+
+
+def text(found: dict) -> str:
+    """The tables of a result of `tiles.measure`, ready to paste."""
+    keys: dict[tuple, list[Shape]] = {}
+    for name, r in found.items():
+        times = {literal_eval(tile): us for tile, us in r["us"].items()}
+        shape = Shape(r["positions"], r["layers"], times, r["now_us"])
+        keys.setdefault((name.split()[0], literal_eval(r["key"])), []).append(shape)
+    said = [HEAD]
+    for kind, (table, title, file, tile) in TABLES.items():
+        of_kind = {key: sorted(shapes, key=lambda s: s.positions) for (k, key), shapes in keys.items() if k == kind}
+        if of_kind:
+            choose = tiles_of if kind == "SELF" else tile_of
+            said += [f"# {file}", f"{title}:"]
+            said += [line(kind, key, shapes, choose(shapes, table[key], tile)) for key, shapes in of_kind.items()]
+    return "\n".join(said) + "\n"
+
+
+def line(kind: str, key: tuple, shapes: list[Shape], best: tuple[float, object] | None) -> str:
+    layers = sum(shape.layers for shape in shapes)
+    if best is None:
+        return f"    # {key}: no tile was timed at every shape"
+    us, entry = best
+    now = total([shape.now for shape in shapes], shapes)
+    if now is not None and now <= us:
+        return f"    # {key}: as it is, {now:.1f} us of {layers} layers; the best of the others {us:.1f}"
+    comment = f"{us:.1f} us of {layers} layers, now " + ("unknown" if now is None else f"{now:.1f}")
+    if kind == "FOLDED" and key[0] == "dkv" and entry.GROUP > 1:
+        comment += "; CHECK its gradients first: wgmma of a computed, transposed operand"
+    return f"    {str(key).replace(chr(39), chr(34))}: {written(entry)},  # {comment}"
+
+
+def written(entry: tuple) -> str:
+    """A tile, or several, as the source has them: without a last value that is the default."""
+    if entry and isinstance(entry[0], tuple):
+        return "(" + ", ".join(map(written, entry)) + ("," if len(entry) == 1 else "") + ")"
+    defaults = entry._field_defaults
+    values = [str(v) for name, v in entry._asdict().items() if defaults.get(name) != v]
+    return f"{type(entry).__name__}({', '.join(values)})"
+
+
+def total(times: list[float | None], shapes: list[Shape]) -> float | None:
+    """Microseconds of all layers, None if a shape's are unknown."""
+    if None in times:
+        return None
+    return sum(us * shape.layers for us, shape in zip(times, shapes, strict=True))
+
+
+def tile_of(shapes: list[Shape], old: tuple, tile: type) -> tuple[float, tuple] | None:
+    """(microseconds, tile) of a table with one tile for all shapes of a key."""
+    everywhere = set.intersection(*(set(shape.times) for shape in shapes))
+    sums = [(total([shape.times[t] for shape in shapes], shapes), tile(*t)) for t in everywhere]
+    return min(sums, default=None)
+
+
+def tiles_of(shapes: list[Shape], old: tuple, tile: type) -> tuple[float, tuple] | None:
+    """(microseconds, tiles) of self-attention's table: of a key several, the first that has all positions at once."""
+    found = []
+    for tiles in product(*(shape.times for shape in shapes)):
+        taken = [next((t for t in tiles if t[0] >= shape.positions), tiles[-1]) for shape in shapes]
+        us = total([shape.times.get(t) for t, shape in zip(taken, shapes, strict=True)], shapes)
+        if us is not None:
+            found.append((us, tuple(tile(*t) for t in dict.fromkeys(taken))))
+    if not found:
+        return None
+    us, best = min(found)
+    least, most = shapes[0].positions, shapes[-1].positions
+    before = tuple(t for t in old if t.BLOCK_L < least)
+    # what serves more positions stays, unless the last tile, which serves all that no other does, has fewer rows
+    after = tuple(t for t in old if t.BLOCK_L > most or t is old[-1]) if best[-1].BLOCK_L >= most else ()
+    return us, tuple(dict.fromkeys((*before, *best, *after)))
