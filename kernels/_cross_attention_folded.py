@@ -30,6 +30,7 @@ from ._cross_attention_parts import (
 from ._cross_attention_plan import FOLDED_TILES, FOLDED_TOKENS, pad
 from ._gate import GateCase, gate_signature
 from ._halves import sum_halves
+from ._second import refuse_second
 from .column_sum import column_sum
 
 
@@ -321,6 +322,7 @@ def _backward(ctx, dy, dmaps):
 
 
 cross_attention_folded.register_autograd(_backward, setup_context=_setup)
+refuse_second(cross_attention_folded_bwd)
 
 
 def gate_cases():

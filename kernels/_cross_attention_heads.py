@@ -13,6 +13,7 @@ from torch import Tensor
 from ._cross_attention_parts import aligned_rows, load_rows, on_device, operand, store_rows
 from ._cross_attention_plan import FEW_TOKENS, HEADS_TILES, heads_tile, pad
 from ._gate import GateCase, gate_signature
+from ._second import refuse_second
 
 
 @triton.jit
@@ -237,6 +238,7 @@ def _backward(ctx, do, dlse, dmaps):
 
 
 cross_attention_heads.register_autograd(_backward, setup_context=_setup)
+refuse_second(cross_attention_heads_bwd)
 
 
 def gate_cases():

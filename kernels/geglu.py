@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._gate import GateCase, gate_signature
+from ._second import refuse_second
 
 BLOCKS = (64, 256, 1024)  # columns of one program
 TILE = 2048  # its elements: two 16-byte loads of bfloat16 for each thread and half
@@ -100,6 +101,7 @@ def _autograd(ctx, dy):
 
 
 geglu.register_autograd(_autograd, setup_context=_setup_context)
+refuse_second(geglu_backward)
 
 
 def gate_cases() -> Iterator[GateCase]:

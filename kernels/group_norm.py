@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ._gate import GateCase, gate_signature
 from ._halves import SUM, SUM_WARPS, group_norm_bwd_kernel_sum, sum_halves
+from ._second import refuse_second
 
 WIDTHS = (2, 4, 6, 8, 12, 16)  # those of the U-Nets: 64 to 512 channels in 32 groups
 BLOCK_D = (4, 16, 64)  # columns of a group of any other width
@@ -342,6 +343,7 @@ def _autograd(ctx, dy, *_, skip=None):
 
 
 group_norm.register_autograd(_autograd, setup_context=_setup_context)
+refuse_second(group_norm_backward)
 
 
 class GroupNormAndInput(torch.autograd.Function):

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._gate import GateCase, gate_signature
+from ._second import refuse_second
 
 BLOCKS = (16, 64, 128, 256, 512, 1024, 4096)  # columns of a program: all of a row
 VECTOR = tl.constexpr(8)  # neighbours of one thread: 16 bytes of bfloat16
@@ -200,6 +201,7 @@ def _autograd(ctx, dy, *_):
 
 
 layer_norm.register_autograd(_autograd, setup_context=_setup_context)
+refuse_second(layer_norm_backward)
 
 
 def gate_cases() -> Iterator[GateCase]:

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._gate import GateCase, gate_signature
+from ._second import refuse_second
 
 # Widths are padded to these: what the registers hold. The kernels specialise no argument, so the code depends on the
 # block sizes alone and gate_cases lists all of it. Units that pad are masked: their weight 0 times inf would be NaN.
@@ -354,6 +355,7 @@ def _autograd(ctx, dy):
 
 
 mlp_bank.register_autograd(_autograd, setup_context=_setup_context)
+refuse_second(mlp_bank_backward)
 
 
 def gate_cases() -> Iterator[GateCase]:
@@ -389,12 +391,7 @@ def _backward_case(bank: Bank, activation: str, kind: str) -> GateCase:
 
 def _case(kernel, bank: Bank, tile: Tile, constexprs: dict, kind: str, tensor_cores: bool) -> GateCase:
     partial = {"p_dx", "p_chunked", "p_owned"}
-    signature = {
-        name: "constexpr" if name in constexprs
-        else "*fp32:1" if name in partial
-        else f"*{kind}:1" if name.startswith("p_")
-        else "i32"
-        for name in kernel.arg_names
-    }  # fmt: skip
+    types = {n: "*fp32:1" if n in partial else f"*{kind}:1" for n in kernel.arg_names if n.startswith("p_")}
+    signature = gate_signature(kernel, types, constexprs)
     name = f"{kernel.__name__} {kind} {'-'.join(map(str, bank))} {constexprs['ACTIVATION']}"
     return GateCase(name, kernel, signature, constexprs, tile.num_warps, 1, tensor_cores)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ._cross_attention_parts import LOG2E, aligned_rows, on_device, operand
 from ._gate import GateCase, gate_signature
+from ._second import refuse_second
 
 
 @triton.jit
@@ -232,6 +233,7 @@ def _backward(ctx, do, dlse):
 
 
 self_attention.register_autograd(_backward, setup_context=_setup)
+refuse_second(self_attention_backward)
 
 
 def gate_cases() -> Iterator[GateCase]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from encdiff import ops
 from encdiff.models.layers import Conv2d, Linear
+from encdiff.ops._dispatch import is_transformed
 from encdiff.ops.cross_attention_folded import Folded, Kept, cross_attention_folded, fold, fold_pays
 
 
@@ -196,7 +197,7 @@ def pointwise(x: Tensor, conv: nn.Conv2d) -> Tensor:
 
     cuDNN would add it in a pass of its own.
     """
-    if not x.is_contiguous(memory_format=torch.channels_last):
+    if is_transformed() or not x.is_contiguous(memory_format=torch.channels_last):
         return conv(x)
     weight = conv.weight  # as a matrix by a view whose gradient has the weight's own strides: fused AdamW asks for them
     weight = weight.flatten(1) if weight.stride(3) == 1 else weight.permute(0, 2, 3, 1).flatten(1)

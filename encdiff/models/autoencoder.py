@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from encdiff.checkpoint import atomic_path, load_state, load_tensors, save_tensors
 from encdiff.errors import InputError
+from encdiff.ops._triton import autocast_off
 
 SEARCH_ROWS = 8192  # latent positions compared with the codebook at a time: 64 MiB of distances for 2048 codes
 
@@ -171,7 +172,7 @@ class VectorQuantizer(nn.Module):
         """Indices (B,h,w) int64 of the codes nearest to z (B,c,h,w), compared in float32 (autocast or not)."""
         codes = self.embedding.weight.float()
         rows = rearrange(z, "b c h w -> (b h w) c").float()
-        with torch.autocast(z.device.type, enabled=False):
+        with autocast_off(z):
             found = [_nearest_rows(chunk, codes) for chunk in rows.split(SEARCH_ROWS)]
         return torch.cat(found).view(z.shape[0], *z.shape[2:])
 

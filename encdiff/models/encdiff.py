@@ -34,6 +34,7 @@ from encdiff.models.mode import evaluating
 from encdiff.models.sample import sample_latents
 from encdiff.models.tokens import MLPBank
 from encdiff.models.unet import UNet
+from encdiff.ops._triton import autocast_off
 
 Progress = Callable[[int, int], None]  # (done, total)
 
@@ -144,12 +145,12 @@ class EncDiff(
 
     def to_latents(self, images: Tensor) -> Tensor:
         """Images (B, 3, S, S) -> latents (B, c, h, w) as the diffusion sees them; the first stage learns nothing."""
-        with torch.no_grad(), torch.autocast(images.device.type, enabled=False):  # also the target's precision
+        with torch.no_grad(), autocast_off(images):  # also the target's precision
             return self.first_stage.encode(images) * self.config.scaling_factor
 
     def to_images(self, latents: Tensor) -> Tensor:
         """Latents (B, c, h, w) -> images (B, 3, S, S), clipped to [-1, 1]."""
-        with torch.no_grad(), torch.autocast(latents.device.type, enabled=False):
+        with torch.no_grad(), autocast_off(latents):
             return self.first_stage.decode(latents / self.config.scaling_factor).clamp(-1, 1)
 
     def loss(

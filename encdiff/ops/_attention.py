@@ -8,7 +8,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from encdiff.kernels._second import refusal
 from encdiff.ops import _native
+from encdiff.ops._triton import autocast_dtype, autocast_off, has_gradient
 from encdiff.ops.layer_norm import fuses, layer_norm_triton
 from encdiff.ops.linear import linear
 
@@ -18,14 +20,13 @@ NATIVE_WIDTH = 64  # csrc/attention.h: kMaxWidth
 @contextmanager
 def exact(x: Tensor) -> Iterator[torch.dtype]:
     """Switch autocast off and give the dtype a reference computes in: float32, or float64 for gradient checks."""
-    with torch.autocast(x.device.type, enabled=False):
+    with autocast_off(x):
         yield torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
     """The type a fused op takes its products in: autocast's where it is on, else x's."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    return autocast_dtype(x) or x.dtype
 
 
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
@@ -91,6 +92,37 @@ def products_out(a: Tensor, w: Tensor, b_o: Tensor | None, residual: Tensor | No
     """a w + bo [+ residual] for a (B, L, K) in any layout and w (B, K, C): the sum is where the product begins."""
     start = b_o if residual is None else residual if b_o is None else residual + b_o
     return torch.bmm(a, w) if start is None else torch.baddbmm(start.to(a.dtype), a, w)
+
+
+class _Once(torch.autograd.Function):
+    """Its inputs, whose gradients have no derivative."""
+
+    @staticmethod
+    def forward(ctx, name: str, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.name = name
+        return tuple(t.view_as(t) for t in tensors)
+
+    @staticmethod
+    def backward(ctx, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *(_Refused.apply(ctx.name, *gradients) if torch.is_grad_enabled() else gradients)
+
+
+class _Refused(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, name: str, *gradients: Tensor) -> tuple[Tensor, ...]:
+        ctx.name = name
+        return tuple(g.view_as(g) for g in gradients)
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        refusal(f"the gradient of {ctx.name}")(ctx, *gradients)
+
+
+def stock_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """PyTorch's fused attention of (B, heads, L, d) over (B, heads, N, d)."""
+    if has_gradient(q, k, v) and not torch.compiler.is_compiling():
+        q, k, v = _Once.apply("scaled_dot_product_attention", q, k, v)
+    return F.scaled_dot_product_attention(q, k, v)
 
 
 def native_attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:

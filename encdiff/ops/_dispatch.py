@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
+from torch.autograd import forward_ad
 
 from encdiff.errors import InputError
 
@@ -40,13 +41,25 @@ def always(*args, **kwargs) -> list[str]:
 class Implementation(NamedTuple):
     """`reasons(*args, **kwargs)` lists why `fn(*args, **kwargs)` cannot serve; an empty list means that it can.
 
-    `doubts` lists why another should, though it can: it is then taken only by force.
+    `doubts` lists why another should, though it can: it is then taken only by force. `composite`: made of PyTorch's own
+    operators, so that forward mode and torch.func go through it, too.
     """
 
     name: str
     fn: Callable[..., Any]
     reasons: Callable[..., list[str]]
     doubts: Callable[..., list[str]] = always
+    composite: bool = False
+
+    def against(self, *args, **kwargs) -> list[str]:
+        if is_transformed() and not self.composite:
+            return ["forward mode and torch.func do not go through it, but through 'reference'"]
+        return self.reasons(*args, **kwargs)
+
+
+def is_transformed() -> bool:
+    """Whether torch.func (grad, jvp, vmap, ...) or forward mode is at work: our kernels have backward mode alone."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
 class Op:
@@ -68,7 +81,7 @@ class Op:
         if forced is not None:
             return self._get_forced(forced, *args, **kwargs)
         for implementation in self.implementations:
-            reasons = implementation.reasons(*args, **kwargs) or implementation.doubts(*args, **kwargs)
+            reasons = implementation.against(*args, **kwargs) or implementation.doubts(*args, **kwargs)
             if not reasons:
                 return implementation
             _log_once(self.name, implementation.name, reasons)
@@ -77,8 +90,10 @@ class Op:
     def explain(self, *args, **kwargs) -> str:
         """One line per implementation: what speaks against it, and which one is taken, by force or by `auto`."""
         lines, taken, forced = [], False, self._default()
-        for name, _, reasons, doubts in self.implementations:
-            against = reasons(*args, **kwargs) or ([] if name == forced else doubts(*args, **kwargs))
+        for implementation in self.implementations:
+            name = implementation.name
+            against = implementation.against(*args, **kwargs)
+            against = against or ([] if name == forced else implementation.doubts(*args, **kwargs))
             chosen = not against and (not taken if forced is None else name == forced)
             verdict = "; ".join(against) or ("can serve" if not chosen else "chosen" if forced is None else "forced")
             taken = taken or chosen
@@ -95,7 +110,7 @@ class Op:
     def _get_forced(self, name: str, *args, **kwargs) -> Implementation:
         for implementation in self.implementations:
             if implementation.name == name:
-                reasons = implementation.reasons(*args, **kwargs)
+                reasons = implementation.against(*args, **kwargs)
                 if reasons:
                     raise InputError(f"{self.name}: impl={name!r} cannot serve this input: {'; '.join(reasons)}")
                 return implementation

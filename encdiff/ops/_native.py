@@ -7,6 +7,7 @@ import threading
 import torch
 
 from encdiff import _build
+from encdiff.kernels._second import refusal
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _KINDS = {"x0": 0, "epsilon": 1, "v": 2, "flow": 3}  # csrc/noise.h: Target
@@ -191,6 +192,7 @@ def _register() -> None:
     library.register_fake("encdiff_native::attention", _attention_fake)
     library.register_fake("encdiff_native::attention_backward", _attention_backward_fake)
     library.register_autograd("encdiff_native::attention", _attention_backward, setup_context=_attention_context)
+    library.register_autograd("encdiff_native::attention_backward", refusal("encdiff_native::attention_backward"))
 
 
 def _q_sample_fake(x0, noise, t, schedule, loss_weights, kind, sample_ids, draw_tensor, draw, seed):

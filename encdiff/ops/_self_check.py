@@ -90,12 +90,18 @@ def _apart(family: str, variant: Variant, gradients: bool, device: int) -> Findi
     from encdiff.ops._families import FAMILIES
 
     def run() -> Finding | None:
-        if place(device).type == "cuda":
+        on_gpu = place(device).type == "cuda"
+        if on_gpu:
+            waiting = torch.cuda.get_sync_debug_mode()
+            torch.cuda.set_sync_debug_mode("default")  # the check waits for the device
             torch.cuda.synchronize(device)
         try:
             return check(FAMILIES[family], variant, gradients, place(device))
         except torch.cuda.OutOfMemoryError:
             return None
+        finally:
+            if on_gpu:
+                torch.cuda.set_sync_debug_mode(waiting)
 
     with ThreadPoolExecutor(1) as pool:
         return pool.submit(run).result()

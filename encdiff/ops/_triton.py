@@ -1,6 +1,7 @@
-"""What the ops with a Triton kernel ask before they take it."""
+"""What ops ask of a tensor before they choose: whether kernels run where it is, autocast, gradients."""
 
 import os
+from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
 
 import torch
@@ -25,6 +26,19 @@ def unavailable(x: Tensor, name: str = "x") -> list[str]:
 def interpreted(x: Tensor, *_, **__) -> list[str]:
     """The doubt about a kernel that would run there for tests only."""
     return [] if x.is_cuda else ["interpreted on the CPU: slow, for tests"]
+
+
+def autocast_off(x: Tensor) -> AbstractContextManager:
+    """Inside, autocast casts nothing where x is; on a device that has none, such as meta, there is nothing to leave."""
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The type that autocast casts to where x is, None where it is off."""
+    device = x.device.type
+    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if on else None
 
 
 def has_gradient(*tensors) -> bool:

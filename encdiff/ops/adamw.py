@@ -60,7 +60,7 @@ _op = Op(
     "adamw",
     [
         Implementation("triton", adamw_triton, _triton_reasons, _triton_doubts),
-        Implementation("reference", adamw_reference, always),
+        Implementation("reference", adamw_reference, always, composite=True),
     ],
 )
 

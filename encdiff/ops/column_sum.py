@@ -7,7 +7,7 @@ from torch import Tensor
 
 from encdiff.errors import InputError
 from encdiff.ops import _self_check
-from encdiff.ops._dispatch import Implementation, Op, always
+from encdiff.ops._dispatch import Implementation, Op, always, is_transformed
 from encdiff.ops._triton import FUSED_TYPES, NAMES, interpreted, unavailable
 
 
@@ -72,8 +72,8 @@ _op = Op(
     "column_sum",
     [
         Implementation("triton", column_sum_triton, _triton_reasons, interpreted),
-        Implementation("native", column_sum_native, always),
-        Implementation("reference", column_sum_reference, always),
+        Implementation("native", column_sum_native, always, composite=True),
+        Implementation("reference", column_sum_reference, always, composite=True),
     ],
 )
 
@@ -100,7 +100,7 @@ def column_sum(x: Tensor, dtype: torch.dtype | None = None, *, impl: str | None 
 def is_fused(x: Tensor, impl: str | None = None) -> bool:
     """Whether `column_sum` of rows of x's type, on x's device, is the kernel's; False too where that cannot serve."""
     forced = impl or _op._default()
-    if forced not in (None, "triton") or _type_reasons(x, x.dtype):
+    if is_transformed() or forced not in (None, "triton") or _type_reasons(x, x.dtype):
         return False
     return forced == "triton" or not interpreted(x)
 

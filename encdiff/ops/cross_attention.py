@@ -31,6 +31,7 @@ from encdiff.ops._attention import (
     project_out,
     softmax,
     split_heads,
+    stock_attention,
     stock_layer_norm,
     stock_project_out,
 )
@@ -72,7 +73,7 @@ def cross_attention_sdpa(
     """The stock fused attention between separate projections; cannot return maps."""
     h = layer_norm(x, norm_weight, norm_bias, norm_eps)
     q, k, v = (split_heads(t, heads) for t in (F.linear(h, w_q), *(projected or _project(context, w_k, w_v))))
-    a = F.scaled_dot_product_attention(q, k, v)
+    a = stock_attention(q, k, v)
     return project_out(merge_heads(a), w_o, b_o, x if residual else None)
 
 
@@ -240,9 +241,9 @@ _op = Op(
     [
         Implementation("triton", cross_attention_triton, _triton_reasons, interpreted),
         Implementation("native", cross_attention_native, _native_reasons, _native_doubts),
-        Implementation("transposed", cross_attention_transposed, always, _transposed_doubts),
+        Implementation("transposed", cross_attention_transposed, always, _transposed_doubts, composite=True),
         Implementation("sdpa", cross_attention_sdpa, _sdpa_reasons),
-        Implementation("reference", cross_attention_reference, always),
+        Implementation("reference", cross_attention_reference, always, composite=True),
     ],
 )
 

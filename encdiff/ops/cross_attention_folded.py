@@ -27,6 +27,7 @@ from encdiff.kernels._cross_attention_plan import (
     layer_queries,
     pad,
 )
+from encdiff.kernels._second import refuse_second
 from encdiff.ops import _self_check
 from encdiff.ops._attention import (
     exact,
@@ -163,6 +164,7 @@ def _backward(ctx, dkeys, dvalues):
 
 
 fold_by_head.register_autograd(_backward, setup_context=_setup)
+refuse_second(fold_by_head_backward)
 
 
 def fold_pays(context: Tensor, channels: int, heads: int) -> bool:
@@ -289,7 +291,7 @@ _op = Op(
     "cross_attention_folded",
     [
         Implementation("triton", cross_attention_folded_triton, _triton_reasons, interpreted),
-        Implementation("reference", cross_attention_folded_reference, always),
+        Implementation("reference", cross_attention_folded_reference, always, composite=True),
     ],
 )
 

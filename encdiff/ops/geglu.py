@@ -49,8 +49,8 @@ _op = Op(
     "geglu",
     [
         Implementation("triton", geglu_triton, _triton_reasons, interpreted),
-        Implementation("native", geglu_native, always),
-        Implementation("reference", geglu_reference, always),
+        Implementation("native", geglu_native, always, composite=True),
+        Implementation("reference", geglu_reference, always, composite=True),
     ],
 )
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from encdiff.errors import InputError
 from encdiff.ops import _self_check
 from encdiff.ops._attention import exact
-from encdiff.ops._dispatch import Implementation, Op, always
+from encdiff.ops._dispatch import Implementation, Op, always, is_transformed
 from encdiff.ops._triton import FUSED_TYPES, NAMES, has_gradient, interpreted, unavailable
 
 FUSED_CHANNELS = 64  # of one group: the last of BLOCK_D in kernels/group_norm.py
@@ -117,6 +117,8 @@ def _triton_doubts(x, *_, **__) -> list[str]:
 
 
 def _centred_doubts(x, weight, bias, groups, eps=1e-5, *, scale=None, shift=None, **_) -> list[str]:
+    if is_transformed():
+        return ["under torch.func or forward mode, where its layout cannot always be asked"]
     doubts = [] if x.device.type == "cpu" else [f"x is on {x.device.type}"]
     if x.dtype != torch.float32:
         doubts.append(f"x is {x.dtype}: differences would be rounded to it")
@@ -133,9 +135,9 @@ _op = Op(
     "group_norm",
     [
         Implementation("triton", group_norm_triton, _triton_reasons, _triton_doubts),
-        Implementation("centred", group_norm_centred, always, _centred_doubts),
+        Implementation("centred", group_norm_centred, always, _centred_doubts, composite=True),
         Implementation("native", group_norm_native, always),
-        Implementation("reference", group_norm_reference, always),
+        Implementation("reference", group_norm_reference, always, composite=True),
     ],
 )
 

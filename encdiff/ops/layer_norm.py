@@ -6,7 +6,7 @@ from torch import Tensor
 
 from encdiff.errors import InputError
 from encdiff.ops import _self_check
-from encdiff.ops._dispatch import Implementation, Op, always
+from encdiff.ops._dispatch import Implementation, Op, always, is_transformed
 from encdiff.ops._triton import FUSED_TYPES, NAMES, has_gradient, interpreted, unavailable
 
 FUSED_CHANNELS = 4096  # the last of BLOCKS in kernels/layer_norm.py
@@ -65,8 +65,8 @@ _op = Op(
     "layer_norm",
     [
         Implementation("triton", layer_norm_triton, _triton_reasons, _triton_doubts),
-        Implementation("native", layer_norm_native, always),
-        Implementation("reference", layer_norm_reference, always),
+        Implementation("native", layer_norm_native, always, composite=True),
+        Implementation("reference", layer_norm_reference, always, composite=True),
     ],
 )
 
@@ -76,7 +76,7 @@ def fuses(x: Tensor, weight: Tensor, bias: Tensor) -> bool:
     where one is forced that serves that op and not this part of it.
     """
     forced = _op._default()
-    if forced not in (None, "triton") or _triton_reasons(x, weight, bias):
+    if is_transformed() or forced not in (None, "triton") or _triton_reasons(x, weight, bias):
         return False
     return forced == "triton" or not _triton_doubts(x)
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from encdiff.errors import InputError
+from encdiff.ops._triton import autocast_dtype
 from encdiff.ops.column_sum import bias_gradient, is_fused
 
 Pair = tuple[int, int]
@@ -126,8 +127,7 @@ def _sums(x: Tensor, bias: Tensor | None, impl: str | None) -> bool:
 
 def _cast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """As autocast would, where it is on; here, so that autograd sees it."""
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    dtype = autocast_dtype(tensors[0])
+    if dtype is None:
         return tensors
-    dtype = torch.get_autocast_dtype(device)
     return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)

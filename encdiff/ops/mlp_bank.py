@@ -86,7 +86,7 @@ _op = Op(
     "mlp_bank",
     [
         Implementation("triton", mlp_bank_triton, _triton_reasons, _triton_doubts),
-        Implementation("reference", mlp_bank_reference, always),
+        Implementation("reference", mlp_bank_reference, always, composite=True),
     ],
 )
 

@@ -90,12 +90,15 @@ q_sample_op = Op(
     "q_sample",
     [
         Implementation("native", _native.q_sample, _q_sample_reasons),
-        Implementation("reference", q_sample_reference, always),
+        Implementation("reference", q_sample_reference, always, composite=True),
     ],
 )
 step_op = Op(
     "step",
-    [Implementation("native", _native.step, _step_reasons), Implementation("reference", step_reference, always)],
+    [
+        Implementation("native", _native.step, _step_reasons),
+        Implementation("reference", step_reference, always, composite=True),
+    ],
 )
 
 
@@ -197,7 +200,7 @@ def step(
         seed = None
     elif seed is not None:
         sample_ids = _key(x_t, "x_t", seed, sample_ids, draw)
-    elif _readable(coefficients) and coefficients[:, 4].any():
+    elif philox.readable(coefficients) and coefficients[:, 4].any():
         raise InputError("noise is None, must be given (or a seed) where a coefficient c4 is not zero")
     if clip is not None and not clip > 0:
         raise InputError(f"clip is {clip}, must be positive or None")
@@ -258,10 +261,6 @@ def _per_sample(c: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return c.view(-1, *[1] * (like.ndim - 1))
 
 
-def _readable(x: torch.Tensor) -> bool:
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()  # neither a device stall nor a graph break
-
-
 def _check_tensor(name: str, x: torch.Tensor) -> None:
     if x.dtype not in _FLOATING or x.ndim == 0:
         raise InputError(f"{name} is {x.dtype} of shape {tuple(x.shape)}, must be floating point with a batch axis")
@@ -289,7 +288,7 @@ def _check_timesteps(t: torch.Tensor, x0: torch.Tensor, num_timesteps: int) -> N
             f"t is {t.dtype} {tuple(t.shape)} on {t.device}, must be int32 or int64 ({len(x0)},) on {x0.device}, "
             f"one per sample of x0 {tuple(x0.shape)}"
         )
-    if _readable(t) and ((t < 0) | (t >= num_timesteps)).any():
+    if philox.readable(t) and ((t < 0) | (t >= num_timesteps)).any():
         raise InputError(
             f"t spans {int(t.min())} to {int(t.max())}, must lie in 0 to {num_timesteps - 1}: alphas_cumprod has "
             f"{num_timesteps} entries"

@@ -12,7 +12,7 @@ import torch
 
 from encdiff.errors import InputError
 from encdiff.ops import _native
-from encdiff.ops._dispatch import Implementation, Op, always
+from encdiff.ops._dispatch import Implementation, Op, always, is_transformed
 
 WORD = 0xFFFFFFFF
 TIMESTEPS = ("uniform", "logit-normal", "power", "stratified", "importance")
@@ -92,7 +92,7 @@ normal_op, uniform_op = (
         name,
         [
             Implementation("native", _native_random(name), _native_reasons),
-            Implementation("reference", reference, always),
+            Implementation("reference", reference, always, composite=True),
         ],
     )
     for name, reference in (("normal", normal_reference), ("uniform", uniform_reference))
@@ -196,7 +196,7 @@ def _importance(u: torch.Tensor, weights: torch.Tensor | None, num_timesteps: in
     if weights is None or weights.shape != (num_timesteps,) or weights.device != u.device:
         what = "None" if weights is None else f"{tuple(weights.shape)} on {weights.device}"
         raise InputError(f"weights is {what}, must be ({num_timesteps},) on {u.device}, one per timestep")
-    if _readable(weights) and not ((weights >= 0).all() and 0 < weights.sum() < math.inf):
+    if readable(weights) and not ((weights >= 0).all() and 0 < weights.sum() < math.inf):
         raise InputError("weights must be finite, none of them negative, and not all of them zero")
     cdf = weights.double().cumsum(0)
     return torch.searchsorted(cdf, u * cdf[-1], right=True).clamp(max=num_timesteps - 1)  # rounding at the end
@@ -211,7 +211,7 @@ def check_key(batch, seed: int, sample_ids: torch.Tensor, draw: int | torch.Tens
         )
     if not 0 <= seed < 2**64:
         raise InputError(f"seed is {seed}, must lie in 0 to 2^64 - 1")
-    if _readable(sample_ids) and ((sample_ids < 0) | (sample_ids > WORD)).any():
+    if readable(sample_ids) and ((sample_ids < 0) | (sample_ids > WORD)).any():
         raise InputError(f"sample_ids span {sample_ids.min()} to {sample_ids.max()}, must lie in 0 to 2^32 - 1")
     if isinstance(draw, torch.Tensor):
         if draw.numel() != 1 or draw.dtype != torch.int64 or draw.device != sample_ids.device:
@@ -219,11 +219,12 @@ def check_key(batch, seed: int, sample_ids: torch.Tensor, draw: int | torch.Tens
                 f"draw is {draw.dtype} {tuple(draw.shape)} on {draw.device}, must be one int64 on sample_ids' "
                 f"{sample_ids.device}"
             )
-        if not _readable(draw):
+        if not readable(draw):
             return
     if not 0 <= int(draw) <= WORD:
         raise InputError(f"draw is {int(draw)}, must lie in 0 to 2^32 - 1")
 
 
-def _readable(x: torch.Tensor) -> bool:
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()  # neither a device stall nor a graph break
+def readable(x: torch.Tensor) -> bool:
+    """Whether values may be looked at: neither a device stall nor a graph break, and not one of many under vmap."""
+    return x.device.type == "cpu" and not (torch.compiler.is_compiling() or is_transformed())

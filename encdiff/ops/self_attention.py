@@ -19,6 +19,7 @@ from encdiff.ops._attention import (
     product_dtype,
     project_out,
     split_heads,
+    stock_attention,
     stock_layer_norm,
     stock_project_out,
 )
@@ -63,7 +64,7 @@ def self_attention_sdpa(
     """The stock fused attention between separate projections."""
     h = layer_norm(x, norm_weight, norm_bias, norm_eps)
     q, k, v = (split_heads(F.linear(h, w), heads) for w in (w_q, w_k, w_v))
-    return project_out(merge_heads(F.scaled_dot_product_attention(q, k, v)), w_o, b_o, x if residual else None)
+    return project_out(merge_heads(stock_attention(q, k, v)), w_o, b_o, x if residual else None)
 
 
 def self_attention_triton(
@@ -121,7 +122,7 @@ _op = Op(
         Implementation("native", self_attention_native, _native_reasons, _native_doubts),
         Implementation("triton", self_attention_triton, _triton_reasons, interpreted),
         Implementation("sdpa", self_attention_sdpa, _sdpa_reasons),
-        Implementation("reference", self_attention_reference, always),
+        Implementation("reference", self_attention_reference, always, composite=True),
     ],
 )
 
