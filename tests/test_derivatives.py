@@ -196,6 +196,24 @@ def test_second_derivatives(name, impl):
         assert relative(actual, expected) < 1e-5
 
 
+def test_under_torch_compile():
+    """Compiled code knows whether it is transformed, within or from without, and the kernels are its choice if not."""
+    x, v = torch.randn(B, L, C), torch.randn(B, L, C)
+
+    def f(x):
+        return ops.geglu(x)
+
+    compiled = torch.compile(f, fullgraph=True, backend="eager")
+    with ops.use_impl("triton"):
+        for _ in range(2):
+            with pytest.raises(InputError, match="but through 'reference'"):
+                vmap(f)(x)
+            torch.testing.assert_close(compiled(x), ops.geglu(x, impl="reference"))
+    torch.testing.assert_close(vmap(compiled)(x), f(x))
+    tangent = torch.compile(lambda x, v: jvp(f, (x,), (v,))[1], fullgraph=True, backend="eager")(x, v)
+    assert relative(tangent, finite_difference(f, x, v)) < 2e-3
+
+
 def test_a_first_derivative_that_keeps_its_graph_is_no_error():
     x = torch.randn(B, L, C, requires_grad=True)
     for impl in ("native", "sdpa", "triton"):

@@ -59,7 +59,12 @@ class Implementation(NamedTuple):
 
 def is_transformed() -> bool:
     """Whether torch.func (grad, jvp, vmap, ...) or forward mode is at work: our kernels have backward mode alone."""
-    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+    return _is_in_torch_func() or forward_ad._current_level >= 0
+
+
+@torch.compiler.assume_constant_result  # asked while a graph is traced; compiled code is guarded by the answer
+def _is_in_torch_func() -> bool:
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 class Op:
