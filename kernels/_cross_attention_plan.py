@@ -146,7 +146,8 @@ def choose_route(queries: int, channels: int, tokens: int, heads: int, size: int
     """ "folded" or "heads", whichever is predicted to be faster at the batch of the paper."""
     if not can_fold(channels, tokens, size):
         return "heads"
-    return min("folded", "heads", key=lambda r: predict(r, queries, channels, tokens, heads, size))
+    folded, by_heads = (predict(route, queries, channels, tokens, heads, size) for route in ("folded", "heads"))
+    return "folded" if folded <= by_heads else "heads"
 
 
 def choose_form(channels: int, tokens: int, heads: int, width: int, size: int) -> str:

@@ -168,6 +168,30 @@ def test_no_graph_break(card):
     assert card["cross_attention_folded"] == 1
 
 
+@pytest.mark.parametrize(
+    "name", ["self_attention", "cross_attention", "group_norm", "geglu", "layer_norm", "column_sum"]
+)
+def test_no_graph_break_with_sizes_that_are_symbols(card, name):
+    square, narrow = (torch.nn.Parameter(torch.randn(64, n) / n**0.5, requires_grad=False) for n in (64, 16))
+    context, ones = torch.randn(2, 20, 16), torch.nn.Parameter(torch.ones(64), requires_grad=False)
+    run, sizes = {
+        "self_attention": (lambda x: ops.self_attention(x, *[square] * 4, heads=8, impl="triton"), (16, 20, 64)),
+        "cross_attention": (
+            lambda x: ops.cross_attention(x, context, square, narrow, narrow, square, heads=8, impl="triton"), (17, 40),
+        ),
+        "group_norm": (lambda x: ops.group_norm(x.mT[..., None], ones, ones, 32, impl="triton"), (4, 9, 300)),
+        "geglu": (lambda x: ops.geglu(x, impl="triton"), (3, 5)),
+        "layer_norm": (lambda x: ops.layer_norm(x, ones, ones, impl="triton"), (3, 5)),
+        "column_sum": (lambda x: ops.column_sum(x[0], impl="triton"), (3, 900, 3000)),
+    }[name]  # fmt: skip
+    compiled = torch.compile(run, fullgraph=True, backend="eager")
+    for size in sizes:
+        x = torch.randn(2, size, 64)
+        torch._dynamo.maybe_mark_dynamic(x, 1)
+        torch.testing.assert_close(compiled(x), run(x), rtol=1e-4, atol=1e-4)
+    assert sum(card.values()) >= 1
+
+
 def test_nothing_is_checked_while_a_graph_is_captured(card, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)

@@ -35,7 +35,10 @@ _said: set[str] = set()
 
 
 def reasons(family: str, x: Tensor, variant: Callable[..., Variant], *args, gradients: bool = False) -> list[str]:
-    """Why the kernels of a family cannot serve in `variant(*args)` where x is: they failed there."""
+    """Why the kernels of a family cannot serve in `variant(*args)` where x is: they failed there.
+
+    Under `torch.compile` sizes may be symbols, a variant may not: it is made of what the code branches on.
+    """
     if not is_asked(x):
         return []
     return _reasons(family, variant(*args), gradients, x.device.index or 0)

@@ -20,7 +20,7 @@ def representative(rows: int, columns: int) -> tuple[int, int]:
         block = SHARES[columns <= COLUMNS].BLOCK_C
         full = block if columns % block == 0 else 48 if columns % COLUMNS == 0 else block - 1
         return ONCE + 1, full
-    return next((tile.BLOCK_R for tile in ALL if tile.BLOCK_R >= rows), ONCE), 64 - (columns % COLUMNS != 0)
+    return next((tile.BLOCK_R for tile in ALL if tile.BLOCK_R >= rows), ONCE), 63 if columns % COLUMNS else 64
 
 
 def representatives() -> dict[tuple[int, int], None]:

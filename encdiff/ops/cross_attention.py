@@ -191,9 +191,10 @@ def _route(
 
 
 def _heads_variant(x, queries, tokens, width, *flags) -> tuple:
-    width, few, dtype = -(-width // 8) * 8, tokens <= FEW_TOKENS, product_dtype(x)
-    short = few and heads_tile("fwd", queries, tokens, width, dtype.itemsize) == SHORT
-    return NAMES[dtype], width, not few, short, *flags
+    width, dtype = -(-int(width) // 8) * 8, product_dtype(x)
+    many = True if tokens > FEW_TOKENS else False
+    short = not many and heads_tile("fwd", queries, tokens, width, dtype.itemsize) == SHORT
+    return NAMES[dtype], width, many, short, *flags
 
 
 def _by_heads(x, k, v, w_q, w_o, b_o, *, heads, norm_weight, norm_bias, norm_eps, residual, token_bias, maps):

@@ -252,7 +252,7 @@ def failed_folded(x, norm: bool, residual: bool, bias: bool, maps: str, gradient
 
 
 def _folded_variant(x, *flags) -> tuple:
-    return NAMES[x.dtype], NAMES[product_dtype(x)], x.shape[2], *flags
+    return NAMES[x.dtype], NAMES[product_dtype(x)], int(x.shape[2]), *flags
 
 
 def failed_kept(context: Tensor, channels: int, width: int) -> list[str]:
@@ -262,6 +262,7 @@ def failed_kept(context: Tensor, channels: int, width: int) -> list[str]:
 
 
 def _kept_variant(x, queries, channels, width, *flags) -> tuple:
+    channels, width = int(channels), int(width)
     few = queries < KEPT_TILES[pad(channels, 128), pad(width, 16)].BLOCK_L  # then samples share a tile
     return NAMES[x.dtype], NAMES[product_dtype(x)], channels, width, 9 if few else 80, *flags
 

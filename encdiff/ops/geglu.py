@@ -42,7 +42,8 @@ def _variant(x) -> tuple:
     from encdiff.kernels.geglu import BLOCKS
 
     N = x.shape[-1] // 2
-    return NAMES[x.dtype], next((b for b in BLOCKS if b >= N), BLOCKS[-1]) - (N % 16 != 0)
+    block = next((b for b in BLOCKS if b >= N), BLOCKS[-1])
+    return NAMES[x.dtype], block - 1 if N % 16 else block
 
 
 _op = Op(

@@ -51,8 +51,9 @@ def _triton_reasons(x, weight, bias, eps=1e-5) -> list[str]:
 def _variant(x, weight) -> tuple:
     from encdiff.kernels.layer_norm import BLOCKS
 
-    C = x.shape[-1]
-    return NAMES[x.dtype], NAMES[weight.dtype], next(b for b in BLOCKS if b >= C), C % 8 == 0
+    C = len(weight)
+    aligned = True if C % 8 == 0 else False
+    return NAMES[x.dtype], NAMES[weight.dtype], next(b for b in BLOCKS if b >= C), aligned
 
 
 def _triton_doubts(x, *_, **__) -> list[str]:

@@ -40,9 +40,15 @@ def representative(positions: int, width: int, size: int) -> int:
     from encdiff.kernels.self_attention import choose_tile
 
     def code(L: int) -> tuple:
-        tiles = [choose_tile(name, size, width, L) for name in ("fwd", "bwd")]
-        rows, columns = tiles[1].BLOCK_L, tiles[1].BLOCK_N
-        return *tiles, L % rows == L % columns == 0, min(3, -(-L // rows))
+        forward, backward = (choose_tile(name, size, width, L) for name in ("fwd", "bwd"))
+        rows, columns = backward.BLOCK_L, backward.BLOCK_N
+        whole = False if L % rows or L % columns else True
+        return (
+            forward,
+            backward,
+            whole,
+            1 if L <= rows else 2 if L <= 2 * rows else 3,
+        )  # programs, of which 3 and more sum
 
     return next((L for L in LENGTHS if code(L) == code(positions)), positions)
 
@@ -91,7 +97,7 @@ def _triton_reasons(x, w_q, *weights, heads, **options) -> list[str]:
 
 
 def _variant(x, w_q, heads) -> tuple:
-    width, dtype = -(-w_q.shape[0] // heads // 8) * 8, product_dtype(x)  # filled up, as the kernel gets it
+    width, dtype = -(-int(w_q.shape[0]) // heads // 8) * 8, product_dtype(x)  # filled up, as the kernel gets it
     return NAMES[dtype], width, representative(x.shape[1], width, dtype.itemsize)
 
 
