@@ -192,7 +192,7 @@ def _route(
 
 def _heads_variant(x, queries, tokens, width, *flags) -> tuple:
     width, dtype = -(-int(width) // 8) * 8, product_dtype(x)
-    many = True if tokens > FEW_TOKENS else False
+    many = True if tokens > FEW_TOKENS else False  # noqa: SIM210 - a branch gives no symbol
     short = not many and heads_tile("fwd", queries, tokens, width, dtype.itemsize) == SHORT
     return NAMES[dtype], width, many, short, *flags
 

@@ -42,13 +42,13 @@ def representative(positions: int, width: int, size: int) -> int:
     def code(L: int) -> tuple:
         forward, backward = (choose_tile(name, size, width, L) for name in ("fwd", "bwd"))
         rows, columns = backward.BLOCK_L, backward.BLOCK_N
-        whole = False if L % rows or L % columns else True
+        whole = False if L % rows or L % columns else True  # noqa: SIM211 - a branch gives no symbol
         return (
             forward,
             backward,
             whole,
             1 if L <= rows else 2 if L <= 2 * rows else 3,
-        )  # programs, of which 3 and more sum
+        )
 
     return next((L for L in LENGTHS if code(L) == code(positions)), positions)
 
