@@ -4,7 +4,6 @@ import os
 import pickle
 from multiprocessing import get_context
 
-import h5py
 import numpy as np
 import pytest
 import test_celeba
