@@ -1,10 +1,6 @@
 """Tensor files: written atomically, read without unpickling, and the published checkpoints' layout."""
 
-import errno
-import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,25 +12,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from encdiff.errors import InputError
+from encdiff.temporaries import atomic_path, disk_errors
 
 UNET = "model.diffusion_model."
 EMA = "model_ema."
-
-
-@contextmanager
-def atomic_path(path: str | Path) -> Iterator[Path]:
-    """A temporary name beside `path` that replaces it when the block succeeds and vanishes when it does not."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}{path.suffix}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    except OSError as error:  # named after the file that was asked for
-        if error.errno is None:
-            raise OSError(f"{path}: {error}") from error
-        raise OSError(error.errno, error.strerror, str(path)) from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def save_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
@@ -42,10 +23,8 @@ def save_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[st
     with atomic_path(path) as temporary:
         temporary.touch()
         mode = temporary.stat().st_mode  # what the umask allows; safetensors would leave it to the owner alone
-        try:
+        with disk_errors(SafetensorError):
             save_file({k: v.detach().contiguous().clone() for k, v in tensors.items()}, temporary, metadata)
-        except SafetensorError as error:  # how the library reports a full disk
-            raise OSError(errno.EIO, f"could not be written ({error})") from None
         temporary.chmod(mode)
 
 
@@ -127,7 +106,7 @@ def write_published(path: str | Path, state: dict[str, Tensor], scaling_factor: 
     state |= {EMA + _ema_name(k): v for k, v in state.items() if k.startswith(UNET)}
     state |= {EMA + "decay": torch.tensor(0.9999), EMA + "num_updates": torch.tensor(0, dtype=torch.int32)}
     state["scale_factor"] = torch.tensor(scaling_factor)
-    with atomic_path(path) as temporary:
+    with atomic_path(path) as temporary, disk_errors(RuntimeError):
         torch.save({"state_dict": state}, temporary)
 
 

@@ -146,7 +146,7 @@ def _read_scores(path: Path, protocol: str, dataset: Dataset) -> dict | None:
     wanted = DEFAULT if dataset.factor_sizes and dataset.is_grid else ("tad", "fid")
     try:
         result = json.loads(path.read_text())["trained"]
-        said = result["protocol"]["name"], result["protocol"]["seed"], result["data"]
+        said = result["protocol"]["name"], result["protocol"]["seed"], dict(result["data"], name=dataset.name)
         same = said == (protocol, 0, describe(dataset)) and all(name in result for name in wanted)
     except (ValueError, KeyError, TypeError):
         raise InputError(f"{path}: not the scores that encdiff evaluate writes; remove it to have them made") from None

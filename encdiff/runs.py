@@ -1,7 +1,10 @@
 """A training run on disk: its folder, its log, and the optimiser's state as named tensors."""
 
 import csv
+import fcntl
 import json
+import logging
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,40 +17,71 @@ from torch import Tensor
 
 from encdiff.checkpoint import atomic_path
 from encdiff.errors import InputError
+from encdiff.temporaries import clear, is_temporary
+
+log = logging.getLogger("encdiff.runs")
 
 
 class RunFolder:
     """A run's folder: `config.json`, `log.csv`, `checkpoint.safetensors`, `samples/`, `model/`, and what shows it.
 
     A folder that already holds something is refused, unless `resume` continues its checkpoint or `overwrite` replaces
-    the run in it. Nothing is written before `begin`.
+    the run in it; so is one that another training writes to. Nothing is written before `begin`, but for the lock on a
+    folder that is there already: inside `with` the run is this training's alone.
     """
 
     SHOWN = ("metrics.json", "importance.png", "pictures")  # of one state of the model
     OWN = ("config.json", "log.csv", "checkpoint.safetensors", "samples", "model", "tensorboard", *SHOWN)
+    IGNORED = (".lock", ".DS_Store", "Thumbs.db", "desktop.ini")  # a killed training's, and what desktops leave
 
     def __init__(self, path: str | Path, resume: bool = False, overwrite: bool = False):
         self.path = Path(path)
         if resume and overwrite:
             raise InputError("resume and overwrite cannot both be given")
-        if resume and not self.checkpoint.is_file():
+        self.resume, self.overwrite, self._lock = resume, overwrite, _Lock(self.path)
+        self._check()
+        self._lock.check()
+
+    def __enter__(self) -> "RunFolder":
+        if self.path.is_dir():
+            self._take()
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._lock.release()
+
+    def _take(self) -> None:
+        self._lock.take()
+        try:
+            self._check()  # as it is now that nobody else can change it
+        except InputError:
+            self._lock.release()
+            raise
+
+    def _check(self) -> None:
+        if self.resume and not self.checkpoint.is_file():
             raise InputError(f"{self.checkpoint}: no checkpoint to resume; leave out --resume to begin a run")
         if self.path.exists() and not self.path.is_dir():
             raise InputError(f"{self.path}: is a file, must be a folder")
-        held = sorted(p.name for p in self.path.iterdir()) if self.path.is_dir() else []
-        if held and not resume and not overwrite:
+        there = sorted(p.name for p in self.path.iterdir()) if self.path.is_dir() else []
+        held = [name for name in there if name not in self.IGNORED and not is_temporary(name)]
+        if held and not self.resume and not self.overwrite:
             raise InputError(f"{self.path}: holds something already; continue it with --resume or use --overwrite")
         foreign = [name for name in held if name not in self.OWN]
-        if foreign and overwrite:
+        if foreign and self.overwrite:
             raise InputError(f"{self.path}: will not overwrite a folder that also holds {foreign[0]}")
-        self.resume = resume
 
     def begin(self) -> None:
         """Make the folder, or clear it of the run before; to be called once nothing can be refused any more."""
+        if not self._lock.held:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._take()
         for name in self.SHOWN if self.resume else self.OWN:
             path = self.path / name
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-        self.samples.mkdir(parents=True, exist_ok=True)
+        for folder in (self.path, self.samples, self.model, self.path / "pictures"):
+            clear(folder, alone=True)
+        self.samples.mkdir(exist_ok=True)
 
     @property
     def checkpoint(self) -> Path:
@@ -69,6 +103,7 @@ class RunFolder:
         """A resumed run may be logged otherwise, or made longer; anything else would make it another run."""
         now, before = json.loads(json.dumps(described)), read_config(self.path)
         free = {"log_every", "checkpoint_every", "picture_every", "scaling_factor", "engine", "checkpoint_activations"}
+        free.add("name")  # of the data: of a file or folder that may have been moved; its images are compared
         if not now["training"].get("decay"):  # else the number of steps shapes the learning rate
             free.add("steps")
         for part in ("model", "training", "fingerprint"):
@@ -78,6 +113,54 @@ class RunFolder:
                     why = ": the learning rate depends on it; use another folder" if name == "steps" else ""
                     said = f"{self.path}: was begun with {name} {was!r}, cannot be resumed with {value!r}{why}"
                     raise InputError(said)
+
+
+class _Lock:
+    """At most one training writes to a folder: the lock on its file `.lock`, which the kernel lifts when the process
+    ends, however it ends."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.path, self._file = folder, folder / ".lock", None
+
+    @property
+    def held(self) -> bool:
+        return self._file is not None
+
+    def check(self) -> None:
+        """InputError if another training holds it."""
+        if self.path.is_file():
+            with self.path.open() as file:
+                self._flock(file, fcntl.LOCK_SH)
+
+    def take(self) -> None:
+        while not self.held:
+            file = self.path.open("a+")
+            try:
+                self._flock(file, fcntl.LOCK_EX)
+                if self.path.exists() and self.path.stat().st_ino == os.fstat(file.fileno()).st_ino:
+                    self._file = file  # else it was released, and with that removed, between the two
+            finally:
+                if not self.held:
+                    file.close()
+        self._file.truncate(0)
+        self._file.write(f"{os.getpid()}\n")
+        self._file.flush()
+
+    def release(self) -> None:
+        if self.held:
+            self.path.unlink(missing_ok=True)
+            self._file.close()
+            self._file = None
+
+    def _flock(self, file, mode: int) -> None:
+        try:
+            fcntl.flock(file, mode | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            said = f"{self.folder}: a training writes to it now, process {file.read().strip() or 'unknown'}"
+            raise InputError(f"{said}; stop that one, wait for its end, or use another folder") from None
+        except OSError as error:  # not every network's file system has locks
+            log.warning("%s: cannot be locked (%s); see that one training at a time writes to it", self.folder, error)
 
 
 def read_config(run_dir: str | Path) -> dict[str, Any]:

@@ -230,11 +230,13 @@ class Training:
     def save_model(self, folder: Path) -> None:
         self.averaged_model().save_pretrained(folder)
 
-    def picture(self, images: Tensor, samples: Path) -> None:
-        """A swap grid of the images, the first half with the second."""
-        if half := len(images) // 2:
-            picture = swap_grid(self.averaged_model(), images[:half], images[half : 2 * half], steps=20)
-            save_png(picture, samples / f"swap-{self.step:07d}.png")
+    def picture(self, images: Tensor, samples: Path) -> Path | None:
+        """A swap grid of the images, the first half with the second; none of a single image."""
+        if not (half := len(images) // 2):
+            return None
+        path = samples / f"swap-{self.step:07d}.png"
+        save_png(swap_grid(self.averaged_model(), images[:half], images[half : 2 * half], steps=20), path)
+        return path
 
 
 def lerp(into: list[Tensor], of: list[Tensor], weight: Tensor) -> None:

@@ -169,12 +169,14 @@ class AutoencoderTraining:
         self.model.save_pretrained(folder)
 
     @torch.no_grad()
-    def picture(self, images: Tensor, samples: Path) -> None:
+    def picture(self, images: Tensor, samples: Path) -> Path:
         """Images (n,3,S,S) above their reconstructions."""
         rows = torch.stack([images, self.model(images)[0]])
         pixels = to_uint8(rearrange(rows, "r n c h w -> 1 c (r h) (n w)"))[0]
-        with atomic_path(samples / f"reconstruction-{self.step:07d}.png") as temporary:
+        path = samples / f"reconstruction-{self.step:07d}.png"
+        with atomic_path(path) as temporary:
             Image.fromarray(pixels.cpu().numpy()).save(temporary, format="PNG")
+        return path
 
 
 def train_autoencoder(

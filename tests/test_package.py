@@ -13,7 +13,7 @@ import encdiff
 ROOT = Path(__file__).parent.parent
 # Bottom up. A module imports its own room and the layers below it, nothing beside or above.
 LAYERS = [
-    {"errors", "kernels", "_C", "_build"},
+    {"errors", "temporaries", "kernels", "_C", "_build"},
     {"ops", "checkpoint", "fields", "sheet"},
     {"diffusion", "data", "metrics", "profiling", "health"},
     {"models"},

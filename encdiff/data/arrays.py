@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import h5py
 import numpy as np
@@ -33,7 +34,7 @@ class ArrayFile(Dataset):
     """
 
     def _set_images(self, path: Path, images: h5py.Dataset | np.ndarray, channels: int, image_size: int | None):
-        self.path, self.name, self._images = path, path.name, images
+        self.path, self.name, self._images, self._file = path, path.name, images, path.absolute()
         shape, dtype = images.shape, images.dtype
         tail = (3,) if channels == 3 else ()
         square = len(shape) == 3 + len(tail) and shape[1] == shape[2] and shape[3:] == tail and min(shape) > 0
@@ -43,6 +44,14 @@ class ArrayFile(Dataset):
         self.image_size = shape[1] if image_size is None else image_size
         if self.image_size < 1 or shape[1] % self.image_size:
             raise InputError(f"image_size: {image_size}; must divide {shape[1]}, the size of the images in {path}")
+
+    def __getstate__(self) -> dict:
+        """In place of images in a file where they lie: a copy, such as one for a worker process, opens it again."""
+        return vars(self) | {"_images": _Place.of(self._images, self._file)}
+
+    def __setstate__(self, state: dict) -> None:
+        images = state["_images"]
+        vars(self).update(state, _images=images.open() if isinstance(images, _Place) else images)
 
     @property
     def images_per_chunk(self) -> int:
@@ -59,6 +68,29 @@ class ArrayFile(Dataset):
 
     def _to_rgb(self, images: np.ndarray) -> np.ndarray:
         return images
+
+
+class _Place(NamedTuple):
+    """Where images lie: the name of an HDF5 data set, or what NumPy maps a file by."""
+
+    file: str | Path
+    name: str | None
+    mapped: tuple = ()
+
+    @classmethod
+    def of(cls, images: h5py.Dataset | np.ndarray, file: Path) -> _Place | np.ndarray:
+        """Of images in `file` or a map of another; an array in memory stays as it is."""
+        if isinstance(images, h5py.Dataset):
+            return cls(file, images.name)
+        if isinstance(images, np.memmap):
+            return cls(images.filename, None, (images.dtype, "r", images.offset, images.shape))
+        return images
+
+    def open(self) -> h5py.Dataset | np.ndarray:
+        try:
+            return h5py.File(self.file, "r")[self.name] if self.name else np.memmap(self.file, *self.mapped)
+        except (OSError, KeyError, ValueError) as error:
+            raise InputError(f"{self.file}: cannot be opened again ({error}); must stay as it was") from error
 
 
 @contextmanager

@@ -79,8 +79,8 @@ class CelebA(Dataset):
         if self._folder is not None:
             there = {entry.name for entry in os.scandir(self._folder)}
         elif packed.is_file():
-            self._zip = _open_zip(packed)
-            self._members = {PurePosixPath(name).name: name for name in self._zip.namelist()}
+            self._zip = _Zip(packed)
+            self._members = {PurePosixPath(name).name: name for name in self._zip.open().namelist()}
             there = self._members.keys()
         else:
             raise InputError(f"{folder}: holds neither {IMAGES}/*.jpg nor {IMAGES}.zip; CelebA's images must lie here")
@@ -90,7 +90,7 @@ class CelebA(Dataset):
 
     def _read_member(self, name: str) -> io.BytesIO:
         try:
-            return io.BytesIO(self._zip.read(self._members[name]))
+            return io.BytesIO(self._zip.open().read(self._members[name]))
         except (zipfile.BadZipFile, zlib.error, OSError, EOFError) as error:
             raise InputError(f"{self.path}: {name} is damaged ({error}); copy the file again") from error
 
@@ -105,11 +105,22 @@ def centre(image: Image.Image, size: int) -> np.ndarray:
     )
 
 
-def _open_zip(path: Path) -> zipfile.ZipFile:
-    try:
-        return zipfile.ZipFile(path)
-    except (zipfile.BadZipFile, OSError) as error:
-        raise InputError(f"{path}: a damaged or truncated zip file ({error}); copy it again") from error
+class _Zip:
+    """A zip file that each process opens for itself: forked ones would move one another's place in it."""
+
+    def __init__(self, path: Path):
+        self.path, self._opened = path.absolute(), (0, None)
+
+    def __getstate__(self) -> dict:
+        return {"path": self.path, "_opened": (0, None)}
+
+    def open(self) -> zipfile.ZipFile:
+        if self._opened[0] != os.getpid():
+            try:
+                self._opened = os.getpid(), zipfile.ZipFile(self.path)
+            except (zipfile.BadZipFile, OSError) as error:
+                raise InputError(f"{self.path}: a damaged or truncated zip file ({error}); copy it again") from error
+        return self._opened[1]
 
 
 def _read_attributes(path: Path) -> tuple[tuple[str, ...], list[str], np.ndarray]:

@@ -158,6 +158,7 @@ def _find(spec: str) -> tuple[Path, str | None]:
 
 def _candidates(name: str) -> list[Path]:
     folder = os.environ.get("ENCDIFF_DATA")
-    data = [Path(folder).expanduser()] if folder else []
+    data = [Path(os.path.expanduser(folder))] if folder else []  # pathlib's raises where there is no home folder
     files = FILES.get(name, ())
-    return [Path(name).expanduser(), *(root / name for root in data), *(root / f for root in data for f in files)]
+    here = Path(os.path.expanduser(name))
+    return [here, *(root / name for root in data), *(root / f for root in data for f in files)]

@@ -33,11 +33,19 @@ class LmdbImages(Dataset):
             raise InputError(f"image_size: {image_size}; an LMDB of images needs one, such as 32 (--image-size 32)")
         if not is_lmdb(self.path):
             raise InputError(f"{path}: not an LMDB; must be one, or the folder of its data.mdb")
-        self._environment = _open(self.path)
+        self._file = self.path.resolve()
+        self._environment = _open(self._file)
         with self._environment.begin() as transaction:
             self._keys = [key for key in transaction.cursor().iternext(values=False) if key not in COUNTS]
         if not self._keys:
             raise InputError(f"{path}: an empty LMDB; must hold encoded images")
+
+    def __getstate__(self) -> dict:
+        """Without the open file, which a copy, such as one for a worker process, opens again."""
+        return {name: value for name, value in vars(self).items() if name != "_environment"}
+
+    def __setstate__(self, state: dict) -> None:
+        vars(self).update(state, _environment=_open(state["_file"]))
 
     def __len__(self) -> int:
         return len(self._keys)
