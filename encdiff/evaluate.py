@@ -39,11 +39,6 @@ from encdiff.protocol import (
 
 Encode = Callable[[torch.Tensor], torch.Tensor]  # float32 (B,3,H,W) in [-1,1] -> (B,N)
 
-FURTHER = {  # scores beside the headline, field -> title
-    "dci": {"completeness": "DCI completeness", "informativeness_test": "DCI informativeness"},
-    "infomec": {"infoc": "InfoC", "infoe": "InfoE"},
-}
-
 
 def evaluate(
     encode: Encode,
@@ -258,7 +253,7 @@ def format_table(results: Mapping[str, dict]) -> Table:
     for metric, field, row in score_fields(results.values()):
         table.add_row(row, *(_cell(result, metric, field) for result in results.values()))
     if all("factor_vae" in result for result in results.values()):
-        table.add_row("active dimensions", *(str(r["factor_vae"]["num_active_dims"]) for r in results.values()))
+        table.add_row("active dimensions", *map(_active, results.values()))
     table.add_row("protocol", *(_protocol(result) for result in results.values()))
     return table
 
@@ -269,17 +264,26 @@ def score_fields(results: Iterable[Mapping]) -> list[tuple[str, str, str]]:
     rows = []
     for name in held:
         rows.append((name, METRICS[name].headline, METRICS[name].title))
-        rows += [(name, field, title) for field, title in FURTHER.get(name, {}).items()]
+        rows += [(name, field, title) for field, title in METRICS[name].further.items()]
     return rows
 
 
 def _cell(result: Mapping, metric: str, field: str) -> str:
     if (value := result.get(metric, {}).get(field)) is None:
         return "undefined" if metric in result else "-"
+    return _over_summary(result, metric, field) or f"{value:.3f}"
+
+
+def _over_summary(result: Mapping, metric: str, field: str) -> str:
+    """Mean and deviation over the seeds, where there are several."""
     summary = result.get("summary", {}).get(metric)
-    if summary is None or field != METRICS[metric].headline or summary["std"] is None:
-        return f"{value:.3f}"
-    return f"{summary['mean']:.3f} +- {summary['std']:.3f}"
+    if summary and field != METRICS[metric].headline:
+        summary = summary.get("further", {}).get(field)
+    return f"{summary['mean']:.3f} +- {summary['std']:.3f}" if summary and summary["std"] is not None else ""
+
+
+def _active(result: Mapping) -> str:
+    return _over_summary(result, "factor_vae", "num_active_dims") or str(result["factor_vae"]["num_active_dims"])
 
 
 def _protocol(result: Mapping) -> str:
@@ -307,7 +311,8 @@ def plot_importance(result: Mapping, path: str | os.PathLike) -> None:
     axes.set_xticks(range(codes))
     axes.set_yticks(range(factors), labels=[name.replace("_", " ") for name in result["data"]["factor_names"]])
     axes.set_xlabel("code dimension")
-    axes.set_title(f"DCI importance (disentanglement {result['dci']['disentanglement']:.3f})")
+    seed = f", seed {result['protocol']['seed']} alone" if "summary" in result else ""  # of several
+    axes.set_title(f"DCI importance (disentanglement {result['dci']['disentanglement']:.3f}{seed})")
     figure.colorbar(image, ax=axes)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
