@@ -20,7 +20,9 @@ from torch import nn
 from encdiff import __version__
 from encdiff.checkpoint import atomic_path
 from encdiff.data import Dataset, describe, to_float
+from encdiff.data.npz import open_zip, read_array
 from encdiff.errors import InputError
+from encdiff.files import refuse_special
 from encdiff.metrics import METRICS
 from encdiff.metrics.factor_vae import check_at_least
 from encdiff.models import EncDiff
@@ -122,25 +124,24 @@ def evaluate_codes(
 
 def read_codes(path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray, list[str]]:
     """`codes`, `factors` and `factor_names` of an `.npz`; nothing in it is unpickled."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            held = {name: file[name] for name in ("codes", "factors", "factor_names") if name in file}
-    except FileNotFoundError:
-        raise
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
-        pickles = isinstance(error, ValueError) and not zipfile.is_zipfile(path)  # numpy would name allow_pickle
-        reason = "no zip file" if pickles else str(error).splitlines()[0]
-        raise InputError(f"{path}: not an .npz of arrays ({reason})") from None
+    path = Path(path)
+    refuse_special(path)
+    if not zipfile.is_zipfile(path):
+        raise InputError(f"{path}: not an .npz of arrays (no zip file)")
+    with open_zip(path) as archive:
+        keys = [k for k in ("codes", "factors", "factor_names") if f"{k}.npy" in archive.namelist()]
+        held = {key: read_array(path, archive, key) for key in keys}
     for name in ("codes", "factors"):
         if name not in held:
             raise InputError(f"{path}: has no array {name!r}; it must hold codes (n, N) and factors (n, F)")
     codes, factors = held["codes"], held["factors"]
     if codes.ndim != 2 or factors.ndim != 2 or len(codes) != len(factors):
         raise InputError(f"{path}: codes are {codes.shape} and factors {factors.shape}; must be (n, N) and (n, F)")
-    names = [str(name) for name in held.get("factor_names", [f"factor {i}" for i in range(factors.shape[1])])]
-    if len(names) != factors.shape[1]:
-        raise InputError(f"{path}: {len(names)} factor_names for {factors.shape[1]} factors")
-    return codes, factors, names
+    names = held.get("factor_names", np.array([f"factor {i}" for i in range(factors.shape[1])], str))
+    if names.dtype.kind != "U" or names.shape != factors.shape[1:]:
+        said = f"{names.size} factor_names for {factors.shape[1]} factors"
+        raise InputError(f"{path}: {said}, of type {names.dtype}; must be one text for each")
+    return codes, factors, names.tolist()
 
 
 def _over_seeds(score, protocol: str, settings: Protocol, seeds: int, metrics: Sequence[str]) -> dict:
