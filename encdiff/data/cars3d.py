@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import io
-import lzma
 import os
 import tarfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
+from typing import BinaryIO
 
 import numpy as np
 
@@ -72,6 +72,24 @@ def cars_folder(path: Path) -> Path | None:
     return next((f for f in folders if (f / LIST).is_file() and next(f.glob("*.mat"), None)), None)
 
 
+def is_tar(path: Path) -> bool:
+    """Whether a file is a tar archive, plain or gzipped, or the beginning of a gzipped one that is cut short."""
+    try:
+        with open(path, "rb") as raw, tarfile.open(fileobj=raw, mode=_mode(raw)):
+            return True
+    except (EOFError, zlib.error):
+        return True
+    except (tarfile.TarError, OSError, ValueError, OverflowError):
+        return False
+
+
+def _mode(raw: BinaryIO) -> str:
+    """How tarfile is to read: gzipped or plain, and as nothing else, since xz may ask for gigabytes of memory."""
+    packed = raw.read(2) == b"\x1f\x8b"
+    raw.seek(0)
+    return "r|gz" if packed else "r|"
+
+
 def _read_folder(path: Path, size: int, progress: Progress | None) -> np.ndarray:
     folder = cars_folder(path)
     if folder is None:
@@ -105,7 +123,7 @@ def _read_archive(path: Path, size: int, progress: Progress | None) -> np.ndarra
 def _members(path: Path, progress: Progress | None) -> Iterator[tuple[PurePosixPath, bytes]]:
     """Names and contents of the files in a folder `cars` of an archive, in one pass, nothing written to disk."""
     try:
-        with open(path, "rb") as raw, tarfile.open(fileobj=raw, mode="r|*") as archive:
+        with open(path, "rb") as raw, tarfile.open(fileobj=raw, mode=_mode(raw)) as archive:
             for entry in archive:
                 member = PurePosixPath(entry.name)
                 wanted = member.name == LIST or (member.suffix == ".mat" and not member.name.startswith("."))
@@ -117,7 +135,7 @@ def _members(path: Path, progress: Progress | None) -> Iterator[tuple[PurePosixP
                     progress(raw.tell(), path.stat().st_size)
     except InputError:
         raise
-    except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, OSError, ValueError, OverflowError) as error:
+    except (tarfile.TarError, EOFError, zlib.error, OSError, ValueError, OverflowError) as error:
         raise InputError(f"{path}: a damaged or truncated archive ({error}); copy it again") from error
 
 

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import lzma
 import os
-import tarfile
 import zipfile
-import zlib
 from pathlib import Path
 
 import h5py
@@ -62,6 +59,7 @@ def open_path(path: Path, image_size: int | None = None, progress: Progress | No
         return _open_shapes3d(path, image_size, progress)
     if zipfile.is_zipfile(path):
         return _open_zip(path, image_size, progress)
+    from encdiff.data.cars3d import is_tar
     from encdiff.data.celeba import ATTRIBUTES, CelebA
     from encdiff.data.lmdb_images import LmdbImages, is_lmdb
     from encdiff.data.smallnorb import SmallNORB, is_smallnorb
@@ -72,19 +70,9 @@ def open_path(path: Path, image_size: int | None = None, progress: Progress | No
         return SmallNORB(path.parent, image_size, progress)
     if is_lmdb(path):
         return LmdbImages(path, image_size)
-    if _is_tar(path):
+    if is_tar(path):
         return _open_cars(path, image_size, progress, False)
     return _open_shapes3d(path, image_size, progress)  # names what is wrong
-
-
-def _is_tar(path: Path) -> bool:
-    """Whether a file is a tar archive, or the compressed beginning of something that is cut short."""
-    try:
-        return tarfile.is_tarfile(path)
-    except (EOFError, zlib.error, lzma.LZMAError):
-        return True
-    except (ValueError, OverflowError):  # of headers that are none
-        return False
 
 
 def _open_folder(path: Path, image_size: int | None, progress: Progress | None) -> Dataset:

@@ -86,5 +86,13 @@ def read_array(path: Path, archive: zipfile.ZipFile, key: str) -> np.ndarray:
     with damage(f"{path}: a damaged or foreign .npz file: {key}"), archive.open(member) as stream:
         stream.read(header.length)
         content = stream.read()  # to the end, where the checksum is compared
+        if header.dtype.kind == "U":
+            _check_text(np.frombuffer(content, f"{header.dtype.byteorder}u4"))
         array = np.frombuffer(content, header.dtype) if content else np.empty(0, header.dtype)
         return array.reshape(header.shape, order="F" if header.fortran else "C")
+
+
+def _check_text(points: np.ndarray) -> None:
+    """ValueError for numbers that stand for no character, of which Python makes a text without looking."""
+    if ((points > 0x10FFFF) | ((points >= 0xD800) & (points < 0xE000))).any():
+        raise ValueError("text of no characters")
