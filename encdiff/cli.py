@@ -15,6 +15,8 @@ from encdiff.cli_profile import profile
 from encdiff.cli_reproduce import ablate, reproduce
 from encdiff.cli_support import (
     DATA_HELP,
+    Commands,
+    begun_size,
     choose_device,
     console,
     draw_images,
@@ -25,6 +27,7 @@ from encdiff.cli_support import (
     open_data,
     open_model,
     parse_concepts,
+    rebuilt,
     results,
     resumed,
     save_picture,
@@ -35,6 +38,7 @@ from encdiff.errors import InputError, Stopped
 # Modules that load torch are imported inside the commands, so that --help answers at once.
 
 app = typer.Typer(
+    cls=Commands,
     help="Disentangled concepts from images: train, score, swap, traverse, and see where the model attends.",
     no_args_is_help=True,
     add_completion=False,
@@ -145,7 +149,7 @@ def train(
         model_config = EncDiffConfig.from_preset(preset or "quickstart")
         recipe = TrainConfig.from_preset(preset or "quickstart", **given)
     torch.manual_seed(recipe.seed)
-    model = EncDiff(model_config)
+    model = rebuilt(run, model_config) if resume else EncDiff(model_config)
     if not resume:
         load_first_stage(model, first_stage)
     dataset = open_data(data, model_config.image_size)
@@ -193,7 +197,7 @@ def train_autoencoder(
     )  # fmt: skip
     if resume:
         begun, config = resumed(run, AutoencoderTrainConfig, given)
-        data, image_size = data or begun["data"], begun["fingerprint"]["image_size"]
+        data, image_size = data or begun["data"], begun_size(begun, run)
     else:
         if batch_size and not learning_rate:
             given["learning_rate"] = 4.5e-6 * batch_size
@@ -232,7 +236,7 @@ def evaluate(
 
     options = {"metrics": metric_names(metrics), "seed": seed, "seeds": seeds}
     plot = "importance.png"
-    if run.suffix == ".npz":
+    if run.suffix.lower() == ".npz" and not run.is_dir():
         if data or protocol not in (None, "heldout"):
             raise InputError(f"{run}: codes have no --data, and their --protocol is heldout")
         plot = f"{run.stem}-{plot}"

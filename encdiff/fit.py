@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from encdiff import __version__
-from encdiff.checkpoint import load_tensors, save_tensors
+from encdiff.checkpoint import load_tensors, save_tensors, step_of
 from encdiff.data import Dataset, describe, to_float
 from encdiff.data.loader import Batches
 from encdiff.errors import InputError, Stopped
@@ -105,10 +105,9 @@ def _described(training: Training, dataset: Dataset) -> dict:
 def _resume(training: Training, dataset: Dataset, folder: RunFolder) -> None:
     folder.check_same_run(_described(training, dataset))
     tensors, metadata = load_tensors(folder.checkpoint)
-    if not metadata.get("step", "").isdigit():
-        raise InputError(f"{folder.checkpoint}: names no step; is it a checkpoint of a training run?")
+    step = step_of(metadata, folder.checkpoint)
     training.load(tensors, metadata, folder.checkpoint)
-    training.step = int(metadata["step"])
+    training.step = step
 
 
 def _save(training: Training, folder: RunFolder) -> None:

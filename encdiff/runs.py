@@ -4,10 +4,11 @@ import csv
 import fcntl
 import json
 import logging
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from encdiff.checkpoint import atomic_path
 from encdiff.errors import InputError
+from encdiff.files import read_json, refuse_special, whole_number
 from encdiff.temporaries import clear, is_temporary
 
 log = logging.getLogger("encdiff.runs")
@@ -167,15 +169,15 @@ def read_config(run_dir: str | Path) -> dict[str, Any]:
     """The `config.json` of a run folder: model, training, data, its fingerprint, version."""
     path = Path(run_dir) / "config.json"
     try:
-        config = json.loads(path.read_text())
+        config = read_json(path)
     except (FileNotFoundError, NotADirectoryError):
         raise InputError(f"{path}: no such file; {run_dir} must be the folder of a training run") from None
-    except ValueError as error:
-        raise InputError(f"{path}: not JSON ({error})") from None
-    parts = {"model": dict, "training": dict, "data": str}
-    if not isinstance(config, dict) or not all(isinstance(config.get(k), t) for k, t in parts.items()):
+    parts = {"model": dict, "training": dict, "data": str, "fingerprint": dict}
+    held = config if isinstance(config, dict) else {}
+    held = {"fingerprint": {}} | held  # younger than the others
+    if not all(isinstance(held.get(k), t) for k, t in parts.items()):
         raise InputError(f"{path}: not the configuration of a training run")
-    return config
+    return held
 
 
 class CsvLog:
@@ -198,15 +200,32 @@ class CsvLog:
 
 def _rows(path: Path, columns: tuple[str, ...], step: int) -> list[dict[str, str]]:
     kept = []
-    with path.open(newline="") as file:
+    refuse_special(path)
+    with path.open(newline="", encoding="utf-8", errors="replace") as file, suppress(csv.Error):
         for row in csv.DictReader(file):
+            at, seconds = whole_number(row.get("step")), row.get("seconds")
             try:
-                [float(row[column]) for column in columns]
-            except (KeyError, TypeError, ValueError):  # a row that was torn in the writing ends the log
+                torn = at is None or not math.isfinite(float(seconds)) or not all(map(_number, map(row.get, columns)))
+            except (TypeError, ValueError):
+                torn = True
+            if torn:  # in the writing: it ends the log
                 break
-            if int(row["step"]) <= step:
+            if at <= step:
                 kept.append({column: row[column] for column in columns})
     return kept
+
+
+def _number(text: str) -> bool:
+    float(text)
+    return True
+
+
+def last_row(path: Path) -> tuple[int, float]:
+    """Step and seconds of the last whole row of a log; InputError without one."""
+    rows = _rows(path, ("step", "seconds"), 2**53)
+    if not rows or int(rows[-1]["step"]) < 1:
+        raise InputError(f"{path}: holds no row of a training; must be the log of a run")
+    return int(rows[-1]["step"]), float(rows[-1]["seconds"])
 
 
 @contextmanager
@@ -235,16 +254,26 @@ def optimizer_state(
     state: dict[int, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         if name.startswith(prefix + "."):
-            index, _, key = name.removeprefix(prefix + ".").partition(".")
-            like = parameters[int(index)] if index.isdigit() and int(index) < len(parameters) else None
+            text, _, key = name.removeprefix(prefix + ".").partition(".")
+            index = whole_number(text, len(parameters) - 1)
+            like = None if index is None or str(index) != text else parameters[index]
             if like is None or tensor.shape != (() if key == "step" else like.shape):
                 raise InputError(f"{source}: {name} {tuple(tensor.shape)} fits no parameter of this configuration")
+            if not _is_moment(tensor, key):
+                raise InputError(f"{source}: {name} holds no finite numbers, or impossible ones; it is damaged")
             if key != "step":  # with the strides of its parameter
                 tensor = torch.empty_like(like, dtype=tensor.dtype).copy_(tensor)
-            state.setdefault(int(index), {})[key] = tensor
+            state.setdefault(index, {})[key] = tensor
     if not state or any(entry.keys() != {"step", "exp_avg", "exp_avg_sq"} for entry in state.values()):
         raise InputError(f"{source}: the state of the optimiser {prefix!r} is missing or incomplete")
     return state
+
+
+def _is_moment(tensor: Tensor, key: str) -> bool:
+    """Whether these can be numbers of Adam: floats, squares and steps not negative, steps whole."""
+    if not tensor.is_floating_point() or not tensor.isfinite().all():
+        return False
+    return key == "exp_avg" or (bool((tensor >= 0).all()) and (key != "step" or float(tensor).is_integer()))
 
 
 def load_optimizer(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tarfile
 import zipfile
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import h5py
 
 from encdiff.data import Dataset, Progress
 from encdiff.errors import InputError
+from encdiff.files import refuse_special
 
 # Each format's module is imported where it is opened, so that a folder of images needs neither SciPy nor lmdb.
 
@@ -52,12 +52,14 @@ def open_spec(spec: str, image_size: int | None, progress: Progress | None) -> D
 
 def open_path(path: Path, image_size: int | None = None, progress: Progress | None = None) -> Dataset:
     """The data set in a file or folder, told by its content."""
+    refuse_special(path)
     if path.is_dir():
         return _open_folder(path, image_size, progress)
     if h5py.is_hdf5(path):
         return _open_shapes3d(path, image_size, progress)
     if zipfile.is_zipfile(path):
         return _open_zip(path, image_size, progress)
+    from encdiff.data.cars3d import is_tar
     from encdiff.data.celeba import ATTRIBUTES, CelebA
     from encdiff.data.lmdb_images import LmdbImages, is_lmdb
     from encdiff.data.smallnorb import SmallNORB, is_smallnorb
@@ -68,7 +70,7 @@ def open_path(path: Path, image_size: int | None = None, progress: Progress | No
         return SmallNORB(path.parent, image_size, progress)
     if is_lmdb(path):
         return LmdbImages(path, image_size)
-    if tarfile.is_tarfile(path):
+    if is_tar(path):
         return _open_cars(path, image_size, progress, False)
     return _open_shapes3d(path, image_size, progress)  # names what is wrong
 
@@ -92,9 +94,10 @@ def _open_folder(path: Path, image_size: int | None, progress: Progress | None) 
 
 
 def _open_zip(path: Path, image_size: int | None, progress: Progress | None) -> Dataset:
-    from encdiff.data.arrays import npz_errors, npz_header
+    from encdiff.data.arrays import npz_header
+    from encdiff.data.npz import open_zip
 
-    with npz_errors(path), zipfile.ZipFile(path) as archive:
+    with open_zip(path) as archive:
         members = set(archive.namelist())
     if "imgs.npy" in members:
         from encdiff.data.dsprites import DSprites

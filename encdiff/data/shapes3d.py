@@ -20,8 +20,10 @@ import h5py
 import numpy as np
 
 from encdiff.data import Dataset, Progress
-from encdiff.data.arrays import ArrayFile, grid_of, map_npz, npz_errors
+from encdiff.data.arrays import ArrayFile, grid_of, map_npz
 from encdiff.data.formats import ACCEPTED
+from encdiff.data.hdf5 import open_h5, own_array, read_labels, read_names
+from encdiff.data.npz import open_zip, read_array
 from encdiff.data.procedural import FACTOR_NAMES, FACTOR_SIZES, ProceduralShapes3D, factor_labels
 from encdiff.errors import InputError
 from encdiff.temporaries import atomic_path
@@ -134,22 +136,19 @@ def _h5_errors() -> Iterator[None]:
 
 
 def _open_h5(path: Path) -> tuple[h5py.Dataset, np.ndarray, tuple[tuple[str, ...], ...]]:
-    try:
-        file = h5py.File(path, "r")
-        found = {key: file.get(key) for key in ("images", "labels")}
-        missing = [key for key, value in found.items() if not isinstance(value, h5py.Dataset)]
-        if missing:
-            raise InputError(f"{path}: an HDF5 file without {' and '.join(missing)}; must hold the 3dshapes schema")
-        return found["images"], np.asarray(found["labels"][()]), _names(path, found["labels"])
-    except OSError as error:
-        raise InputError(f"{path}: a damaged or truncated HDF5 file ({error}); copy or render it again") from error
+    file = open_h5(path)
+    images, labels = (own_array(path, file, key) for key in ("images", "labels"))
+    missing = [key for key, value in (("images", images), ("labels", labels)) if value is None]
+    if missing:
+        raise InputError(f"{path}: an HDF5 file without {' and '.join(missing)}; must hold the 3dshapes schema")
+    return images, read_labels(path, labels), _names(path, labels)
 
 
 def _names(path: Path, labels: h5py.Dataset) -> tuple[tuple[str, ...], ...]:
     """Factor names, cyclic ones and categories: those of Shapes3D unless the labels name theirs."""
-    if NAMES not in labels.attrs:
+    named = [read_names(path, labels, key) for key in (NAMES, CYCLIC, CATEGORIES)]
+    if not named[0]:
         return FACTOR_NAMES, ProceduralShapes3D.cyclic, ProceduralShapes3D.categories
-    named = [tuple(map(str, np.atleast_1d(labels.attrs.get(key, [])))) for key in (NAMES, CYCLIC, CATEGORIES)]
     if len(set(named[0])) < len(named[0]) or not all(named[0]):
         raise InputError(f"{path}: the labels' factor_names are {named[0]}; must be different names")
     return tuple(named)
@@ -157,5 +156,5 @@ def _names(path: Path, labels: h5py.Dataset) -> tuple[tuple[str, ...], ...]:
 
 def _open_npz(path: Path, progress: Progress | None) -> tuple[np.ndarray, np.ndarray | None]:
     images = map_npz(path, "images", progress)
-    with npz_errors(path), np.load(path, allow_pickle=False) as arrays:
-        return images, arrays.get("labels")
+    with open_zip(path) as archive:
+        return images, read_array(path, archive, "labels") if "labels.npy" in archive.namelist() else None
