@@ -22,7 +22,8 @@ from encdiff.metrics.registry import METRICS
 from encdiff.models import EncDiff, EncDiffConfig
 from encdiff.models.vectors import as_scalars
 from encdiff.protocol import DEFAULT
-from encdiff.runs import RunFolder, progress_bar
+from encdiff.runs import RunFolder
+from encdiff.terminal import progress_bar
 from encdiff.train import TrainConfig, train
 
 FID_IMAGES, BATCH = 10_000, 256

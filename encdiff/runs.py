@@ -3,13 +3,10 @@
 import csv
 import json
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
 from encdiff.checkpoint import atomic_path
@@ -42,9 +39,12 @@ class RunFolder:
             raise InputError(f"{self.path}: will not overwrite a folder that also holds {foreign[0]}")
         self.resume = resume
 
-    def begin(self) -> None:
-        """Make the folder, or clear it of the run before; to be called once nothing can be refused any more."""
-        for name in self.SHOWN if self.resume else self.OWN:
+    def begin(self, finished: bool = False) -> None:
+        """Make the folder, or clear it of the run before; to be called once nothing can be refused any more.
+
+        Of a resumed run goes what shows the model, which changes; not so if the run is `finished`.
+        """
+        for name in self.OWN if not self.resume else () if finished else self.SHOWN:
             path = self.path / name
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         self.samples.mkdir(parents=True, exist_ok=True)
@@ -124,15 +124,6 @@ def _rows(path: Path, columns: tuple[str, ...], step: int) -> list[dict[str, str
             if int(row["step"]) <= step:
                 kept.append({column: row[column] for column in columns})
     return kept
-
-
-@contextmanager
-def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar; yields `report(done, total)`."""
-    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns) as bar:
-        task = bar.add_task(what, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, prefix: str = "optimizer") -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 # Bottom up. A module imports its own room and the layers below it, nothing beside or above.
 LAYERS = [
     {"errors", "kernels", "_C", "_build"},
-    {"ops", "checkpoint", "fields", "sheet"},
+    {"ops", "checkpoint", "fields", "sheet", "terminal"},
     {"diffusion", "data", "metrics", "profiling", "health"},
     {"models"},
     {"runs", "visualize", "engine", "protocol"},
