@@ -69,7 +69,7 @@ def profile(
         for _ in range(4):  # compiled, or captured after three calls: what is shown is the steady state
             work()
     table = trace(model, work, calls, out / "trace.json").table()
-    (out / "table.txt").write_text(table + "\n")
+    (out / "table.txt").write_text(table + "\n", "utf-8")
     say(table)
     say(f"\ntrace: {out / 'trace.json'}\ntable: {out / 'table.txt'}")
 

@@ -32,7 +32,7 @@ _say = partial(say, style="bold")
 
 def _show(path: Path) -> None:
     """The notes and the table of a Markdown file, and where it lies."""
-    lines = path.read_text().splitlines()
+    lines = path.read_text("utf-8", "surrogateescape").splitlines()
     notes = [line.removeprefix("# ") for line in lines if line and not line.startswith("|")]
     header, _, *rows = ([c.strip(" *") for c in line[1:-1].split("|")] for line in lines if line.startswith("|"))
     say("\n".join(notes))
