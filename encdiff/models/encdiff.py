@@ -50,7 +50,7 @@ class EncDiff(
 
     The names in its state dict are those of the published checkpoints. Methods that show images (`reconstruct`, `swap`,
     `traverse`, `sample`, `attention_maps`) run in eval mode without gradients; `encode`, `tokens`, `denoise` and `loss`
-    run in the mode the model is in, with gradients.
+    run in the mode the model is in, with gradients. Calling the model is `loss`.
 
     Source: arXiv 2402.09712.
     """
