@@ -34,6 +34,9 @@ SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "
 CUDA = ["--fmad=false", "-Xcompiler=-fPIC,-fvisibility=hidden"]  # no contraction: CPU and GPU round alike
 
 
+TEMPORARY = ".build"
+
+
 class BuildError(Exception):
     """The native engine cannot be built; the message says why."""
 
@@ -96,7 +99,8 @@ def build(target: Path, cuda: bool = True) -> None:
     compiler, torch = find_compiler(), find_torch()
     nvcc = find_nvcc() if cuda else None
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".build") as folder:
+    remove_dead(target.parent)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f"{TEMPORARY}{os.getpid()}-") as folder:
         commands = list(compilations(compiler, nvcc, torch, Path(folder)))
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(run, commands))
@@ -105,6 +109,24 @@ def build(target: Path, cuda: bool = True) -> None:
         objects = sorted(str(path) for path in Path(folder).glob("*.o"))
         run([compiler, "-shared", "-o", str(library), *objects, f"-L{torch / 'lib'}", "-ltorch_cpu", *runtime])
         os.replace(library, target)
+
+
+def remove_dead(folder: Path, alone: bool = False) -> None:
+    """Remove what killed builds left; `alone`: nobody else builds there, so that whatever is left is dead."""
+    for left in folder.glob(f"{TEMPORARY}*"):
+        pid = re.fullmatch(rf"{re.escape(TEMPORARY)}(\d+)-.*", left.name)
+        if alone or (pid and not _is_alive(int(pid[1]))):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except PermissionError:  # of another user
+        return True
+    except (ProcessLookupError, OverflowError):
+        return False
+    return True
 
 
 def compilations(compiler: str, nvcc: str | None, torch: Path, folder: Path) -> Iterator[list[str]]:
@@ -157,6 +179,16 @@ def installed() -> Path | None:
     return path if path.exists() and f"encdiff-sources:{fingerprint()}".encode() in path.read_bytes() else None
 
 
+def user_cache() -> Path:
+    """Where this user's builds and verdicts are kept; OSError where the environment names no place for them."""
+    if given := os.environ.get("XDG_CACHE_HOME"):
+        return Path(given)
+    try:
+        return Path.home() / ".cache"
+    except RuntimeError:  # in a container, a user without a name
+        raise OSError("this user has no home folder for a cache; let XDG_CACHE_HOME name a folder") from None
+
+
 def find_or_build(torch_has_cuda: bool) -> Path:
     """The installed library, or one in the user's cache, built there by the first process that needs it.
 
@@ -164,7 +196,7 @@ def find_or_build(torch_has_cuda: bool) -> Path:
     """
     if (path := installed()) is not None:
         return path
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    cache = user_cache()
     cuda = wanted_cuda() == "1" or (wanted_cuda() == "auto" and torch_has_cuda)
     folder = cache / "encdiff" / f"{fingerprint()}-{platform.machine()}-{'cuda' if cuda else 'cpu'}"
     library, failure = folder / "_C.so", folder / "failure.txt"
@@ -173,6 +205,7 @@ def find_or_build(torch_has_cuda: bool) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
+        remove_dead(folder, alone=True)
         if failure.exists():
             raise BuildError(f"the build failed before, {failure} says why; delete it to try again")
         if not library.exists():
@@ -237,7 +270,7 @@ def main() -> int:
         if parser.parse_args().check:
             return 0 if check() else 1
         print(installed() or find_or_build(find_nvcc() is not None))
-    except BuildError as error:
+    except (BuildError, OSError) as error:
         print(f"encdiff: {error}", file=sys.stderr)
         return 1
     return 0

@@ -1,6 +1,5 @@
 """The paper's ablations: each a few fields of a configuration changed, trained and scored like all the others."""
 
-import json
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -25,6 +24,7 @@ from encdiff.phases import (
     train_once,
 )
 from encdiff.protocol import settings_of
+from encdiff.results import read_scores
 from encdiff.runs import read_config
 from encdiff.terminal import say
 from encdiff.train import TrainConfig
@@ -110,16 +110,17 @@ def finished(out: Path) -> list[dict]:
 
 
 def _row(name: str, run: Path) -> dict:
-    config, result = read_config(run), json.loads((run / "metrics.json").read_text())["trained"]
+    config, result = read_config(run), read_scores(run / "metrics.json")["trained"]
+    recipe = TrainConfig.from_dict(config["training"], f"{run}/config.json")
     with torch.device("meta"):
         model = EncDiff(EncDiffConfig.from_dict(config["model"], f"{run}/config.json"))
     return {
         "ablation": name,
         "changed": ABLATIONS[name],
-        "seed": config["training"]["seed"],
+        "seed": recipe.seed,
         "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "steps": steps_done(run),
-        "batch_size": config["training"]["batch_size"],
+        "batch_size": recipe.batch_size,
         "ms_per_step": 1000 * seconds_per_step(run),
         "scores": scores(result),
         "protocol": result["protocol"],

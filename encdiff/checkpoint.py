@@ -1,12 +1,11 @@
 """Tensor files: written atomically, read without unpickling, and the published checkpoints' layout."""
 
-import errno
-import os
+import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from huggingface_hub import hf_hub_download
@@ -16,25 +15,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from encdiff.errors import InputError
+from encdiff.files import read_json, refuse_special, whole_number
+from encdiff.temporaries import atomic_path, disk_errors
+
+M = TypeVar("M", bound=torch.nn.Module)
 
 UNET = "model.diffusion_model."
 EMA = "model_ema."
-
-
-@contextmanager
-def atomic_path(path: str | Path) -> Iterator[Path]:
-    """A temporary name beside `path` that replaces it when the block succeeds and vanishes when it does not."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}{path.suffix}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    except OSError as error:  # named after the file that was asked for
-        if error.errno is None:
-            raise OSError(f"{path}: {error}") from error
-        raise OSError(error.errno, error.strerror, str(path)) from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def save_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
@@ -42,40 +29,112 @@ def save_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[st
     with atomic_path(path) as temporary:
         temporary.touch()
         mode = temporary.stat().st_mode  # what the umask allows; safetensors would leave it to the owner alone
-        try:
+        with disk_errors(SafetensorError):
             save_file({k: v.detach().contiguous().clone() for k, v in tensors.items()}, temporary, metadata)
-        except SafetensorError as error:  # how the library reports a full disk
-            raise OSError(errno.EIO, f"could not be written ({error})") from None
         temporary.chmod(mode)
 
 
 def load_tensors(path: str | Path, device: str | torch.device = "cpu") -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read a safetensors file: its tensors and its metadata. Raises InputError if it is not one or is truncated."""
-    if not Path(path).is_file():
-        raise InputError(f"{path}: no such file")
+    with _open_tensors(path, str(device)) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+
+
+def tensor_shapes(path: str | Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
+    """As `load_tensors`, of the tensors their shapes only, which the file's beginning tells."""
+    with _open_tensors(path) as file:
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+
+
+@contextmanager
+def _open_tensors(path: str | Path, device: str = "cpu") -> Iterator[Any]:
+    is_there(path)
     try:
-        with safe_open(path, framework="pt", device=str(device)) as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except SafetensorError as error:
+        with safe_open(path, framework="pt", device=device) as file:
+            yield file
+    except (SafetensorError, AttributeError, RuntimeError, TypeError, ValueError) as error:  # or a dtype torch lacks
         raise InputError(f"{path}: not a whole safetensors file ({error}); copy it again or train anew") from None
 
 
+def is_there(path: str | Path) -> None:
+    """InputError unless `path` is a file."""
+    if Path(path).exists():
+        refuse_special(path)
+    if not Path(path).is_file():
+        raise InputError(f"{path}: no such file")
+
+
+def step_of(metadata: Mapping[str, str], source: str | Path) -> int:
+    """The step that a training's checkpoint names; InputError, naming `source`, without one."""
+    step = whole_number(metadata.get("step"))
+    if step is None:
+        raise InputError(f"{source}: names no step; is it a checkpoint of a training run?")
+    return step
+
+
+def positive_number(value: Any, name: str, source: str | Path) -> float:
+    """A finite number above 0 out of a text or a tensor of one element; InputError for anything else."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        number = math.nan
+    if not 1e-30 <= number <= 1e30:
+        raise InputError(f"{source}: {name} is {str(value)[:80]}, must be a number above 0")
+    return number
+
+
+def build_fitting(build: Callable[[], M], shapes: Mapping[str, tuple[int, ...]], source: str | Path) -> M:
+    """The module that `build` makes, made only once one without memory has shown that the shapes fit it."""
+    with torch.device("meta"):
+        own = build().state_dict()
+    _refuse_others(own, shapes, source)
+    return build()
+
+
+def load_model(build: Callable[[Any], M], config: str | Path, weights: str | Path) -> M:
+    """The module that `build` makes of the JSON `config`, filled from `weights`; see `build_fitting`."""
+    values = read_json(config)
+    shapes, _ = tensor_shapes(weights)
+    try:
+        with torch.device("meta"):
+            own = build(values).state_dict()
+    except InputError as error:  # layers know no file
+        raise error if str(error).startswith(str(config)) else InputError(f"{config}: {error}") from None
+    _refuse_others(own, shapes, weights)
+    model = build(values)
+    load_state(model, load_tensors(weights)[0], weights)
+    return model
+
+
 def load_state(module: torch.nn.Module, state: dict[str, Tensor], source: str | Path) -> None:
-    """`load_state_dict` that names the file and every missing, unexpected or misshapen tensor in its error."""
+    """`load_state_dict` that names the file and every missing, unexpected or misshapen tensor in its error.
+
+    Tensors of another kind (integers for floats, ...) and values that are not finite are refused, too.
+    """
     own = module.state_dict()
+    _refuse_others(own, {k: tuple(v.shape) for k, v in state.items()}, source)
+    for name, tensor in state.items():
+        kinds = [(t.is_floating_point(), None if t.is_floating_point() else t.dtype) for t in (tensor, own[name])]
+        if kinds[0] != kinds[1]:
+            raise InputError(f"{source}: {name} is {tensor.dtype}, must be {own[name].dtype}")
+        if not tensor.to(own[name].dtype).isfinite().all() or (name.endswith("running_var") and (tensor < 0).any()):
+            raise InputError(f"{source}: {name} holds NaN, infinite or impossible numbers; copy it again or train anew")
+    module.load_state_dict(state)
+
+
+def _refuse_others(own: dict[str, Tensor], shapes: Mapping[str, tuple[int, ...]], source: str | Path) -> None:
     problems = {
-        "missing": [k for k in own if k not in state],
-        "unexpected": [k for k in state if k not in own],
+        "missing": [k for k in own if k not in shapes],
+        "unexpected": [k for k in shapes if k not in own],
         "of another shape": [
-            f"{k} {tuple(state[k].shape)} instead of {tuple(own[k].shape)}"
+            f"{k} {shapes[k]} instead of {tuple(own[k].shape)}"
             for k in own
-            if k in state and state[k].shape != own[k].shape
+            if k in shapes and shapes[k] != tuple(own[k].shape)
         ],
     }
     if any(problems.values()):
         said = "; ".join(f"{len(names)} {kind}: {_few(names)}" for kind, names in problems.items() if names)
         raise InputError(f"{source}: does not fit this configuration: {said}")
-    module.load_state_dict(state)
 
 
 PRETRAINED = Path(__file__).parent / "pretrained"  # the models that come with the package, a folder each
@@ -118,7 +177,19 @@ def read_published(path: str | Path, ema: bool) -> tuple[dict[str, Tensor], floa
         if lost:
             raise InputError(f"{path}: no EMA copy of {_few(lost)}; load it with ema=False")
         kept |= {k: averaged[_ema_name(k)] for k in kept if k.startswith(UNET)}
-    return kept, float(state.get("scale_factor", 1.0))
+    for name, tensor in kept.items():
+        if _unusual(tensor):
+            raise InputError(f"{path}: {name} is {_unusual(tensor)}, must be a plain tensor of numbers")
+    return kept, positive_number(state.get("scale_factor", 1.0), "scale_factor", path)
+
+
+def _unusual(tensor: Tensor) -> str:
+    """What keeps a tensor from being plain memory full of real numbers."""
+    kinds = {
+        "nested": tensor.is_nested, "sparse": tensor.layout != torch.strided, "quantized": tensor.is_quantized,
+        "on meta, without values": tensor.is_meta, "complex": tensor.is_complex(),
+    }  # fmt: skip
+    return next((kind for kind, found in kinds.items() if found), "")
 
 
 def write_published(path: str | Path, state: dict[str, Tensor], scaling_factor: float) -> None:
@@ -127,7 +198,7 @@ def write_published(path: str | Path, state: dict[str, Tensor], scaling_factor: 
     state |= {EMA + _ema_name(k): v for k, v in state.items() if k.startswith(UNET)}
     state |= {EMA + "decay": torch.tensor(0.9999), EMA + "num_updates": torch.tensor(0, dtype=torch.int32)}
     state["scale_factor"] = torch.tensor(scaling_factor)
-    with atomic_path(path) as temporary:
+    with atomic_path(path) as temporary, disk_errors(RuntimeError):
         torch.save({"state_dict": state}, temporary)
 
 
@@ -141,8 +212,7 @@ def _load_tensors_only(path: str | Path) -> dict[str, Tensor]:
     Lightning's files also hold objects of its own classes; they are read as inert placeholders, so that no code of
     theirs runs.
     """
-    if not Path(path).is_file():
-        raise InputError(f"{path}: no such file")
+    is_there(path)
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         inert = [(type(re.sub(r"\W", "_", name), (_Inert,), {}), name) for name in names]
@@ -169,4 +239,5 @@ class _Inert:
 
 
 def _few(names: list[str], most: int = 8) -> str:
+    names = [name[:200] for name in names]
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -15,6 +15,8 @@ from encdiff.cli_profile import profile
 from encdiff.cli_reproduce import ablate, reproduce
 from encdiff.cli_support import (
     DATA_HELP,
+    Commands,
+    begun_size,
     choose_device,
     draw_images,
     factor_groups,
@@ -25,6 +27,7 @@ from encdiff.cli_support import (
     open_data,
     open_model,
     parse_concepts,
+    rebuilt,
     results,
     resumed,
     save_picture,
@@ -36,6 +39,7 @@ from encdiff.terminal import console, progress_bar, say
 # Modules that load torch are imported inside the commands, so that --help answers at once.
 
 app = typer.Typer(
+    cls=Commands,
     help="Disentangled concepts from images: train, score, swap, traverse, and see where the model attends.",
     no_args_is_help=True,
     add_completion=False,
@@ -154,7 +158,7 @@ def train(
         model_config = EncDiffConfig.from_preset(preset or "quickstart")
         recipe = TrainConfig.from_preset(preset or "quickstart", **given)
     torch.manual_seed(recipe.seed)
-    model = EncDiff(model_config)
+    model = rebuilt(run, model_config) if resume else EncDiff(model_config)
     if not resume:
         load_first_stage(model, first_stage)
     dataset = open_data(data, model_config.image_size)
@@ -199,7 +203,7 @@ def train_autoencoder(
     )  # fmt: skip
     if resume:
         begun, config = resumed(run, AutoencoderTrainConfig, given)
-        data, image_size = data or begun["data"], begun["fingerprint"]["image_size"]
+        data, image_size = data or begun["data"], begun_size(begun, run)
     else:
         if batch_size and not learning_rate:
             given["learning_rate"] = 4.5e-6 * batch_size
@@ -239,7 +243,7 @@ def evaluate(
     from encdiff.evaluate import evaluate_codes, evaluate_model, format_table, plot_importance, stages, write_metrics
 
     options = {"metrics": metric_names(metrics), "seed": seed, "seeds": seeds}
-    if run.suffix == ".npz":
+    if run.suffix.lower() == ".npz" and not run.is_dir():
         if data or protocol not in (None, "heldout"):
             raise InputError(f"{run}: codes have no --data, and their --protocol is heldout")
         out = writable(out or run.with_name(f"{run.stem}-metrics.json"))
@@ -297,15 +301,9 @@ def swap(
         groups = {f"concept {i}": [i] for i in parse_concepts(concepts)}
     with progress_bar("sampling") as report:
         picture = swap_grid(
-            model,
-            images[:count],
-            images[count:],
-            groups=groups,
-            sampler=sampler.value,
-            steps=steps,
-            seed=seed,
+            model, images[:count], images[count:], groups=groups, sampler=sampler.value, steps=steps, seed=seed,
             progress=report,
-        )
+        )  # fmt: skip
     save_picture(picture, path)
 
 

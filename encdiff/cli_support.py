@@ -5,6 +5,8 @@ from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
 
+from typer.core import TyperGroup
+
 from encdiff.errors import InputError
 from encdiff.terminal import say
 
@@ -13,6 +15,16 @@ PRETRAINED = Path(__file__).parent / "pretrained"  # models that come with the p
 # Modules that load torch are imported inside the functions, so that --help answers at once.
 
 DATA_HELP = "A file, folder or name (docs/data.md): 3dshapes.h5, mpi3d_toy, photos/, procedural:5,5,5,4,4,5, ..."
+
+
+class Commands(TyperGroup):
+    """The command line, for which an input that ends early is bad input, not the user's Ctrl-D."""
+
+    def invoke(self, ctx):
+        try:
+            return super().invoke(ctx)
+        except EOFError as error:
+            raise InputError(f"a file ends too early ({error}); copy it again") from None
 
 
 def given_options(**options) -> dict:
@@ -26,6 +38,24 @@ def resumed(run: Path, config_class, given: dict):
 
     begun = read_config(run)
     return begun, config_class.from_dict(begun["training"] | given, f"{run}/config.json")
+
+
+def rebuilt(run: Path, config):
+    """The model of a run that is resumed, made only once its checkpoint has shown that it fits."""
+    from encdiff.checkpoint import build_fitting, tensor_shapes
+    from encdiff.models import EncDiff
+
+    path = run / "checkpoint.safetensors"
+    shapes = {k.removeprefix("model."): v for k, v in tensor_shapes(path)[0].items() if k.startswith("model.")}
+    return build_fitting(lambda: EncDiff(config), shapes, path)
+
+
+def begun_size(begun: dict, run: Path) -> int:
+    """The size of the images that a run was begun with."""
+    size = begun["fingerprint"].get("image_size")
+    if not isinstance(size, int) or size < 1:
+        raise InputError(f"{run}/config.json: names no image_size; is it the configuration of a training run?")
+    return size
 
 
 def metric_names(given: str) -> list[str]:
@@ -130,20 +160,16 @@ def draw_images(dataset, indices: list[int] | None, count: int, seed: int, model
 
 def factor_groups(run: Path, model) -> dict[str, list[int]]:
     """The concepts that carry each factor, where the run has been evaluated."""
-    import json
-
+    from encdiff.results import read_scores
     from encdiff.visualize import concept_groups
 
     path = held(run) / "metrics.json"
     if not path.is_file():
         return {}
-    try:
-        trained = json.loads(path.read_text())["trained"]
-        if "dci" not in trained:  # scored by other metrics
-            return {}
-        importance, names = trained["dci"]["importance"], trained["data"]["factor_names"]
-    except (ValueError, KeyError, TypeError):
-        raise InputError(f"{path}: not the scores that encdiff evaluate writes; evaluate again") from None
+    trained = read_scores(path)["trained"]
+    if "dci" not in trained:  # scored by other metrics
+        return {}
+    importance, names = trained["dci"]["importance"], trained["data"]["factor_names"]
     if len(importance) != model.config.concepts:
         raise InputError(
             f"{path}: of {len(importance)} concepts, the model has {model.config.concepts}; evaluate again"

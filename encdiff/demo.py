@@ -1,6 +1,5 @@
 """The whole method in one go, small enough for two cores: look at a trained model, then train and evaluate one."""
 
-import json
 import signal
 import time
 from multiprocessing import get_context
@@ -15,6 +14,7 @@ from encdiff.data import Dataset, open_dataset, to_float
 from encdiff.data.shapes3d import write_shapes3d
 from encdiff.evaluate import evaluate, evaluate_model, format_table, plot_importance, untrained, write_metrics
 from encdiff.models import EncDiff
+from encdiff.results import read_scores
 from encdiff.runs import RunFolder
 from encdiff.terminal import console, progress_bar, say
 from encdiff.train import TrainConfig, train
@@ -94,7 +94,7 @@ def demo(run: Path, seed: int, device: str, *, data: str = DATA, protocol: str =
 
 def stored_scores(name: str) -> dict[str, dict]:
     """The scores that were stored with a model of the package, in the form of `evaluate_model`."""
-    return json.loads(locate(name, "metrics.json", {}).read_text())
+    return read_scores(locate(name, "metrics.json", {}))
 
 
 def _save_all(drawn: dict[str, Image.Image], folder: Path) -> None:

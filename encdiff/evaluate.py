@@ -19,7 +19,9 @@ from torch import nn
 from encdiff import __version__
 from encdiff.checkpoint import atomic_path
 from encdiff.data import Dataset, describe, to_float
+from encdiff.data.npz import open_zip, read_array
 from encdiff.errors import InputError
+from encdiff.files import refuse_special
 from encdiff.metrics import METRICS
 from encdiff.metrics.factor_vae import check_at_least
 from encdiff.models import EncDiff
@@ -38,11 +40,6 @@ from encdiff.protocol import (
 from encdiff.terminal import Tasks
 
 Encode = Callable[[torch.Tensor], torch.Tensor]  # float32 (B,3,H,W) in [-1,1] -> (B,N)
-
-FURTHER = {  # scores beside the headline, field -> title
-    "dci": {"completeness": "DCI completeness", "informativeness_test": "DCI informativeness"},
-    "infomec": {"infoc": "InfoC", "infoe": "InfoE"},
-}
 
 
 def evaluate(
@@ -127,25 +124,24 @@ def evaluate_codes(
 
 def read_codes(path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray, list[str]]:
     """`codes`, `factors` and `factor_names` of an `.npz`; nothing in it is unpickled."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            held = {name: file[name] for name in ("codes", "factors", "factor_names") if name in file}
-    except FileNotFoundError:
-        raise
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
-        pickles = isinstance(error, ValueError) and not zipfile.is_zipfile(path)  # numpy would name allow_pickle
-        reason = "no zip file" if pickles else str(error).splitlines()[0]
-        raise InputError(f"{path}: not an .npz of arrays ({reason})") from None
+    path = Path(path)
+    refuse_special(path)
+    if not zipfile.is_zipfile(path):
+        raise InputError(f"{path}: not an .npz of arrays (no zip file)")
+    with open_zip(path) as archive:
+        keys = [k for k in ("codes", "factors", "factor_names") if f"{k}.npy" in archive.namelist()]
+        held = {key: read_array(path, archive, key) for key in keys}
     for name in ("codes", "factors"):
         if name not in held:
             raise InputError(f"{path}: has no array {name!r}; it must hold codes (n, N) and factors (n, F)")
     codes, factors = held["codes"], held["factors"]
     if codes.ndim != 2 or factors.ndim != 2 or len(codes) != len(factors):
         raise InputError(f"{path}: codes are {codes.shape} and factors {factors.shape}; must be (n, N) and (n, F)")
-    names = [str(name) for name in held.get("factor_names", [f"factor {i}" for i in range(factors.shape[1])])]
-    if len(names) != factors.shape[1]:
-        raise InputError(f"{path}: {len(names)} factor_names for {factors.shape[1]} factors")
-    return codes, factors, names
+    names = held.get("factor_names", np.array([f"factor {i}" for i in range(factors.shape[1])], str))
+    if names.dtype.kind != "U" or names.shape != factors.shape[1:]:
+        said = f"{names.size} factor_names for {factors.shape[1]} factors"
+        raise InputError(f"{path}: {said}, of type {names.dtype}; must be one text for each")
+    return codes, factors, names.tolist()
 
 
 def _over_seeds(score, protocol: str, settings: Protocol, seeds: int, metrics: Sequence[str]) -> dict:
@@ -246,7 +242,7 @@ def format_table(results: Mapping[str, dict]) -> Table:
     for metric, field, row in score_fields(results.values()):
         table.add_row(row, *(_cell(result, metric, field) for result in results.values()))
     if all("factor_vae" in result for result in results.values()):
-        table.add_row("active dimensions", *(str(r["factor_vae"]["num_active_dims"]) for r in results.values()))
+        table.add_row("active dimensions", *map(_active, results.values()))
     table.add_row("protocol", *(_protocol(result) for result in results.values()))
     return table
 
@@ -257,17 +253,26 @@ def score_fields(results: Iterable[Mapping]) -> list[tuple[str, str, str]]:
     rows = []
     for name in held:
         rows.append((name, METRICS[name].headline, METRICS[name].title))
-        rows += [(name, field, title) for field, title in FURTHER.get(name, {}).items()]
+        rows += [(name, field, title) for field, title in METRICS[name].further.items()]
     return rows
 
 
 def _cell(result: Mapping, metric: str, field: str) -> str:
     if (value := result.get(metric, {}).get(field)) is None:
         return "undefined" if metric in result else "-"
+    return _over_summary(result, metric, field) or f"{value:.3f}"
+
+
+def _over_summary(result: Mapping, metric: str, field: str) -> str:
+    """Mean and deviation over the seeds, where there are several."""
     summary = result.get("summary", {}).get(metric)
-    if summary is None or field != METRICS[metric].headline or summary["std"] is None:
-        return f"{value:.3f}"
-    return f"{summary['mean']:.3f} +- {summary['std']:.3f}"
+    if summary and field != METRICS[metric].headline:
+        summary = summary.get("further", {}).get(field)
+    return f"{summary['mean']:.3f} +- {summary['std']:.3f}" if summary and summary["std"] is not None else ""
+
+
+def _active(result: Mapping) -> str:
+    return _over_summary(result, "factor_vae", "num_active_dims") or str(result["factor_vae"]["num_active_dims"])
 
 
 def _protocol(result: Mapping) -> str:
@@ -295,7 +300,8 @@ def plot_importance(result: Mapping, path: str | os.PathLike) -> None:
     axes.set_xticks(range(codes))
     axes.set_yticks(range(factors), labels=[name.replace("_", " ") for name in result["data"]["factor_names"]])
     axes.set_xlabel("code dimension")
-    axes.set_title(f"DCI importance (disentanglement {result['dci']['disentanglement']:.3f})")
+    seed = f", seed {result['protocol']['seed']} alone" if "summary" in result else ""  # of several
+    axes.set_title(f"DCI importance (disentanglement {result['dci']['disentanglement']:.3f}{seed})")
     figure.colorbar(image, ax=axes)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)

@@ -18,19 +18,27 @@ class Range(NamedTuple):
     above: bool = False
 
     def __str__(self) -> str:
-        if self.high < math.inf:
+        if self.high <= 1:
             return f"in {self.low:g}..{self.high:g}"
-        return f"above {self.low:g}" if self.above else f"at least {self.low:g}"
+        least = f"above {self.low:g}" if self.above else f"at least {self.low:g}"
+        return least if self.high == math.inf else f"{least} and at most {self.high:.12g}"
 
     def holds(self, value: float) -> bool:
-        return (value > self.low if self.above else value >= self.low) and value <= self.high and math.isfinite(value)
+        return (value > self.low if self.above else value >= self.low) and value <= self.high < math.inf
 
 
-Count = Annotated[int, Range(1)]
-Natural = Annotated[int, Range(0)]
-Positive = Annotated[float, Range(0, above=True)]
-NotNegative = Annotated[float, Range(0)]
+# Every number has an upper bound, so that none overflows, and what a file declares cannot be built for ever.
+Count = Annotated[int, Range(1, 2**31 - 1)]
+Natural = Annotated[int, Range(0, 2**31 - 1)]
+Seed = Annotated[int, Range(0, 2**63 - 1)]
+Width = Annotated[int, Range(1, 2**14)]  # of a layer, or a picture's side
+Depth = Annotated[int, Range(1, 64)]  # how often a layer is repeated
+Codes = Annotated[int, Range(1, 2**24)]  # of a codebook
+Multiple = Annotated[int, Range(1, 256)]  # of a width
+Positive = Annotated[float, Range(0, 1e30, above=True)]
+NotNegative = Annotated[float, Range(0, 1e30)]
 Fraction = Annotated[float, Range(0, 1)]
+LEVELS = 16  # at most so many entries in a list
 
 
 class Checked:
@@ -43,7 +51,7 @@ class Checked:
                 value = tuple(value)
                 object.__setattr__(self, name, value)
             if not _fits(value, hint):
-                raise InputError(f"{name} is {value!r}, must be {_describe(hint)}")
+                raise InputError(f"{name} is {_short(repr(value))}, must be {_describe(hint)}")
 
     @classmethod
     def from_dict(cls: type[C], values: Any, source: str = "configuration") -> C:
@@ -52,7 +60,9 @@ class Checked:
             raise InputError(f"{source}: holds {type(values).__name__}, must be an object of named entries")
         unknown = sorted(set(values) - {field.name for field in dataclasses.fields(cls)})
         if unknown:
-            raise InputError(f"{source}: unknown entries {', '.join(unknown)}; is it of another program or version?")
+            raise InputError(
+                f"{source}: unknown entries {_short(', '.join(unknown))}; is it of another program or version?"
+            )
         try:
             return cls(**values)
         except InputError as error:
@@ -69,7 +79,7 @@ def _fits(value: Any, hint: Any) -> bool:
         return any(_fits(value, arg) for arg in args)
     if origin is tuple:
         items = [args[0]] * len(value) if args[-1] is Ellipsis and isinstance(value, tuple) else args
-        return isinstance(value, tuple) and len(value) == len(items) and all(map(_fits, value, items))
+        return isinstance(value, tuple) and len(value) == len(items) <= LEVELS and all(map(_fits, value, items))
     if hint is float:
         return isinstance(value, int | float) and not isinstance(value, bool)
     if hint is int:
@@ -86,6 +96,10 @@ def _describe(hint: Any) -> str:
     if origin in (Union, types.UnionType):
         return " or ".join(_describe(arg) for arg in args)
     if origin is tuple:
-        return "a list, each " + _describe(args[0])
+        return "a list, each " + _describe(args[0]) + (f", {LEVELS} at most" if args[-1] is Ellipsis else "")
     names = {int: "an integer", float: "a number", bool: "true or false", str: "text", type(None): "null"}
     return names.get(hint, hint.__name__)
+
+
+def _short(text: str, most: int = 200) -> str:
+    return text if len(text) <= most else f"{text[:most]}..."

@@ -5,16 +5,18 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from contextlib import closing, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from encdiff import __version__
-from encdiff.checkpoint import load_tensors, save_tensors
+from encdiff.checkpoint import load_tensors, save_tensors, step_of
 from encdiff.data import Dataset, describe, to_float
 from encdiff.data.loader import Batches
 from encdiff.errors import InputError, Stopped
@@ -37,7 +39,7 @@ class Training(Protocol):
     def tensors(self) -> dict[str, Tensor]: ...  # all that `load` needs
     def load(self, tensors: dict[str, Tensor], metadata: dict[str, str], source: Path) -> None: ...
     def save_model(self, folder: Path) -> None: ...
-    def picture(self, images: Tensor, samples: Path) -> None: ...
+    def picture(self, images: Tensor, samples: Path) -> Path | None: ...  # the file that it wrote
 
 
 def fit(
@@ -51,24 +53,25 @@ def fit(
     on_step: Callable[[Training], None] | None = None,
 ) -> None:
     """Run a training to its last step in a run folder; see `train` for the arguments."""
-    config, folder = training.config, RunFolder(run_dir, resume, overwrite)
-    writer = _tensorboard(folder.path / "tensorboard") if tensorboard else None
-    with progress_bar("reading images") as report:
-        batches = Batches(dataset, config.batch_size, config.seed, device=training.device, progress=report)
-    if resume:
-        _resume(training, dataset, folder)
-    else:
-        training.begin(to_float(batches.images(0)))
-    training.prepare(batches)
-    finished = training.step >= config.steps
-    folder.begin(finished)
-    folder.write_config(_described(training, dataset))
-    log = CsvLog(folder.path / "log.csv", ("step", *training.TERMS, "images_per_second", "seconds"), training.step)
-    if finished:
-        say(f"{folder.path}: is at its last step already")
-    with Interrupt() as interrupt, Tasks() as tasks:
-        _loop(training, batches, folder, _Recorder(training, log, tasks, writer), interrupt, on_step)
-    _save(training, folder)
+    config, writer_class = training.config, _summary_writer() if tensorboard else None
+    with RunFolder(run_dir, resume, overwrite) as folder:
+        with progress_bar("reading images") as report:
+            batches = Batches(dataset, config.batch_size, config.seed, device=training.device, progress=report)
+        if resume:
+            _resume(training, dataset, folder)
+        else:
+            training.begin(to_float(batches.images(0)))
+        training.prepare(batches)
+        finished = training.step >= config.steps
+        folder.begin(finished)
+        folder.write_config(_described(training, dataset))
+        log = CsvLog(folder.path / "log.csv", ("step", *training.TERMS, "images_per_second", "seconds"), training.step)
+        events = closing(writer_class(folder.path / "tensorboard", training.step)) if writer_class else nullcontext()
+        if finished:
+            say(f"{folder.path}: is at its last step already")
+        with events as writer, Interrupt() as interrupt, Tasks() as tasks:
+            _loop(training, batches, folder, _Recorder(training, log, tasks, writer), interrupt, on_step)
+        _save(training, folder)
     if training.step < config.steps:
         raise Stopped(f"stopped after step {training.step}; saved {folder.checkpoint}, continue with --resume")
 
@@ -83,11 +86,11 @@ def _loop(training, batches, folder, recorder, interrupt, on_step) -> None:
             on_step(training)
         if step % config.log_every == 0 or step == config.steps:
             recorder(terms)
-        recorder.show(terms)
+        recorder.tell(terms)
+        if step % config.picture_every == 0 or step == config.steps:  # before this step counts as done
+            recorder.show(training.picture(to_float(dataset.images(shown)).to(training.device), folder.samples))
         if step % config.checkpoint_every == 0:
             _save(training, folder)
-        if step % config.picture_every == 0 or step == config.steps:
-            training.picture(to_float(dataset.images(shown)).to(training.device), folder.samples)
 
 
 def _described(training: Training, dataset: Dataset) -> dict:
@@ -104,10 +107,9 @@ def _described(training: Training, dataset: Dataset) -> dict:
 def _resume(training: Training, dataset: Dataset, folder: RunFolder) -> None:
     folder.check_same_run(_described(training, dataset))
     tensors, metadata = load_tensors(folder.checkpoint)
-    if not metadata.get("step", "").isdigit():
-        raise InputError(f"{folder.checkpoint}: names no step; is it a checkpoint of a training run?")
+    step = step_of(metadata, folder.checkpoint)
     training.load(tensors, metadata, folder.checkpoint)
-    training.step = int(metadata["step"])
+    training.step = step
 
 
 def _save(training: Training, folder: RunFolder) -> None:
@@ -116,8 +118,8 @@ def _save(training: Training, folder: RunFolder) -> None:
         raise diverged(training.step, f"{folder.checkpoint} is of an earlier step and whole")
     metadata = {"step": str(training.step)}
     metadata |= {k: str(v) for k, v in training.model_config().items() if k == "scaling_factor"}
-    save_tensors(folder.checkpoint, tensors, metadata)
     training.save_model(folder.model)
+    save_tensors(folder.checkpoint, tensors, metadata)  # last: with it the step is done
 
 
 def diverged(step: int, state: str) -> InputError:
@@ -125,7 +127,7 @@ def diverged(step: int, state: str) -> InputError:
 
 
 class _Recorder:
-    """Writes the terms of a step to the log and TensorBoard, and says how far the training is."""
+    """Writes the terms of a step to the log and TensorBoard, pictures to the latter; says how far the training is."""
 
     def __init__(self, training: Training, log: CsvLog, tasks: Tasks, writer):
         self.training, self.log, self.tasks, self.writer = training, log, tasks, writer
@@ -145,7 +147,7 @@ class _Recorder:
                 self.writer.add_scalar(name, value, step)
             self.writer.flush()
 
-    def show(self, terms: dict[str, Tensor]) -> None:
+    def tell(self, terms: dict[str, Tensor]) -> None:
         """Say how far it is, once a second and at the end: to read the loss waits for the device."""
         step, steps = self.training.step, self.training.config.steps
         if self.tasks.due or step == steps:
@@ -153,6 +155,13 @@ class _Recorder:
 
     def _speed(self) -> float:
         return (self.training.step - self.since) * self.training.config.batch_size / (time.monotonic() - self.began)
+
+    def show(self, picture: Path | None) -> None:
+        if self.writer and picture:
+            with Image.open(picture) as image:
+                pixels = np.asarray(image.convert("RGB"))
+            self.writer.add_image(picture.stem.rpartition("-")[0], pixels, self.training.step, dataformats="HWC")
+            self.writer.flush()
 
 
 class Interrupt:
@@ -176,9 +185,10 @@ class Interrupt:
         self.requested = True
 
 
-def _tensorboard(folder: Path):
+def _summary_writer() -> Callable:
+    """What opens TensorBoard's writer in a folder, for what comes after a step; InputError without the package."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise InputError("tensorboard is not installed; pip install tensorboard, or leave out --tensorboard") from None
-    return SummaryWriter(str(folder))
+    return lambda folder, step: SummaryWriter(str(folder), purge_step=step + 1)

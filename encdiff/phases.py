@@ -1,7 +1,5 @@
 """Trainings and evaluations as phases of longer work: done once, continued where interrupted, never repeated."""
 
-import csv
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -12,7 +10,7 @@ import numpy as np
 import torch
 
 from encdiff import __version__
-from encdiff.checkpoint import load_tensors
+from encdiff.checkpoint import step_of, tensor_shapes
 from encdiff.cli_support import load_first_stage
 from encdiff.data import Dataset, describe, to_float, to_uint8
 from encdiff.errors import InputError, Stopped
@@ -22,7 +20,8 @@ from encdiff.metrics.registry import METRICS
 from encdiff.models import EncDiff, EncDiffConfig
 from encdiff.models.vectors import as_scalars
 from encdiff.protocol import DEFAULT
-from encdiff.runs import RunFolder
+from encdiff.results import read_scores
+from encdiff.runs import RunFolder, last_row
 from encdiff.terminal import progress_bar
 from encdiff.train import TrainConfig, train
 
@@ -44,14 +43,14 @@ def once(run: Path, model: dict, config: Any, dataset: Dataset, start: Callable[
 
 def steps_done(run: Path) -> int:
     """The step of a run's checkpoint."""
-    return int(load_tensors(run / "checkpoint.safetensors")[1].get("step", 0))
+    path = run / "checkpoint.safetensors"
+    return step_of(tensor_shapes(path)[1], path)
 
 
 def seconds_per_step(run: Path) -> float:
     """Of the whole training, by its log."""
-    with (run / "log.csv").open(newline="") as file:
-        *_, last = csv.DictReader(file)
-    return float(last["seconds"]) / int(last["step"])
+    step, seconds = last_row(run / "log.csv")
+    return seconds / step
 
 
 def train_once(
@@ -145,13 +144,9 @@ def _fid(model: EncDiff, dataset: Dataset, count: int, steps: int) -> dict:
 
 def _read_scores(path: Path, protocol: str, dataset: Dataset) -> dict | None:
     wanted = DEFAULT if dataset.factor_sizes and dataset.is_grid else ("tad", "fid")
-    try:
-        result = json.loads(path.read_text())["trained"]
-        said = result["protocol"]["name"], result["protocol"]["seed"], result["data"]
-        same = said == (protocol, 0, describe(dataset)) and all(name in result for name in wanted)
-    except (ValueError, KeyError, TypeError):
-        raise InputError(f"{path}: not the scores that encdiff evaluate writes; remove it to have them made") from None
-    return result if same else None
+    result = read_scores(path, "remove it to have them made")["trained"]
+    said = result["protocol"]["name"], result["protocol"]["seed"], dict(result["data"], name=dataset.name)
+    return result if said == (protocol, 0, describe(dataset)) and all(name in result for name in wanted) else None
 
 
 def scores(result: dict) -> dict[str, float | str]:

@@ -132,23 +132,30 @@ def summarize(results: Sequence[Mapping[str, Mapping]], metrics: Sequence[str] =
     """Over the results of several seeds, by metric: `values` of its headline, `mean`, `std` (n - 1) and `interval`.
 
     The interval is the bootstrap's for the mean (95 %, percentiles, 9,999 resamplings); of fewer than three values, or
-    where one is undefined, it is None.
+    where one is undefined, it is None. `further` holds the same of the metric's other scores, and of the number of
+    active dimensions, where it has one.
     """
     summary = {}
     for name in metrics:
-        values = [result[name][METRICS[name].headline] for result in results]
-        known = len(values) > 0 and None not in values
-        interval = None
-        if known and len(values) > 2:
-            ci = bootstrap((values,), np.mean, method="percentile", rng=np.random.default_rng(0)).confidence_interval
-            interval = [float(ci.low), float(ci.high)]
-        summary[name] = {
-            "values": values,
-            "mean": float(np.mean(values)) if known else None,
-            "std": float(np.std(values, ddof=1)) if known and len(values) > 1 else None,
-            "interval": interval,
-        }
+        further = [field for field in (*METRICS[name].further, "num_active_dims") if field in results[0][name]]
+        summary[name] = _summary([result[name][METRICS[name].headline] for result in results])
+        if further:
+            summary[name]["further"] = {field: _summary([r[name][field] for r in results]) for field in further}
     return summary
+
+
+def _summary(values: list[float | None]) -> dict:
+    known = len(values) > 0 and None not in values
+    interval = None
+    if known and len(values) > 2:
+        ci = bootstrap((values,), np.mean, method="percentile", rng=np.random.default_rng(0)).confidence_interval
+        interval = [float(ci.low), float(ci.high)]
+    return {
+        "values": values,
+        "mean": float(np.mean(values)) if known else None,
+        "std": float(np.std(values, ddof=1)) if known and len(values) > 1 else None,
+        "interval": interval,
+    }
 
 
 def _run_all(metrics: Sequence[str], run: Callable[..., dict], settings: Protocol, n_jobs, report) -> dict[str, dict]:

@@ -1,6 +1,5 @@
 """From a data file to the paper's table: first stage, training, evaluation over seeds, beside the published figures."""
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +23,7 @@ from encdiff.phases import (
     steps_done,
     train_once,
 )
+from encdiff.results import read_scores
 from encdiff.runs import read_config
 from encdiff.terminal import say
 from encdiff.train import TrainConfig
@@ -145,11 +145,11 @@ def write_results(out: Path, about: dict, seeds: range) -> dict:
 
 
 def _run(run: Path, seed: int) -> dict:
-    result = json.loads((run / "metrics.json").read_text())["trained"]
+    result = read_scores(run / "metrics.json")["trained"]
     return {
         "seed": seed,
         "steps": steps_done(run),
-        "batch_size": read_config(run)["training"]["batch_size"],
+        "batch_size": TrainConfig.from_dict(read_config(run)["training"], f"{run}/config.json").batch_size,
         "seconds_per_step": seconds_per_step(run),
         "scores": scores(result),
         "protocol": result["protocol"],

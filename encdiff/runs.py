@@ -1,8 +1,13 @@
 """A training run on disk: its folder, its log, and the optimiser's state as named tensors."""
 
 import csv
+import fcntl
 import json
+import logging
+import math
+import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,43 +16,75 @@ from torch import Tensor
 
 from encdiff.checkpoint import atomic_path
 from encdiff.errors import InputError
+from encdiff.files import read_json, refuse_special, whole_number
+from encdiff.temporaries import clear, is_temporary
+
+log = logging.getLogger("encdiff.runs")
 
 
 class RunFolder:
     """A run's folder: `config.json`, `log.csv`, `checkpoint.safetensors`, `samples/`, `model/`, and what shows it.
 
     A folder that already holds something is refused, unless `resume` continues its checkpoint or `overwrite` replaces
-    the run in it. Nothing is written before `begin`.
+    the run in it; so is one that another training writes to. Nothing is written before `begin`, but for the lock on a
+    folder that is there already: inside `with` the run is this training's alone.
     """
 
     SHOWN = ("metrics.json", "importance.png", "pictures")  # of one state of the model
     OWN = ("config.json", "log.csv", "checkpoint.safetensors", "samples", "model", "tensorboard", *SHOWN)
+    IGNORED = (".lock", ".DS_Store", "Thumbs.db", "desktop.ini")  # a killed training's, and what desktops leave
 
     def __init__(self, path: str | Path, resume: bool = False, overwrite: bool = False):
         self.path = Path(path)
         if resume and overwrite:
             raise InputError("resume and overwrite cannot both be given")
-        if resume and not self.checkpoint.is_file():
+        self.resume, self.overwrite, self._lock = resume, overwrite, _Lock(self.path)
+        self._check()
+        self._lock.check()
+
+    def __enter__(self) -> "RunFolder":
+        if self.path.is_dir():
+            self._take()
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._lock.release()
+
+    def _take(self) -> None:
+        self._lock.take()
+        try:
+            self._check()  # as it is now that nobody else can change it
+        except InputError:
+            self._lock.release()
+            raise
+
+    def _check(self) -> None:
+        if self.resume and not self.checkpoint.is_file():
             raise InputError(f"{self.checkpoint}: no checkpoint to resume; leave out --resume to begin a run")
         if self.path.exists() and not self.path.is_dir():
             raise InputError(f"{self.path}: is a file, must be a folder")
-        held = sorted(p.name for p in self.path.iterdir()) if self.path.is_dir() else []
-        if held and not resume and not overwrite:
+        there = sorted(p.name for p in self.path.iterdir()) if self.path.is_dir() else []
+        held = [name for name in there if name not in self.IGNORED and not is_temporary(name)]
+        if held and not self.resume and not self.overwrite:
             raise InputError(f"{self.path}: holds something already; continue it with --resume or use --overwrite")
         foreign = [name for name in held if name not in self.OWN]
-        if foreign and overwrite:
+        if foreign and self.overwrite:
             raise InputError(f"{self.path}: will not overwrite a folder that also holds {foreign[0]}")
-        self.resume = resume
 
     def begin(self, finished: bool = False) -> None:
         """Make the folder, or clear it of the run before; to be called once nothing can be refused any more.
 
         Of a resumed run goes what shows the model, which changes; not so if the run is `finished`.
         """
+        if not self._lock.held:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._take()
         for name in self.OWN if not self.resume else () if finished else self.SHOWN:
             path = self.path / name
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-        self.samples.mkdir(parents=True, exist_ok=True)
+        for folder in (self.path, self.samples, self.model, self.path / "pictures"):
+            clear(folder, alone=True)
+        self.samples.mkdir(exist_ok=True)
 
     @property
     def checkpoint(self) -> Path:
@@ -69,6 +106,7 @@ class RunFolder:
         """A resumed run may be logged otherwise, or made longer; anything else would make it another run."""
         now, before = json.loads(json.dumps(described)), read_config(self.path)
         free = {"log_every", "checkpoint_every", "picture_every", "scaling_factor", "engine", "checkpoint_activations"}
+        free.add("name")  # of the data: of a file or folder that may have been moved; its images are compared
         if not now["training"].get("decay"):  # else the number of steps shapes the learning rate
             free.add("steps")
         for part in ("model", "training", "fingerprint"):
@@ -80,19 +118,67 @@ class RunFolder:
                     raise InputError(said)
 
 
+class _Lock:
+    """At most one training writes to a folder: the lock on its file `.lock`, which the kernel lifts when the process
+    ends, however it ends."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.path, self._file = folder, folder / ".lock", None
+
+    @property
+    def held(self) -> bool:
+        return self._file is not None
+
+    def check(self) -> None:
+        """InputError if another training holds it."""
+        if self.path.is_file():
+            with self.path.open() as file:
+                self._flock(file, fcntl.LOCK_SH)
+
+    def take(self) -> None:
+        while not self.held:
+            file = self.path.open("a+")
+            try:
+                self._flock(file, fcntl.LOCK_EX)
+                if self.path.exists() and self.path.stat().st_ino == os.fstat(file.fileno()).st_ino:
+                    self._file = file  # else it was released, and with that removed, between the two
+            finally:
+                if not self.held:
+                    file.close()
+        self._file.truncate(0)
+        self._file.write(f"{os.getpid()}\n")
+        self._file.flush()
+
+    def release(self) -> None:
+        if self.held:
+            self.path.unlink(missing_ok=True)
+            self._file.close()
+            self._file = None
+
+    def _flock(self, file, mode: int) -> None:
+        try:
+            fcntl.flock(file, mode | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            said = f"{self.folder}: a training writes to it now, process {file.read().strip() or 'unknown'}"
+            raise InputError(f"{said}; stop that one, wait for its end, or use another folder") from None
+        except OSError as error:  # not every network's file system has locks
+            log.warning("%s: cannot be locked (%s); see that one training at a time writes to it", self.folder, error)
+
+
 def read_config(run_dir: str | Path) -> dict[str, Any]:
     """The `config.json` of a run folder: model, training, data, its fingerprint, version."""
     path = Path(run_dir) / "config.json"
     try:
-        config = json.loads(path.read_text())
+        config = read_json(path)
     except (FileNotFoundError, NotADirectoryError):
         raise InputError(f"{path}: no such file; {run_dir} must be the folder of a training run") from None
-    except ValueError as error:
-        raise InputError(f"{path}: not JSON ({error})") from None
-    parts = {"model": dict, "training": dict, "data": str}
-    if not isinstance(config, dict) or not all(isinstance(config.get(k), t) for k, t in parts.items()):
+    parts = {"model": dict, "training": dict, "data": str, "fingerprint": dict}
+    held = config if isinstance(config, dict) else {}
+    held = {"fingerprint": {}} | held  # younger than the others
+    if not all(isinstance(held.get(k), t) for k, t in parts.items()):
         raise InputError(f"{path}: not the configuration of a training run")
-    return config
+    return held
 
 
 class CsvLog:
@@ -115,15 +201,32 @@ class CsvLog:
 
 def _rows(path: Path, columns: tuple[str, ...], step: int) -> list[dict[str, str]]:
     kept = []
-    with path.open(newline="") as file:
+    refuse_special(path)
+    with path.open(newline="", encoding="utf-8", errors="replace") as file, suppress(csv.Error):
         for row in csv.DictReader(file):
+            at, seconds = whole_number(row.get("step")), row.get("seconds")
             try:
-                [float(row[column]) for column in columns]
-            except (KeyError, TypeError, ValueError):  # a row that was torn in the writing ends the log
+                torn = at is None or not math.isfinite(float(seconds)) or not all(map(_number, map(row.get, columns)))
+            except (TypeError, ValueError):
+                torn = True
+            if torn:  # in the writing: it ends the log
                 break
-            if int(row["step"]) <= step:
+            if at <= step:
                 kept.append({column: row[column] for column in columns})
     return kept
+
+
+def _number(text: str) -> bool:
+    float(text)
+    return True
+
+
+def last_row(path: Path) -> tuple[int, float]:
+    """Step and seconds of the last whole row of a log; InputError without one."""
+    rows = _rows(path, ("step", "seconds"), 2**53)
+    if not rows or int(rows[-1]["step"]) < 1:
+        raise InputError(f"{path}: holds no row of a training; must be the log of a run")
+    return int(rows[-1]["step"]), float(rows[-1]["seconds"])
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, prefix: str = "optimizer") -> dict[str, Tensor]:
@@ -143,16 +246,26 @@ def optimizer_state(
     state: dict[int, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         if name.startswith(prefix + "."):
-            index, _, key = name.removeprefix(prefix + ".").partition(".")
-            like = parameters[int(index)] if index.isdigit() and int(index) < len(parameters) else None
+            text, _, key = name.removeprefix(prefix + ".").partition(".")
+            index = whole_number(text, len(parameters) - 1)
+            like = None if index is None or str(index) != text else parameters[index]
             if like is None or tensor.shape != (() if key == "step" else like.shape):
                 raise InputError(f"{source}: {name} {tuple(tensor.shape)} fits no parameter of this configuration")
+            if not _is_moment(tensor, key):
+                raise InputError(f"{source}: {name} holds no finite numbers, or impossible ones; it is damaged")
             if key != "step":  # with the strides of its parameter
                 tensor = torch.empty_like(like, dtype=tensor.dtype).copy_(tensor)
-            state.setdefault(int(index), {})[key] = tensor
+            state.setdefault(index, {})[key] = tensor
     if not state or any(entry.keys() != {"step", "exp_avg", "exp_avg_sq"} for entry in state.values()):
         raise InputError(f"{source}: the state of the optimiser {prefix!r} is missing or incomplete")
     return state
+
+
+def _is_moment(tensor: Tensor, key: str) -> bool:
+    """Whether these can be numbers of Adam: floats, squares and steps not negative, steps whole."""
+    if not tensor.is_floating_point() or not tensor.isfinite().all():
+        return False
+    return key == "exp_avg" or (bool((tensor >= 0).all()) and (key != "step" or float(tensor).is_integer()))
 
 
 def load_optimizer(

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from encdiff import ops
-from encdiff.checkpoint import load_state
+from encdiff.checkpoint import load_state, positive_number
 from encdiff.data import Dataset, to_float
 from encdiff.data.loader import Batches
 from encdiff.engine import Graph, choose, float32_precision, unowned
 from encdiff.errors import InputError
-from encdiff.fields import Checked, Count, Fraction, Natural, NotNegative, Positive, Range
+from encdiff.fields import Checked, Count, Fraction, Natural, NotNegative, Positive, Range, Seed
 from encdiff.fit import fit
 from encdiff.masters import Masters
 from encdiff.models import EncDiff
@@ -44,7 +44,7 @@ class TrainConfig(Checked):
     precision: Literal["float32", "tf32", "bf16"] = "float32"  # tf32: on a GPU; bf16: on a GPU with masters
     engine: Literal["auto", "eager", "compile", "graph"] = "auto"  # how a step runs: encdiff/engine.py
     checkpoint_activations: bool = False  # compute residual blocks anew in the backward pass: less memory, more time
-    seed: Natural = 0
+    seed: Seed = 0
     log_every: Count = 50
     checkpoint_every: Count = 1000
     picture_every: Count = 5000
@@ -219,7 +219,8 @@ class Training:
             load_optimizer(self.optimizer, tensors, source)
         else:
             self.masters.load(tensors, source)
-        self.model.config = replace(self.model.config, scaling_factor=float(metadata["scaling_factor"]))
+        scale = positive_number(metadata.get("scaling_factor"), "scaling_factor", source)
+        self.model.config = replace(self.model.config, scaling_factor=scale)
 
     def averaged_model(self) -> EncDiff:
         """A copy to sample from: the averaged U-Net, encoder and bank as they stand; eval mode."""
@@ -230,11 +231,13 @@ class Training:
     def save_model(self, folder: Path) -> None:
         self.averaged_model().save_pretrained(folder)
 
-    def picture(self, images: Tensor, samples: Path) -> None:
-        """A swap grid of the images, the first half with the second."""
-        if half := len(images) // 2:
-            picture = swap_grid(self.averaged_model(), images[:half], images[half : 2 * half], steps=20)
-            save_png(picture, samples / f"swap-{self.step:07d}.png")
+    def picture(self, images: Tensor, samples: Path) -> Path | None:
+        """A swap grid of the images, the first half with the second; none of a single image."""
+        if not (half := len(images) // 2):
+            return None
+        path = samples / f"swap-{self.step:07d}.png"
+        save_png(swap_grid(self.averaged_model(), images[:half], images[half : 2 * half], steps=20), path)
+        return path
 
 
 def lerp(into: list[Tensor], of: list[Tensor], weight: Tensor) -> None:

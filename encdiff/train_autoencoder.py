@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
@@ -16,11 +16,13 @@ from encdiff.checkpoint import atomic_path, load_state
 from encdiff.data import Dataset, to_float, to_uint8
 from encdiff.data.loader import Batches
 from encdiff.errors import InputError
-from encdiff.fields import Checked, Count, Natural, NotNegative, Positive
+from encdiff.fields import Checked, Count, Natural, NotNegative, Positive, Range, Seed
 from encdiff.fit import fit
 from encdiff.metrics.reconstruction import load_lpips
 from encdiff.models.autoencoder import VQAutoencoder
 from encdiff.runs import load_optimizer, optimizer_tensors, step_generator
+
+Layers = Annotated[int, Range(1, 12)]
 
 
 @dataclass(frozen=True)
@@ -35,10 +37,10 @@ class AutoencoderTrainConfig(Checked):
     discriminator: bool = True
     disc_weight: NotNegative = 0.75
     disc_start: Natural = 0  # steps before the discriminator takes part
-    disc_layers: Count = 3  # each halves the resolution; images must be at least 3 * 2**disc_layers wide
+    disc_layers: Layers = 3  # each halves the resolution; images must be at least 3 * 2**disc_layers wide
     lpips_weights: str | None = None  # path of torchvision's VGG16 weights; None: no LPIPS
     precision: Literal["float32", "bf16"] = "float32"  # bf16: autocast
-    seed: Natural = 0
+    seed: Seed = 0
     log_every: Count = 50
     checkpoint_every: Count = 1000
     picture_every: Count = 1000
@@ -169,12 +171,14 @@ class AutoencoderTraining:
         self.model.save_pretrained(folder)
 
     @torch.no_grad()
-    def picture(self, images: Tensor, samples: Path) -> None:
+    def picture(self, images: Tensor, samples: Path) -> Path:
         """Images (n,3,S,S) above their reconstructions."""
         rows = torch.stack([images, self.model(images)[0]])
         pixels = to_uint8(rearrange(rows, "r n c h w -> 1 c (r h) (n w)"))[0]
-        with atomic_path(samples / f"reconstruction-{self.step:07d}.png") as temporary:
+        path = samples / f"reconstruction-{self.step:07d}.png"
+        with atomic_path(path) as temporary:
             Image.fromarray(pixels.cpu().numpy()).save(temporary, format="PNG")
+        return path
 
 
 def train_autoencoder(

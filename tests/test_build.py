@@ -98,6 +98,86 @@ assert ops.step(x, x, c, x).tolist() == [[4.0] * 3] * 2
     assert "encdiff" not in err
 
 
+NO_HOME = """
+import os, pwd, sys
+
+def unknown(uid):  # a container's user, who has no name
+    raise KeyError(uid)
+
+pwd.getpwuid = unknown
+from pathlib import Path
+if "HOME" not in os.environ:
+    try:
+        sys.exit(str(Path.home()))
+    except RuntimeError:
+        pass
+"""
+WITHOUT_CACHE = """
+from encdiff.ops import _native
+_native._build.installed = lambda: None
+import torch
+from encdiff import EncDiff, EncDiffConfig, InputError, ops
+from encdiff.data import open_dataset
+from encdiff.ops import record_impls
+from _tiny import TINY
+
+model, images = EncDiff(TINY), torch.rand(2, 3, 16, 16)
+with record_impls() as ran:
+    model.loss(images, seed=0).backward()
+    model.eval().sample(model.encode(images), steps=2, sampler="ddim", eta=1.0)
+assert {dict(ran)[op] for op in ("uniform", "q_sample", "normal", "step")} == {"reference"}
+x = torch.ones(2, 3)
+print(ops.explain("step", x, x, torch.ones(2, 5), x))
+try:
+    open_dataset("~/3dshapes.h5")
+except InputError as error:
+    print(str(error)[:40])
+"""
+
+
+def without(*names: str, **given: str) -> dict[str, str]:
+    """The environment of a process without these variables, whose Python finds the tests."""
+    paths = os.pathsep.join([os.path.dirname(__file__), os.environ.get("PYTHONPATH", "")])
+    return {k: v for k, v in os.environ.items() if k not in names} | {"PYTHONPATH": paths} | given
+
+
+@pytest.mark.parametrize("home", [None, "/proc/none"])
+def test_without_a_home_folder_every_op_is_served(home, tmp_path):
+    environment = without("HOME", "XDG_CACHE_HOME", **({"HOME": home} if home else {}))
+    command = [sys.executable, "-c", NO_HOME + WITHOUT_CACHE]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    first, last, data = done.stdout.splitlines()
+    why = "[Errno 2] No such file or directory: '/proc/none" if home else "this user has no home folder for a cache; "
+    assert first.startswith(f"step: native: the native engine is not built: {why}")
+    assert last == "step: reference: chosen" and data.startswith("data '~/3dshapes.h5': not found here")
+
+
+def test_the_build_says_in_one_line_that_there_is_no_place_for_it():
+    code = (
+        NO_HOME
+        + "from encdiff import _build; _build.installed = lambda: None; sys.argv[1:] = []; sys.exit(_build.main())"
+    )
+    command = [sys.executable, "-c", code]
+    environment = without("HOME", "XDG_CACHE_HOME", ENCDIFF_CUDA="0")
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    said = "encdiff: this user has no home folder for a cache; let XDG_CACHE_HOME name a folder\n"
+    assert (done.returncode, done.stderr) == (1, said)
+
+
+def test_what_a_killed_build_left_is_removed(place):
+    library = _build.find_or_build(False)
+    for name in (".buildx7_2k1ab", f".build{os.getpid()}-abc", f".build{2**22 + 1}-abc"):
+        (library.parent / name).mkdir()
+        (library.parent / name / "noise.o").write_text("half")
+    _build.build(library, False)  # as an install does: others may be building there, too
+    left = {path.name for path in library.parent.iterdir()}
+    assert left == {"_C.so", "lock", ".buildx7_2k1ab", f".build{os.getpid()}-abc"}
+    library.unlink()
+    assert _build.find_or_build(False) == library
+    assert {path.name for path in library.parent.iterdir()} == {"_C.so", "lock"}
+
+
 def test_encdiff_cuda(place, monkeypatch):
     monkeypatch.setenv("CUDA_HOME", str(place))  # where no nvcc is
     assert _build.find_nvcc() is None

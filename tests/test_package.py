@@ -13,11 +13,12 @@ import encdiff
 ROOT = Path(__file__).parent.parent
 # Bottom up. A module imports its own room and the layers below it, nothing beside or above.
 LAYERS = [
-    {"errors", "kernels", "_C", "_build"},
+    {"errors", "temporaries", "kernels", "_C", "_build"},
+    {"files"},
     {"ops", "checkpoint", "fields", "sheet", "terminal"},
     {"diffusion", "data", "metrics", "profiling", "health"},
     {"models"},
-    {"runs", "visualize", "engine", "protocol"},
+    {"runs", "visualize", "engine", "protocol", "results"},
     {"fit", "evaluate", "masters"},
     {"train", "train_autoencoder"},
     {"demo", "cli_support"},

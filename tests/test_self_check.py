@@ -68,6 +68,21 @@ def only_file(folder):
     return found
 
 
+def test_without_a_home_folder_the_verdict_holds_for_the_process(card, capsys, monkeypatch, wrong_layer_norm):
+    def unknown(_):
+        raise KeyError
+
+    monkeypatch.setattr("pwd.getpwuid", unknown)  # a container's user, who has no name
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.delenv("HOME")
+    for _ in range(2):
+        with pytest.raises(InputError, match="it failed its check on this card"):
+            ops.layer_norm(*layer(), impl="triton")
+    assert card == {"layer_norm": 1}
+    said = capsys.readouterr().err
+    assert said.count("verdicts on kernels cannot be kept (this user has no home folder") == 1
+
+
 def test_a_right_kernel_serves_and_is_checked_once(card, tmp_path, capsys, monkeypatch):
     for _ in range(3):
         ops.layer_norm(*layer(), impl="triton")

@@ -3,6 +3,8 @@
 import io
 import resource
 import shutil
+import subprocess
+import sys
 import zipfile
 
 import h5py
@@ -173,6 +175,33 @@ def test_full_disk_leaves_nothing(room, file, tmp_path, share):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert [p.name for p in tmp_path.iterdir()] == ["room.h5"] and file.read_bytes() == before
+
+
+FULL = """
+import resource, sys
+import numpy as np
+from encdiff.data.procedural import ProceduralShapes3D
+from encdiff.data.shapes3d import write_shapes3d
+
+class Noise(ProceduralShapes3D):
+    def images(self, indices):
+        return np.random.default_rng(len(indices)).integers(0, 256, (len(indices), 64, 64, 3), np.uint8)
+
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), resource.RLIM_INFINITY))
+try:
+    write_shapes3d(sys.argv[1], Noise(64, (2, 2, 3, 3, 4, 5)), batch=100)
+except OSError as error:
+    print(error, end="")
+"""
+
+
+@pytest.mark.parametrize("mib", [1.5, 3.3, 5.5, 8.4])
+def test_a_full_disk_ends_no_process(tmp_path, mib):
+    """HDF5 ends it where it cannot write what it has held back; the file has 8.5 MiB."""
+    command = [sys.executable, "-c", FULL, str(tmp_path / "x.h5"), str(int(mib * 2**20))]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0 and done.stdout == f"[Errno 27] File too large: '{tmp_path}/x.h5'", done.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def test_progress_counts_images(room, tmp_path):

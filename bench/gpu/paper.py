@@ -22,6 +22,7 @@ from torch import Tensor
 
 from bench.gpu import counterfactual
 from bench.gpu.lab import Lab
+from encdiff.checkpoint import atomic_path
 from encdiff.data import to_float
 from encdiff.data.loader import Batches
 from encdiff.data.procedural import FACTOR_SIZES, SHAPES, ProceduralShapes3D, factor_labels, render, view
@@ -66,8 +67,8 @@ def traced(size: int, kept: Path) -> np.ndarray:
         with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
             views = np.stack(list(pool.map(view, *zip(*asked, strict=True), chunksize=8)))
         kept.parent.mkdir(parents=True, exist_ok=True)
-        np.save(kept.with_suffix(f".{os.getpid()}.npy"), views)
-        kept.with_suffix(f".{os.getpid()}.npy").replace(kept)
+        with atomic_path(kept) as temporary:
+            np.save(temporary, views)
     return np.load(kept)
 
 

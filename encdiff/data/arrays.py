@@ -6,12 +6,12 @@ import logging
 import math
 import os
 import shutil
+import struct
 import zipfile
-import zlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import h5py
 import numpy as np
@@ -19,7 +19,9 @@ from PIL import Image
 
 from encdiff.checkpoint import atomic_path
 from encdiff.data import Dataset, Progress
+from encdiff.data.npz import open_zip, read_header
 from encdiff.errors import InputError
+from encdiff.files import damage
 
 log = logging.getLogger("encdiff.data")
 
@@ -33,7 +35,7 @@ class ArrayFile(Dataset):
     """
 
     def _set_images(self, path: Path, images: h5py.Dataset | np.ndarray, channels: int, image_size: int | None):
-        self.path, self.name, self._images = path, path.name, images
+        self.path, self.name, self._images, self._file = path, path.name, images, path.absolute()
         shape, dtype = images.shape, images.dtype
         tail = (3,) if channels == 3 else ()
         square = len(shape) == 3 + len(tail) and shape[1] == shape[2] and shape[3:] == tail and min(shape) > 0
@@ -44,6 +46,14 @@ class ArrayFile(Dataset):
         if self.image_size < 1 or shape[1] % self.image_size:
             raise InputError(f"image_size: {image_size}; must divide {shape[1]}, the size of the images in {path}")
 
+    def __getstate__(self) -> dict:
+        """In place of images in a file where they lie: a copy, such as one for a worker process, opens it again."""
+        return vars(self) | {"_images": _Place.of(self._images, self._file)}
+
+    def __setstate__(self, state: dict) -> None:
+        images = state["_images"]
+        vars(self).update(state, _images=images.open() if isinstance(images, _Place) else images)
+
     @property
     def images_per_chunk(self) -> int:
         """How many images must be unpacked to read one: many in a file that was written without thought of it."""
@@ -53,7 +63,7 @@ class ArrayFile(Dataset):
         order, inverse = np.unique(self.check_indices(indices), return_inverse=True)
         try:
             images = read_rows(self._images, order)
-        except OSError as error:
+        except (OSError, RuntimeError, ValueError, TypeError) as error:  # h5py, by kind of damage
             raise InputError(f"{self.path}: cannot be read, perhaps damaged ({error}); copy it again") from error
         return resize(self._to_rgb(images), self.image_size)[inverse]
 
@@ -61,15 +71,27 @@ class ArrayFile(Dataset):
         return images
 
 
-@contextmanager
-def npz_errors(path: Path) -> Iterator[None]:
-    """What zipfile and NumPy raise on a bad .npz file, as an InputError that names it."""
-    try:
-        yield
-    except InputError:
-        raise
-    except (zipfile.BadZipFile, zlib.error, ValueError, KeyError, RuntimeError, EOFError) as error:
-        raise InputError(f"{path}: a damaged or foreign .npz file ({error}); copy it again") from error
+class _Place(NamedTuple):
+    """Where images lie: the name of an HDF5 data set, or what NumPy maps a file by."""
+
+    file: str | Path
+    name: str | None
+    mapped: tuple = ()
+
+    @classmethod
+    def of(cls, images: h5py.Dataset | np.ndarray, file: Path) -> _Place | np.ndarray:
+        """Of images in `file` or a map of another; an array in memory stays as it is."""
+        if isinstance(images, h5py.Dataset):
+            return cls(file, images.name)
+        if isinstance(images, np.memmap):
+            return cls(images.filename, None, (images.dtype, "r", images.offset, images.shape))
+        return images
+
+    def open(self) -> h5py.Dataset | np.ndarray:
+        try:
+            return h5py.File(self.file, "r")[self.name] if self.name else np.memmap(self.file, *self.mapped)
+        except (OSError, KeyError, ValueError) as error:
+            raise InputError(f"{self.file}: cannot be opened again ({error}); must stay as it was") from error
 
 
 def map_npz(path: Path, key: str, progress: Progress | None = None) -> np.ndarray:
@@ -77,41 +99,32 @@ def map_npz(path: Path, key: str, progress: Progress | None = None) -> np.ndarra
 
     A compressed one is first unpacked, once, into a file beside it: `FILE.npz.KEY.npy`.
     """
-    with npz_errors(path), zipfile.ZipFile(path) as archive:
-        if f"{key}.npy" not in archive.namelist():
-            raise InputError(f"{path}: an archive without {key}; must be an .npz with the key `{key}`")
-        member = archive.getinfo(f"{key}.npy")
-        with archive.open(member) as stream:
-            shape, fortran, dtype = _read_header(stream)
-            header = stream.tell()
-        if dtype.hasobject or fortran:
+    with open_zip(path) as archive:
+        shape, dtype, fortran, header = read_header(path, archive, key)
+        if dtype.kind == "U" or fortran:
             raise InputError(f"{path}: {key} are {dtype}{' in Fortran order' * fortran}; must be uint8 in C order")
-        if member.file_size != header + math.prod(shape) * dtype.itemsize:
-            raise InputError(f"{path}: a damaged or foreign .npz file ({key} are not {shape}); copy it again")
+        if not math.prod(shape):
+            return np.empty(shape, dtype)
+        member = archive.getinfo(f"{key}.npy")
         if member.compress_type == zipfile.ZIP_STORED:
-            return np.memmap(path, dtype, "r", _data_offset(path, member) + header, shape)
+            with damage(f"{path}: a damaged or foreign .npz file"):
+                return np.memmap(path, dtype, "r", _data_offset(path, member) + header, shape)
         return np.memmap(_unpacked(path, archive, member, progress), dtype, "r", header, shape)
 
 
 def npz_header(path: Path, key: str) -> tuple[tuple[int, ...], np.dtype]:
     """Shape and dtype of one array of an .npz file."""
-    with npz_errors(path), zipfile.ZipFile(path) as archive, archive.open(f"{key}.npy") as stream:
-        shape, _, dtype = _read_header(stream)
+    with open_zip(path) as archive:
+        shape, dtype, _, _ = read_header(path, archive, key)
         return shape, dtype
-
-
-def _read_header(stream) -> tuple[tuple[int, ...], bool, np.dtype]:
-    version = np.lib.format.read_magic(stream)
-    read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-    return read.get(version, read[1, 0])(stream)
 
 
 def _data_offset(path: Path, member: zipfile.ZipInfo) -> int:
     """Where a stored member's bytes begin: behind its own header, whose last two fields are of any length."""
     with open(path, "rb") as file:
         file.seek(member.header_offset + 26)
-        name_length, extra_length = np.frombuffer(file.read(4), "<u2")
-    return member.header_offset + 30 + int(name_length) + int(extra_length)
+        name_length, extra_length = struct.unpack("<2H", file.read(4))
+    return member.header_offset + 30 + name_length + extra_length
 
 
 def _unpacked(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo, progress: Progress | None) -> Path:
@@ -128,7 +141,8 @@ def _unpacked(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo, pro
             f"{path}: is compressed, and unpacking it needs {need / 2**30:.1f} GiB in its folder; {state}: move it"
         )
     log.warning("%s is compressed: unpacking %.2f GiB once, into %s", path, need / 2**30, target.name)
-    with archive.open(member) as source, atomic_path(target) as partial, open(partial, "wb") as out:
+    said = f"{path}: a damaged or foreign .npz file"
+    with damage(said), archive.open(member) as source, atomic_path(target) as partial, open(partial, "wb") as out:
         while block := source.read(COPY):
             out.write(block)
             if progress:

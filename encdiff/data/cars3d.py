@@ -15,9 +15,12 @@ import numpy as np
 from encdiff.data import Dataset, Progress
 from encdiff.data.arrays import resize
 from encdiff.errors import InputError
+from encdiff.files import damage, read_bytes
 
 ELEVATIONS, AZIMUTHS = 4, 24
 LIST = "list.txt"
+CLASSES = {"double": "float64", "single": "float32"}  # MATLAB's names
+MOST, LARGEST = 2**28, 1024  # bytes of a file, and pixels along a side, that are still read
 REPEATS = 10  # of every image in the published training set
 
 
@@ -69,17 +72,34 @@ def cars_folder(path: Path) -> Path | None:
     return next((f for f in folders if (f / LIST).is_file() and next(f.glob("*.mat"), None)), None)
 
 
+def is_tar(path: Path) -> bool:
+    """Whether a file is a tar archive, plain or gzipped, or the beginning of a gzipped one that is cut short."""
+    try:
+        with open(path, "rb") as raw, tarfile.open(fileobj=raw, mode=_mode(raw)):
+            return True
+    except (EOFError, zlib.error):
+        return True
+    except (tarfile.TarError, OSError, ValueError, OverflowError):
+        return False
+
+
+def _mode(raw: BinaryIO) -> str:
+    """How tarfile is to read: gzipped or plain, and as nothing else, since xz may ask for gigabytes of memory."""
+    packed = raw.read(2) == b"\x1f\x8b"
+    raw.seek(0)
+    return "r|gz" if packed else "r|"
+
+
 def _read_folder(path: Path, size: int, progress: Progress | None) -> np.ndarray:
     folder = cars_folder(path)
     if folder is None:
         raise InputError(f"{path}: holds no {LIST} beside .mat files; must be Cars3D's data/cars or a folder above it")
-    names, cars = _listed((folder / LIST).read_bytes(), folder / LIST), []
+    names, cars = _listed(read_bytes(folder / LIST, MOST), folder / LIST), []
     for done, name in enumerate(names, start=1):
         file = folder / f"{name}.mat"
         if not file.is_file():
             raise InputError(f"{file}: no such file, but {LIST} names it")
-        with open(file, "rb") as stream:
-            cars.append(_read_car(stream, size, file))
+        cars.append(_read_car(read_bytes(file, MOST), size, file))
         if progress:
             progress(done, len(names))
     return np.stack(cars, axis=2)
@@ -91,7 +111,7 @@ def _read_archive(path: Path, size: int, progress: Progress | None) -> np.ndarra
         if member.name == LIST:
             names = _listed(content, f"{path}: {member}")
         else:
-            cars[member.stem] = _read_car(io.BytesIO(content), size, f"{path}: {member}")
+            cars[member.stem] = _read_car(content, size, f"{path}: {member}")
     if names is None:
         raise InputError(f"{path}: an archive without cars/{LIST}; must be nips2015-analogy-data.tar.gz")
     missing = [name for name in names if name not in cars]
@@ -103,16 +123,26 @@ def _read_archive(path: Path, size: int, progress: Progress | None) -> np.ndarra
 def _members(path: Path, progress: Progress | None) -> Iterator[tuple[PurePosixPath, bytes]]:
     """Names and contents of the files in a folder `cars` of an archive, in one pass, nothing written to disk."""
     try:
-        with open(path, "rb") as raw, tarfile.open(fileobj=raw, mode="r|*") as archive:
+        with open(path, "rb") as raw, tarfile.open(fileobj=raw, mode=_mode(raw)) as archive:
             for entry in archive:
                 member = PurePosixPath(entry.name)
                 wanted = member.name == LIST or (member.suffix == ".mat" and not member.name.startswith("."))
                 if entry.isfile() and member.parent.name == "cars" and wanted:
+                    if entry.size > MOST:
+                        raise InputError(f"{path}: {member} holds {entry.size} bytes, must hold {MOST} at most")
                     yield member, archive.extractfile(entry).read()
                 if progress:
                     progress(raw.tell(), path.stat().st_size)
-    except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
+    except InputError:
+        raise
+    except (tarfile.TarError, EOFError, zlib.error, OSError, ValueError, OverflowError) as error:
         raise InputError(f"{path}: a damaged or truncated archive ({error}); copy it again") from error
+
+
+def _check_car(dtype: str, shape: tuple[int, ...], source: str | Path) -> None:
+    square = len(shape) == 5 and 0 < shape[0] == shape[1] <= LARGEST
+    if dtype != "uint8" or not square or shape[2:] != (3, AZIMUTHS, ELEVATIONS):
+        raise InputError(f"{source}: im is {dtype} {shape}; must be uint8 (size, size, 3, {AZIMUTHS}, {ELEVATIONS})")
 
 
 def _listed(content: bytes, source: str | Path) -> list[str]:
@@ -123,21 +153,19 @@ def _listed(content: bytes, source: str | Path) -> list[str]:
     return names
 
 
-def _read_car(stream: BinaryIO, size: int, source: str | Path) -> np.ndarray:
+def _read_car(content: bytes, size: int, source: str | Path) -> np.ndarray:
     """The views of one car, uint8 (4, 24, size, size, 3)."""
-    from scipy.io import loadmat  # reads arrays; runs nothing that the file holds
+    from scipy.io import loadmat, whosmat  # read arrays; run nothing that the file holds
 
-    try:
-        content = loadmat(stream, variable_names=["im"])
-    except Exception as error:  # SciPy raises many kinds by kind of damage
-        raise InputError(f"{source}: not a readable MATLAB file ({type(error).__name__}: {error})") from error
-    images = content.get("im")
-    if images is None:
+    with damage(f"{source}: not a readable MATLAB file"):
+        found = whosmat(io.BytesIO(content))
+        declared = {name: (CLASSES.get(dtype, dtype), tuple(shape)) for name, shape, dtype in found}
+    if "im" not in declared:
         raise InputError(f"{source}: a MATLAB file without `im`; must be a car of Cars3D")
-    square = images.ndim == 5 and images.shape[0] == images.shape[1]
-    if images.dtype != np.uint8 or not square or images.shape[2:] != (3, AZIMUTHS, ELEVATIONS):
-        raise InputError(
-            f"{source}: im is {images.dtype} {images.shape}; must be uint8 (size, size, 3, {AZIMUTHS}, {ELEVATIONS})"
-        )
+    _check_car(*declared["im"], source)  # before the pixels are unpacked
+    with damage(f"{source}: not a readable MATLAB file"):
+        images = loadmat(io.BytesIO(content), variable_names=["im"])["im"]
+        dtype, shape = str(images.dtype), images.shape
+    _check_car(dtype, shape, source)
     views = images.transpose(4, 3, 0, 1, 2).reshape(-1, *images.shape[:3])
     return resize(views, size).reshape(ELEVATIONS, AZIMUTHS, size, size, 3)

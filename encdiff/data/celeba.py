@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import os
 import zipfile
-import zlib
 from copy import copy
 from pathlib import Path, PurePosixPath
 
@@ -14,9 +13,12 @@ from PIL import Image
 
 from encdiff.data import Dataset
 from encdiff.data.folder import load_rgb
+from encdiff.data.npz import read_member
 from encdiff.errors import InputError
+from encdiff.files import damage, read_text
 
 ATTRIBUTES, PARTITION, IMAGES = "list_attr_celeba.txt", "list_eval_partition.txt", "img_align_celeba"
+MOST = 2**28  # bytes of a text, or of one image, that are still read
 PARTITIONS = ("train", "valid", "test")
 
 
@@ -79,8 +81,8 @@ class CelebA(Dataset):
         if self._folder is not None:
             there = {entry.name for entry in os.scandir(self._folder)}
         elif packed.is_file():
-            self._zip = _open_zip(packed)
-            self._members = {PurePosixPath(name).name: name for name in self._zip.namelist()}
+            self._zip = _Zip(packed)
+            self._members = {PurePosixPath(name).name: name for name in self._zip.open().namelist()}
             there = self._members.keys()
         else:
             raise InputError(f"{folder}: holds neither {IMAGES}/*.jpg nor {IMAGES}.zip; CelebA's images must lie here")
@@ -89,10 +91,7 @@ class CelebA(Dataset):
             raise InputError(f"{self._folder or packed}: holds no {missing}, but {ATTRIBUTES} names it")
 
     def _read_member(self, name: str) -> io.BytesIO:
-        try:
-            return io.BytesIO(self._zip.read(self._members[name]))
-        except (zipfile.BadZipFile, zlib.error, OSError, EOFError) as error:
-            raise InputError(f"{self.path}: {name} is damaged ({error}); copy the file again") from error
+        return io.BytesIO(read_member(self.path, self._zip.open(), self._members[name], MOST))
 
 
 def centre(image: Image.Image, size: int) -> np.ndarray:
@@ -105,22 +104,38 @@ def centre(image: Image.Image, size: int) -> np.ndarray:
     )
 
 
-def _open_zip(path: Path) -> zipfile.ZipFile:
-    try:
-        return zipfile.ZipFile(path)
-    except (zipfile.BadZipFile, OSError) as error:
-        raise InputError(f"{path}: a damaged or truncated zip file ({error}); copy it again") from error
+class _Zip:
+    """A zip file that each process opens for itself: forked ones would move one another's place in it."""
+
+    def __init__(self, path: Path):
+        self.path, self._opened = path.absolute(), (0, None)
+
+    def __getstate__(self) -> dict:
+        return {"path": self.path, "_opened": (0, None)}
+
+    def open(self) -> zipfile.ZipFile:
+        if self._opened[0] != os.getpid():
+            with damage(f"{self.path}: a damaged or truncated zip file"):
+                self._opened = os.getpid(), zipfile.ZipFile(self.path)
+        return self._opened[1]
+
+
+def _lines(path: Path) -> list[str]:
+    """The lines of a text, without blank ones at its end."""
+    return read_text(path, MOST).rstrip().splitlines()
 
 
 def _read_attributes(path: Path) -> tuple[tuple[str, ...], list[str], np.ndarray]:
     """Names of the attributes, image files, and bool (n, attributes)."""
     if not path.is_file():
         raise InputError(f"{path}: no such file; CelebA's attributes must lie beside its images")
-    lines = path.read_text(errors="replace").splitlines()
+    lines = _lines(path)
     (count, header), lines = (*lines[:2], "", "")[:2], lines[2:]
     names, files = tuple(header.split()), []
     if count.strip() != str(len(lines)) or not lines or not names or len(set(names)) < len(names):
         raise InputError(f"{path}: {len(lines)} images follow {count[:20]!r} and {len(names)} names; must agree")
+    if len(lines) * len(names) > sum(map(len, lines)):
+        raise InputError(f"{path}: too short for {len(lines)} images of {len(names)} attributes; is it cut?")
     table = np.empty((len(lines), len(names)), bool)
     for row, line in enumerate(lines):
         file, *values = line.split() or [""]
@@ -141,7 +156,7 @@ def _read_partition(path: Path, files: list[str]) -> np.ndarray:
     """int64 (n,): 0, 1 or 2 for each of the image files."""
     if not path.is_file():
         raise InputError(f"{path}: no such file; it says which images are for training, validation and testing")
-    rows = [line.split() for line in path.read_text(errors="replace").splitlines()]
+    rows = [line.split() for line in _lines(path)]
     wrong = next((i for i, row in enumerate(rows, start=1) if len(row) != 2 or row[1] not in ("0", "1", "2")), None)
     if wrong:
         raise InputError(f"{path}: line {wrong} must hold a file name and 0, 1 or 2")

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from encdiff.data import Progress
-from encdiff.data.arrays import ArrayFile, check_order, grid_of, map_npz, npz_errors
+from encdiff.data.arrays import ArrayFile, check_order, grid_of, map_npz
+from encdiff.data.npz import open_zip, read_array
 from encdiff.errors import InputError
 
 FACTOR_NAMES = ("shape", "scale", "orientation", "x", "y")
@@ -49,8 +50,9 @@ class DSprites(ArrayFile):
 
 
 def _latents(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    with npz_errors(path), np.load(path, allow_pickle=False) as arrays:
-        missing = [key for key in ("imgs", "latents_classes", "latents_values") if key not in arrays]
+    keys = ("imgs", "latents_classes", "latents_values")
+    with open_zip(path) as archive:
+        missing = [key for key in keys if f"{key}.npy" not in archive.namelist()]
         if missing:
             raise InputError(f"{path}: an archive without {' and '.join(missing)}; must hold the dSprites schema")
-        return arrays["latents_classes"], arrays["latents_values"]
+        return read_array(path, archive, keys[1]), read_array(path, archive, keys[2])

@@ -13,16 +13,19 @@ from PIL import Image, ImageOps
 
 from encdiff.data import Dataset
 from encdiff.errors import InputError
+from encdiff.files import refuse_special
 
+FORMATS = ("PNG", "JPEG", "WEBP")  # whatever a file's name says: Pillow would run Ghostscript on others
+SLIMMEST = 1000  # sides at most so many times as long as each other
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
 
 
 class ImageFolder(Dataset):
     """Every png, jpg, jpeg and webp file under a folder, at any depth, in natural order (2 before 10), without labels.
 
-    Linked folders are followed, each folder once. Each is turned upright by its EXIF tag, made RGB (transparency is dropped), resized so that its shorter side is
-    `image_size`, and cropped at the centre. Hidden files and folders are left out. InputError for a missing or empty
-    folder, and from `images` for a file that is no readable 8-bit image.
+    Each is turned upright by its EXIF tag, made RGB (transparency is dropped), resized so that its shorter side is
+    `image_size`, and cropped at the centre. Hidden files and folders are left out; linked folders are followed, each
+    folder once. InputError for a missing or empty folder, and from `images` for a file that is no readable 8-bit image.
     """
 
     def __init__(self, path: str | os.PathLike, image_size: int | None):
@@ -76,11 +79,18 @@ def load_square(source: Path | BinaryIO, size: int, name: str | Path) -> np.ndar
 def load_rgb(source: Path | BinaryIO, name: str | Path) -> Image.Image:
     """One image file, upright and RGB; InputError with `name` if it cannot be read."""
     try:
-        with Image.open(source) as image:
+        if isinstance(source, Path):
+            refuse_special(source)
+        with Image.open(source, formats=FORMATS) as image:
             if image.mode[0] in "IF":
                 raise InputError(f"{name}: pixels of mode {image.mode}; must have 8 bits per channel")
+            if max(image.size) > SLIMMEST * min(image.size):
+                raise InputError(f"{name}: {image.width}x{image.height} pixels; must not be so narrow")
             return ImageOps.exif_transpose(image).convert("RGB")
     except InputError:
         raise
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise InputError(f"{name}: not a readable image ({error}); repair or remove it") from error
+    except Exception as error:  # Pillow raises many kinds by kind of damage
+        if isinstance(error, OSError) and error.errno:
+            raise
+        reason = str(error) or type(error).__name__
+        raise InputError(f"{name}: not a readable image ({reason}); repair or remove it") from error

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import os
-import tarfile
 import zipfile
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import h5py
 
 from encdiff.data import Dataset, Progress
 from encdiff.errors import InputError
+from encdiff.files import refuse_special
 
 # Each format's module is imported where it is opened, so that a folder of images needs neither SciPy nor lmdb.
 
@@ -53,12 +53,14 @@ def open_spec(spec: str, image_size: int | None, progress: Progress | None) -> D
 
 def open_path(path: Path, image_size: int | None = None, progress: Progress | None = None) -> Dataset:
     """The data set in a file or folder, told by its content."""
+    refuse_special(path)
     if path.is_dir():
         return _open_folder(path, image_size, progress)
     if h5py.is_hdf5(path):
         return _open_shapes3d(path, image_size, progress)
     if zipfile.is_zipfile(path):
         return _open_zip(path, image_size, progress)
+    from encdiff.data.cars3d import is_tar
     from encdiff.data.celeba import ATTRIBUTES, CelebA
     from encdiff.data.lmdb_images import LmdbImages, is_lmdb
     from encdiff.data.smallnorb import SmallNORB, is_smallnorb
@@ -69,7 +71,7 @@ def open_path(path: Path, image_size: int | None = None, progress: Progress | No
         return SmallNORB(path.parent, image_size, progress)
     if is_lmdb(path):
         return LmdbImages(path, image_size)
-    if tarfile.is_tarfile(path):
+    if is_tar(path):
         return _open_cars(path, image_size, progress, False)
     return _open_shapes3d(path, image_size, progress)  # names what is wrong
 
@@ -93,9 +95,10 @@ def _open_folder(path: Path, image_size: int | None, progress: Progress | None) 
 
 
 def _open_zip(path: Path, image_size: int | None, progress: Progress | None) -> Dataset:
-    from encdiff.data.arrays import npz_errors, npz_header
+    from encdiff.data.arrays import npz_header
+    from encdiff.data.npz import open_zip
 
-    with npz_errors(path), zipfile.ZipFile(path) as archive:
+    with open_zip(path) as archive:
         members = set(archive.namelist())
     if "imgs.npy" in members:
         from encdiff.data.dsprites import DSprites
@@ -167,6 +170,7 @@ def _meant(name: str) -> list[str]:
 
 def _candidates(name: str) -> list[Path]:
     folder = os.environ.get("ENCDIFF_DATA")
-    data = [Path(folder).expanduser()] if folder else []
+    data = [Path(os.path.expanduser(folder))] if folder else []  # pathlib's raises where there is no home folder
     files = FILES.get(name, ())
-    return [Path(name).expanduser(), *(root / name for root in data), *(root / f for root in data for f in files)]
+    here = Path(os.path.expanduser(name))
+    return [here, *(root / name for root in data), *(root / f for root in data for f in files)]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from weakref import WeakValueDictionary
 
@@ -11,6 +13,7 @@ import numpy as np
 
 from encdiff.data import Dataset
 from encdiff.data.folder import load_square
+from encdiff.data.lmdb_check import check_lmdb
 from encdiff.errors import InputError
 
 MAGIC = 0xBEEFC0DE
@@ -33,21 +36,30 @@ class LmdbImages(Dataset):
             raise InputError(f"image_size: {image_size}; an LMDB of images needs one, such as 32 (--image-size 32)")
         if not is_lmdb(self.path):
             raise InputError(f"{path}: not an LMDB; must be one, or the folder of its data.mdb")
-        self._environment = _open(self.path)
-        with self._environment.begin() as transaction:
+        self._file = self.path.resolve()
+        self._environment = _open(self._file)
+        with _errors(self.path), self._environment.begin() as transaction:
             self._keys = [key for key in transaction.cursor().iternext(values=False) if key not in COUNTS]
         if not self._keys:
             raise InputError(f"{path}: an empty LMDB; must hold encoded images")
+
+    def __getstate__(self) -> dict:
+        """Without the open file, which a copy, such as one for a worker process, opens again."""
+        return {name: value for name, value in vars(self).items() if name != "_environment"}
+
+    def __setstate__(self, state: dict) -> None:
+        vars(self).update(state, _environment=_open(state["_file"]))
 
     def __len__(self) -> int:
         return len(self._keys)
 
     def images(self, indices) -> np.ndarray:
         out = np.empty((len(indices), self.image_size, self.image_size, 3), np.uint8)
-        with self._environment.begin() as transaction:
+        with _errors(self.path), self._environment.begin() as transaction:
             for row, index in enumerate(self.check_indices(indices)):
                 key = self._keys[index]
-                out[row] = load_square(io.BytesIO(transaction.get(key)), self.image_size, f"{self.path}: {key!r}")
+                value = transaction.get(key, b"")  # without one where the keys are out of order
+                out[row] = load_square(io.BytesIO(value), self.image_size, f"{self.path}: {key!r}")
         return out
 
 
@@ -66,8 +78,20 @@ def _open(path: Path):
     except ImportError:
         raise InputError(f"{path}: an LMDB needs the package lmdb: pip install encdiff[lmdb]") from None
     key = str(path.resolve())
+    if environment := _OPEN.get(key):
+        return environment
+    check_lmdb(path, path / "data.mdb" if path.is_dir() else path)
+    with _errors(path):
+        environment = lmdb.open(key, subdir=path.is_dir(), readonly=True, lock=False, readahead=False)
+    return _OPEN.setdefault(key, environment)
+
+
+@contextmanager
+def _errors(path: Path) -> Iterator[None]:
+    """Errors of the library, of any kind, as one that names the file."""
+    import lmdb
+
     try:
-        environment = _OPEN.get(key) or lmdb.open(key, subdir=path.is_dir(), readonly=True, lock=False, readahead=False)
+        yield
     except lmdb.Error as error:
         raise InputError(f"{path}: a damaged LMDB ({error}); copy it again") from error
-    return _OPEN.setdefault(key, environment)

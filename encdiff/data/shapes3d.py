@@ -10,18 +10,23 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import h5py
 import numpy as np
 
 from encdiff.data import Dataset, Progress
-from encdiff.data.arrays import ArrayFile, grid_of, map_npz, npz_errors
+from encdiff.data.arrays import ArrayFile, grid_of, map_npz
 from encdiff.data.formats import ACCEPTED
+from encdiff.data.hdf5 import open_h5, own_array, read_labels, read_names
+from encdiff.data.npz import open_zip, read_array
 from encdiff.data.procedural import FACTOR_NAMES, FACTOR_SIZES, ProceduralShapes3D, factor_labels
 from encdiff.errors import InputError
+from encdiff.temporaries import atomic_path
 
 CHUNK_BYTES = 100_000  # written per compressed piece: a random image costs the unpacking of one piece
 RESERVE = 2**20  # bytes of disk kept free for HDF5's own structures
@@ -83,20 +88,17 @@ def write_shapes3d(
         raise InputError(f"batch: {batch}; must be at least 1")
     if not path.parent.is_dir() or path.is_dir():
         raise InputError(f"{path}: must be a file name in an existing folder")
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
+    with atomic_path(path) as partial, _h5_errors():
         with open(partial, "wb") as probe:
-            _reserve(probe.fileno(), 0, RESERVE, path)
-        with h5py.File(partial, "w") as file:
-            _write(file, dataset, batch, progress, path)
+            _reserve(probe.fileno(), 0, RESERVE)
+        # no cache of chunks: what it holds back is written at the end, beyond what was reserved
+        with h5py.File(partial, "w", rdcc_nbytes=0) as file:
+            _write(file, dataset, batch, progress)
             size = file.id.get_filesize()
         os.truncate(partial, min(size, partial.stat().st_size))  # give back what was reserved in vain
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
-def _write(file: h5py.File, dataset: Dataset, batch: int, progress: Callable[[int, int], None] | None, path: Path):
+def _write(file: h5py.File, dataset: Dataset, batch: int, progress: Callable[[int, int], None] | None):
     total, size = len(dataset), dataset.image_size
     chunk = (min(total, max(1, CHUNK_BYTES // (3 * size * size))), size, size, 3)
     options = {"chunks": chunk, "compression": "gzip", "compression_opts": 1}  # 1: the fastest
@@ -109,39 +111,44 @@ def _write(file: h5py.File, dataset: Dataset, batch: int, progress: Callable[[in
         indices = np.arange(start, min(start + batch, total))
         pixels = dataset.images(indices)
         space = pixels.nbytes + pixels.nbytes // 50 + labels.nbytes + RESERVE  # gzip may lengthen noise a little
-        _reserve(file.id.get_vfd_handle(), file.id.get_filesize(), space, path)
+        _reserve(file.id.get_vfd_handle(), file.id.get_filesize(), space)
         images[start : start + batch], labels[start : start + batch] = pixels, dataset.labels(indices)
         if progress:
             progress(start + len(indices), total)
     file.flush()
 
 
-def _reserve(descriptor: int, start: int, size: int, path: Path) -> None:
+def _reserve(descriptor: int, start: int, size: int) -> None:
     """Claim disk space before HDF5 writes there, for on a full disk HDF5 ends the process with a segmentation fault."""
     if hasattr(os, "posix_fallocate"):  # not on macOS
-        try:
-            os.posix_fallocate(descriptor, start, size)
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(path)) from None
+        os.posix_fallocate(descriptor, start, size)
+
+
+@contextmanager
+def _h5_errors() -> Iterator[None]:
+    """What h5py says in several lines where it cannot write, as the system's error."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        if not (cause := re.search(r"errno = (\d+)", str(error))):
+            raise
+        raise OSError(int(cause[1]), os.strerror(int(cause[1]))) from error
 
 
 def _open_h5(path: Path) -> tuple[h5py.Dataset, np.ndarray, tuple[tuple[str, ...], ...]]:
-    try:
-        file = h5py.File(path, "r")
-        found = {key: file.get(key) for key in ("images", "labels")}
-        missing = [key for key, value in found.items() if not isinstance(value, h5py.Dataset)]
-        if missing:
-            raise InputError(f"{path}: an HDF5 file without {' and '.join(missing)}; must hold the 3dshapes schema")
-        return found["images"], np.asarray(found["labels"][()]), _names(path, found["labels"])
-    except OSError as error:
-        raise InputError(f"{path}: a damaged or truncated HDF5 file ({error}); copy or render it again") from error
+    file = open_h5(path)
+    images, labels = (own_array(path, file, key) for key in ("images", "labels"))
+    missing = [key for key, value in (("images", images), ("labels", labels)) if value is None]
+    if missing:
+        raise InputError(f"{path}: an HDF5 file without {' and '.join(missing)}; must hold the 3dshapes schema")
+    return images, read_labels(path, labels), _names(path, labels)
 
 
 def _names(path: Path, labels: h5py.Dataset) -> tuple[tuple[str, ...], ...]:
     """Factor names, cyclic ones and categories: those of Shapes3D unless the labels name theirs."""
-    if NAMES not in labels.attrs:
+    named = [read_names(path, labels, key) for key in (NAMES, CYCLIC, CATEGORIES)]
+    if not named[0]:
         return FACTOR_NAMES, ProceduralShapes3D.cyclic, ProceduralShapes3D.categories
-    named = [tuple(map(str, np.atleast_1d(labels.attrs.get(key, [])))) for key in (NAMES, CYCLIC, CATEGORIES)]
     if len(set(named[0])) < len(named[0]) or not all(named[0]):
         raise InputError(f"{path}: the labels' factor_names are {named[0]}; must be different names")
     return tuple(named)
@@ -149,5 +156,5 @@ def _names(path: Path, labels: h5py.Dataset) -> tuple[tuple[str, ...], ...]:
 
 def _open_npz(path: Path, progress: Progress | None) -> tuple[np.ndarray, np.ndarray | None]:
     images = map_npz(path, "images", progress)
-    with npz_errors(path), np.load(path, allow_pickle=False) as arrays:
-        return images, arrays.get("labels")
+    with open_zip(path) as archive:
+        return images, read_array(path, archive, "labels") if "labels.npy" in archive.namelist() else None

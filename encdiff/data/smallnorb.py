@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import math
 import os
+import struct
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from encdiff.errors import InputError
 
 DTYPES = {0x1E3D4C55: np.dtype("u1"), 0x1E3D4C54: np.dtype("<i4")}  # by the magic number
 CATEGORIES = ("animal", "human", "airplane", "truck", "car")
+LARGEST, TIGHTEST = 4096, 1032  # pixels along a side; how many bytes gzip makes of one at most
 CHUNK = 256  # pairs of images read at once
 
 
@@ -63,6 +65,8 @@ def smallnorb_files(folder: Path) -> list[Path]:
 def is_smallnorb(path: Path) -> bool:
     """Whether a file, plain or gzipped, begins with the magic number of a matrix."""
     try:
+        if not path.is_file():
+            return False
         with _open(path) as stream:
             return int.from_bytes(stream.read(4), "little") in DTYPES
     except (OSError, EOFError, zlib.error):
@@ -77,6 +81,8 @@ def _read_part(dat: Path, image_size: int | None, progress: Progress | None) -> 
         square = len(shape) == 4 and shape[1] == 2 and shape[2] == shape[3]
         if dtype != np.uint8 or not square or not shape[0]:
             raise InputError(f"{dat}: {dtype} {shape}; must be uint8 (n, 2, size, size)")
+        if not 0 < shape[2] <= LARGEST:
+            raise InputError(f"{dat}: images of size {shape[2]}, must be 1..{LARGEST}")
         if image_size is not None and image_size < 1:
             raise InputError(f"image_size: {image_size}; must be at least 1")
         for name, found in (("cat", category.shape), ("info", info.shape)):
@@ -124,9 +130,18 @@ def _matrix(path: Path) -> Iterator[tuple[BinaryIO, np.dtype, tuple[int, ...]]]:
             shape = np.frombuffer(_exactly(stream, 4 * max(3, ndim), path), "<i4")[:ndim].tolist()
             if min(shape) < 0:
                 raise InputError(f"{path}: sizes {shape}; must not be negative")
+            _check_size(path, stream, math.prod(shape) * DTYPES[magic].itemsize)
             yield stream, DTYPES[magic], tuple(shape)
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+    except (gzip.BadGzipFile, EOFError, zlib.error, struct.error) as error:
         raise InputError(f"{path}: a damaged or truncated file ({error}); copy it again") from error
+
+
+def _check_size(path: Path, stream: BinaryIO, declared: int) -> None:
+    """InputError where the file cannot hold what its header declares."""
+    size = path.stat().st_size
+    missing = declared - (TIGHTEST * size if isinstance(stream, gzip.GzipFile) else size - stream.tell())
+    if missing > 0:
+        raise InputError(f"{path}: truncated; {missing} bytes are missing")
 
 
 def _open(path: Path) -> BinaryIO:
@@ -151,6 +166,8 @@ def _grid(folder: Path, labels: np.ndarray, toys: np.ndarray) -> tuple[np.ndarra
     """The order that makes labels (n, 4) a grid with consecutive toys, the values of each factor, and images a cell."""
     values, ranks = zip(*(np.unique(column, return_inverse=True) for column in labels.T), strict=True)
     sizes = [len(v) for v in values]
+    if math.prod(sizes) > len(labels):
+        raise InputError(f"{folder}: {len(labels)} images in a grid of {' x '.join(map(str, sizes))}; must fill it")
     cells = np.ravel_multi_index(ranks, sizes)
     counts = np.bincount(cells, minlength=math.prod(sizes))
     if counts.min() != counts.max():

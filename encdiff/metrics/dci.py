@@ -8,7 +8,9 @@ from sklearn.base import clone
 from sklearn.ensemble import GradientBoostingClassifier
 
 from encdiff.errors import InputError
-from encdiff.metrics.factor_vae import check_at_least, check_codes
+from encdiff.metrics.codes import check_codes, for_trees, settle
+from encdiff.metrics.factor_vae import check_at_least
+from encdiff.metrics.samples import whole_numbers
 
 EPSILON = 1e-11  # added to every importance before its entropy, as in the field's standard library
 
@@ -117,12 +119,13 @@ def _check_all(codes_train, factors_train, codes_test, factors_test, n_jobs: int
         )
     if n_jobs is not None:
         check_at_least(1, n_jobs=n_jobs)
+    x, x_test = for_trees(*settle(x, x_test))
     return x, y, x_test, y_test
 
 
 def _check(name: str, codes: np.ndarray, factors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    factors = np.asarray(factors)
-    if factors.ndim != 2 or factors.shape[1] < 2 or len(factors) == 0 or factors.dtype.kind not in "iu":
+    factors = whole_numbers(factors)
+    if factors.ndim != 2 or factors.shape[1] < 2 or len(factors) == 0 or factors.dtype != np.int64:
         raise InputError(
             f"factors_{name} is {factors.dtype} {factors.shape}; it must be integers (n, F) with n >= 1, F >= 2"
         )

@@ -12,6 +12,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from encdiff.errors import InputError
+from encdiff.metrics.codes import for_trees
 from encdiff.metrics.factor_vae import check_at_least
 from encdiff.metrics.samples import check_split
 
@@ -52,6 +53,8 @@ def downstream(
     if n_jobs is not None:
         check_at_least(1, n_jobs=n_jobs)
     x, y, x_test, y_test = check_split(codes_train, factors_train, codes_test, factors_test)
+    if predictor == "boosted_trees":
+        x, x_test = for_trees(x, x_test)
     taken = sorted({min(size, len(x)) for size in sizes})
     rows = np.random.RandomState(seed).permutation(len(x))
     tasks = [(s, k) for s in reversed(range(len(taken))) for k in range(y.shape[1])]

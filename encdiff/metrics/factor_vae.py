@@ -1,10 +1,12 @@
 """FactorVAE score (Kim & Mnih 2018, arXiv 1802.05983, section 4)."""
 
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from encdiff.errors import InputError
+from encdiff.metrics.codes import check_codes, settle
 from encdiff.metrics.samples import check_split
 from encdiff.metrics.sampling import Grid, Table
 
@@ -67,20 +69,6 @@ def check_factor_sizes(factor_sizes: Sequence[int]) -> tuple[int, ...]:
     return sizes
 
 
-def check_codes(name: str, codes: np.ndarray, rows: int) -> np.ndarray:
-    """`codes` as float32; InputError unless it is (rows, N) with N >= 1, of finite real numbers."""
-    codes = np.asarray(codes)
-    if codes.ndim != 2 or codes.shape[0] != rows or codes.shape[1] < 1:
-        raise InputError(f"{name} has shape {codes.shape}; it must be ({rows}, N) with N >= 1")
-    if codes.dtype.kind not in "fiu":
-        raise InputError(f"{name} has dtype {codes.dtype}; it must hold real numbers")
-    with np.errstate(over="ignore"):
-        codes = codes.astype(np.float32, copy=False)
-    if not np.isfinite(codes).all():
-        raise InputError(f"{name} holds NaN or infinite values; all must be finite in float32")
-    return codes
-
-
 def check_at_least(least: int, **values: int) -> None:
     """InputError for the first of `values` that is not an integer of at least `least`."""
     for name, value in values.items():
@@ -93,9 +81,16 @@ def grid_encoder(
 ) -> Callable[[np.ndarray], np.ndarray]:
     """Factors int64 (m, F) to checked codes float64 (m, N): a lookup in the complete grid's codes, or the function."""
     if callable(codes):
-        return lambda factors: check_codes("codes", codes(factors), len(factors)).astype(np.float64)
-    codes = check_codes("codes", codes, int(np.prod(sizes)))
-    return lambda factors: codes[np.ravel_multi_index(factors.T, sizes)].astype(np.float64)
+        return lambda factors: _check_grid_codes(codes(factors), len(factors))
+    codes = settle(_check_grid_codes(codes, math.prod(sizes)))[0]
+    return lambda factors: codes[np.ravel_multi_index(factors.T, sizes)]
+
+
+def _check_grid_codes(codes: np.ndarray, rows: int) -> np.ndarray:
+    codes = check_codes("codes", codes, rows)
+    if abs(codes).max(initial=0) > np.finfo(np.float32).max:
+        raise InputError(f"codes reach {abs(codes).max():.3g}; all must be finite in float32")
+    return codes
 
 
 def _score(train, test, num_variance, num_train, num_eval, batch_size, threshold, seed) -> dict:

@@ -89,7 +89,7 @@ def _mean_share(rows: np.ndarray) -> tuple[float | None, str]:
 
 
 def _infoe(x, y, x_test, y_test) -> float:
-    std = np.where(x.std(axis=0) > 0, x.std(axis=0), 1)
+    std = np.where(np.ptp(x, axis=0) > 0, x.std(axis=0), 1)
     x, x_test = ((part - x.mean(axis=0)) / std for part in (x, x_test))
     explained = []
     for factor, factor_test in zip(y.T, y_test.T, strict=True):

@@ -10,6 +10,7 @@ import torch
 from scipy.ndimage import gaussian_filter
 
 from encdiff.errors import InputError
+from encdiff.files import refuse_special
 
 Distance = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -64,6 +65,8 @@ def load_lpips(vgg_weights: str | Path) -> torch.nn.Module:
         import lpips
     except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision built for another torch
         raise InputError(f"lpips_weights: needs the package lpips (pip install lpips): {error}") from None
+    if Path(vgg_weights).exists():
+        refuse_special(vgg_weights)
     with torch.random.fork_rng(devices=[]):
         distance = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)  # pnet_rand: download nothing
     try:

@@ -1,7 +1,7 @@
 """Every metric of codes and factors by name, called alike."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -31,6 +31,7 @@ class Metric:
     fits: bool = True  # takes train and test rows: learns from the ones, is scored on the others
     seeded: bool = False
     slow: bool = False  # takes n_jobs and progress(done, total)
+    further: Mapping[str, str] = field(default_factory=dict)  # scores beside the headline, field -> title
 
     def __call__(
         self,
@@ -60,17 +61,18 @@ class Metric:
         return _plain(self.function(*rows, **({"seed": seed} if self.seeded else {}), **options))
 
 
+DCI = {"completeness": "DCI completeness", "informativeness_test": "DCI informativeness"}
 METRICS: dict[str, Metric] = {
     "factor_vae": Metric("FactorVAE score", "eval_accuracy", factor_vae_score_rows, seeded=True),
     "beta_vae": Metric("BetaVAE score", "eval_accuracy", beta_vae_score_rows, seeded=True),
-    "dci": Metric("DCI disentanglement", "disentanglement", dci, seeded=True, slow=True),
+    "dci": Metric("DCI disentanglement", "disentanglement", dci, seeded=True, slow=True, further=DCI),
     "dci_quick": Metric("quick DCI estimate", "quick_disentanglement", dci_quick, seeded=True, slow=True),
     "mig": Metric("MIG", "mig", mig, fits=False),
     "sap": Metric("SAP", "sap", sap),
     "modularity": Metric("modularity", "modularity", modularity, fits=False),
     "explicitness": Metric("explicitness", "explicitness_test", explicitness),
     "irs": Metric("IRS", "irs", irs, fits=False),
-    "infomec": Metric("InfoM", "infom", infomec, seeded=True),
+    "infomec": Metric("InfoM", "infom", infomec, seeded=True, further={"infoc": "InfoC", "infoe": "InfoE"}),
     "tad": Metric("TAD", "tad", tad, fits=False),
     "downstream": Metric("downstream accuracy", "accuracy_full", downstream, seeded=True, slow=True),
 }

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from encdiff.errors import InputError
+from encdiff.metrics.codes import check_codes, settle
 
 Split = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
@@ -18,15 +19,30 @@ def check_samples(
     least_factors: int = 1,
     factor_names: Sequence[str] = (),
 ) -> tuple[np.ndarray, np.ndarray]:
-    """`codes` as float64 (n, N) and `factors` as int64 (n, F), which may come as integers or booleans.
+    """`codes` as float64 (n, N), settled, and `factors` as int64 (n, F), which may come as integers or booleans.
 
     `rows` ("train", "test") ends the arguments' names in messages. Raises InputError for other shapes or dtypes, codes
     that are not finite, a constant factor, and a factor with more than n/2 values: then most values occur once, and
     information, accuracies and gaps say how few samples there are, not what the codes hold.
     """
+    least = {"least_codes": least_codes, "least_factors": least_factors}
+    codes, factors = check_rows(codes, factors, rows=rows, factor_names=factor_names, **least)
+    return settle(codes)[0], factors
+
+
+def check_rows(
+    codes: np.ndarray,
+    factors: np.ndarray,
+    *,
+    rows: str = "",
+    least_codes: int = 1,
+    least_factors: int = 1,
+    factor_names: Sequence[str] = (),
+) -> tuple[np.ndarray, np.ndarray]:
+    """`check_samples` for one part of several, which are to be settled together."""
     names = [f"{word}_{rows}" if rows else word for word in ("codes", "factors")]
-    factors = np.asarray(factors)
-    if factors.ndim != 2 or len(factors) < 2 or factors.shape[1] < least_factors or factors.dtype.kind not in "iub":
+    factors = whole_numbers(factors)
+    if factors.ndim != 2 or len(factors) < 2 or factors.shape[1] < least_factors or factors.dtype != np.int64:
         raise InputError(
             f"{names[1]} is {factors.dtype} {factors.shape}; it must be integers (n, F), n >= 2, F >= {least_factors}"
         )
@@ -37,18 +53,26 @@ def check_samples(
             raise InputError(f"{names[1]}: factor {label} is constant; each must take at least two values")
         if 2 * values > len(factors):
             raise InputError(f"{names[1]}: factor {label} has {values} values; {2 * values} samples or more are needed")
-    return _check_codes(names[0], codes, len(factors), least_codes), factors.astype(np.int64, copy=False)
+    return check_codes(names[0], codes, len(factors), least_codes), factors
+
+
+def whole_numbers(factors: np.ndarray) -> np.ndarray:
+    """Integers and booleans as int64; anything else as it is."""
+    factors = np.asarray(factors)
+    fits = factors.dtype.kind in "ib" or (factors.dtype.kind == "u" and factors.max(initial=0) < 2**63)
+    return factors.astype(np.int64, copy=False) if fits else factors
 
 
 def check_split(codes_train, factors_train, codes_test, factors_test, **least: int) -> Split:
     """Both sets by `check_samples`; InputError unless they have the same dimensions and the test set no new value."""
-    x, y = check_samples(codes_train, factors_train, rows="train", **least)
-    x_test, y_test = check_samples(codes_test, factors_test, rows="test", **least)
+    x, y = check_rows(codes_train, factors_train, rows="train", **least)
+    x_test, y_test = check_rows(codes_test, factors_test, rows="test", **least)
     if x.shape[1] != x_test.shape[1] or y.shape[1] != y_test.shape[1]:
         raise InputError(f"test holds {x_test.shape[1]} codes and {y_test.shape[1]} factors; it must match train's")
     for k in range(y.shape[1]):
         if len(new := np.setdiff1d(y_test[:, k], y[:, k])):
             raise InputError(f"factors_test: factor {k} takes the value {new[0]}, which factors_train lacks")
+    x, x_test = settle(x, x_test)
     return x, y, x_test, y_test
 
 
@@ -74,14 +98,3 @@ def _distinct(column: np.ndarray) -> np.ndarray:
     if high - low > 1_000_000:
         return np.unique(column)
     return np.flatnonzero(np.bincount(column.astype(np.int64) - low)) + low
-
-
-def _check_codes(name: str, codes: np.ndarray, rows: int, least: int) -> np.ndarray:
-    codes = np.asarray(codes)
-    if codes.ndim != 2 or codes.shape[0] != rows or codes.shape[1] < least:
-        raise InputError(f"{name} has shape {codes.shape}; it must be ({rows}, N) with N >= {least}")
-    if codes.dtype.kind not in "fiu":
-        raise InputError(f"{name} has dtype {codes.dtype}; it must hold real numbers")
-    if not np.isfinite(codes).all():
-        raise InputError(f"{name} holds NaN or infinite values; all must be finite")
-    return codes.astype(np.float64, copy=False)

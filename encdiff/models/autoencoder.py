@@ -7,6 +7,7 @@ quantiser of van den Oord et al., arXiv 1711.00937); `SpaceToDepth` has no param
 from __future__ import annotations
 
 import json
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -15,8 +16,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from encdiff.checkpoint import atomic_path, load_state, load_tensors, save_tensors
+from encdiff.checkpoint import atomic_path, load_model, save_tensors
 from encdiff.errors import InputError
+from encdiff.fields import Checked, Codes, Depth, Multiple, Width
 from encdiff.ops._triton import autocast_off
 
 SEARCH_ROWS = 8192  # latent positions compared with the codebook at a time: 64 MiB of distances for 2048 codes
@@ -52,6 +54,17 @@ class SpaceToDepth(nn.Module):
     def decode(self, z: Tensor) -> Tensor:
         _check_latent(z, self.latent_channels)
         return rearrange(z, "b (c p q) h w -> b c (h p) (w q)", p=self.downsampling, q=self.downsampling)
+
+
+@dataclass(frozen=True)
+class VQConfig(Checked):
+    """What the `config.json` of a `VQAutoencoder` holds."""
+
+    width: Width = 32
+    multipliers: tuple[Multiple, ...] = (1, 2, 4)
+    depth: Depth = 2
+    latent_channels: Width = 3
+    codebook_size: Codes = 2048
 
 
 class VQAutoencoder(nn.Module):
@@ -132,12 +145,8 @@ class VQAutoencoder(nn.Module):
         config, weights = Path(folder) / "config.json", Path(folder) / "model.safetensors"
         if not (config.is_file() and weights.is_file()):
             raise InputError(f"{folder}: must be a folder with config.json and model.safetensors")
-        try:
-            model = cls(**json.loads(config.read_text()))
-        except (ValueError, TypeError) as error:  # ValueError: not JSON, or an InputError
-            raise InputError(f"{config}: not the configuration of a first stage ({error})") from None
-        load_state(model, load_tensors(weights)[0], weights)
-        return model.eval()
+        source = f"{config}: not the configuration of a first stage"
+        return load_model(lambda values: cls(**asdict(VQConfig.from_dict(values, source))), config, weights).eval()
 
 
 class VectorQuantizer(nn.Module):

@@ -4,48 +4,50 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from encdiff.errors import InputError
-from encdiff.fields import Checked, Count, Natural, Positive, Range
+from encdiff.fields import Checked, Codes, Depth, Multiple, Natural, Positive, Range, Width
+
+BLOCKS = 1024  # of the U-Net, at most: a file cannot ask for a network that takes minutes to build
 
 
 @dataclass(frozen=True)
 class EncDiffConfig(Checked):
     """The configuration of an `EncDiff`; the defaults are the paper's for 64x64 images."""
 
-    image_size: Count = 64
+    image_size: Width = 64
     # image encoder and MLP bank
-    concepts: Count = 20  # N
-    encoder_width: Count = 128
+    concepts: Annotated[int, Range(1, 4096)] = 20  # N
+    encoder_width: Width = 128
     normalize_scalars: bool = False  # zero mean and unit variance over the batch, as the encoder's last layer
-    concept_width: Count = 1  # m, numbers per concept: 1 is the paper's scalar, more make it a vector
-    token_width: Count = 16  # d
-    bank_widths: tuple[Count, ...] = (64, 128)
+    concept_width: Width = 1  # m, numbers per concept: 1 is the paper's scalar, more make it a vector
+    token_width: Width = 16  # d
+    bank_widths: tuple[Width, ...] = (64, 128)
     bank_activation: Literal["elu", "silu", "gelu", "relu"] = "elu"
     bank_shared: bool = False  # one MLP for all concepts
     bank_gain: Positive = 1.0  # multiplies the bank's initial weights after its first layer; 1 is PyTorch's own start
     # first stage: "vq" (learnt, frozen) or "space_to_depth" (no parameters)
     first_stage: Literal["vq", "space_to_depth"] = "vq"
-    vq_width: Count = 32
-    vq_multipliers: tuple[Count, ...] = (1, 2, 4)
-    vq_depth: Count = 2
-    vq_codes: Count = 2048
-    patch: Count = 4  # of space_to_depth
+    vq_width: Width = 32
+    vq_multipliers: tuple[Multiple, ...] = (1, 2, 4)
+    vq_depth: Depth = 2
+    vq_codes: Codes = 2048
+    patch: Annotated[int, Range(1, 1024)] = 4  # of space_to_depth
     scaling_factor: Positive = 1.0  # multiplies latents, so that their standard deviation is about 1
     # U-Net
-    width: Annotated[int, Range(2)] = 64
-    multipliers: tuple[Count, ...] = (1, 2, 4, 4)
-    depth: Count = 2
+    width: Annotated[int, Range(2, 2**14)] = 64
+    multipliers: tuple[Multiple, ...] = (1, 2, 4, 4)
+    depth: Depth = 2
     attention_levels: tuple[Natural, ...] = (0, 1, 2)
-    heads: Count = 8
-    transformer_depth: Count = 1
+    heads: Width = 8
+    transformer_depth: Depth = 1
     self_attention: bool = True
-    feedforward: Count = 4  # hidden width of a transformer's feed-forward layer, as a multiple
+    feedforward: Multiple = 4  # hidden width of a transformer's feed-forward layer, as a multiple
     scale_shift: bool = True
     conditioning: Literal["cross_attention", "adagn"] = "cross_attention"  # adagn: tokens join the timestep's embedding
     resample: Literal["residual", "conv"] = "residual"
-    groups: Count = 32
+    groups: Width = 32
     # diffusion
     schedule: str = "scaled_linear"
-    num_timesteps: Count = 1000
+    num_timesteps: Annotated[int, Range(1, 10**6)] = 1000
     beta_start: Positive = 0.0015
     beta_end: Positive = 0.0155
     prediction: Literal["epsilon", "v", "x0"] = "epsilon"
@@ -55,6 +57,9 @@ class EncDiffConfig(Checked):
         super().__post_init__()
         if not self.multipliers or not self.vq_multipliers:
             raise InputError("multipliers and vq_multipliers must hold at least one level")
+        blocks = len(self.multipliers) * (2 * self.depth + 1) * (1 + self.transformer_depth)
+        if blocks > BLOCKS:
+            raise InputError(f"multipliers, depth, transformer_depth: {blocks} blocks, must be {BLOCKS} at most")
         stride = self.downsampling * 2 ** (len(self.multipliers) - 1)
         if self.image_size % stride:
             raise InputError(f"image_size is {self.image_size}, must be a multiple of {stride} for these levels")

@@ -14,8 +14,9 @@ from torch import Tensor
 from encdiff import ops
 from encdiff.checkpoint import (
     atomic_path,
+    build_fitting,
+    load_model,
     load_state,
-    load_tensors,
     locate,
     read_published,
     save_tensors,
@@ -283,7 +284,8 @@ class EncDiff(
         """
         config = EncDiffConfig.from_preset(preset) if isinstance(preset, str) else preset
         state, scaling_factor = read_published(path, ema)
-        model = cls(replace(config, scaling_factor=scaling_factor))
+        config = replace(config, scaling_factor=scaling_factor)
+        model = build_fitting(lambda: cls(config), {k: tuple(v.shape) for k, v in state.items()}, path)
         load_state(model, state, path)
         return model.eval()
 
@@ -326,12 +328,7 @@ class EncDiff(
             InputError: no such folder or model, a file missing or truncated, or tensors of another configuration.
         """
         config_path, weights_path = (locate(name, file, hub) for file in ("config.json", "model.safetensors"))
-        try:
-            values = json.loads(config_path.read_text())
-        except ValueError as error:
-            raise InputError(f"{config_path}: not JSON ({error})") from None
-        model = cls(EncDiffConfig.from_dict(values, str(config_path)))
-        load_state(model, load_tensors(weights_path)[0], weights_path)
+        model = load_model(lambda values: cls(EncDiffConfig.from_dict(values, config_path)), config_path, weights_path)
         return model.to(device).eval()
 
     # ---- checks

@@ -25,8 +25,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from encdiff import _build
 from encdiff.errors import InputError
 from encdiff.ops._check import Finding, Variant, check, title
+from encdiff.temporaries import atomic_path
 
 UNCHECKED = "not checked on this card yet: call it once before a graph is captured"
 
@@ -69,7 +71,8 @@ def _learn(key: tuple) -> list[str]:
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         return [UNCHECKED]
     if not (kept := read(device)):
-        say(f"each kernel is checked at its first use on {card(device)}, once; verdicts are kept in {file(device)}")
+        where = f", once; verdicts are kept in {path}" if (path := file(device)) else ""
+        say(f"each kernel is checked at its first use on {card(device)}{where}")
     wrong = kept.get(title(family, variant, gradients))
     if wrong is None and kept.get(title(family, variant, True)) == []:
         wrong = []
@@ -141,16 +144,21 @@ def identity(device: int) -> dict[str, str]:
     return {"card": card(device), "triton": version("triton"), "torch": torch.__version__, "sources": sources()}
 
 
-def file(device: int) -> Path:
-    """Where the verdicts of a card are kept."""
-    cache_folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+def file(device: int) -> Path | None:
+    """Where the verdicts of a card are kept; None, and it is said, where they cannot be."""
+    try:
+        cache_folder = _build.user_cache()
+    except OSError as error:
+        say(f"verdicts on kernels cannot be kept ({error}): every process checks its kernels anew")
+        return None
     name = "-".join(re.sub(r"[^\w.]+", "-", part).strip("-") for part in identity(device).values())
     return cache_folder / "encdiff" / "self-check" / f"{name}.json"
 
 
 def read(device: int) -> dict[str, list[str]]:
     """Title of a check -> what was wrong; empty where there is no file, or one that is of no use."""
-    path = file(device)
+    if (path := file(device)) is None:
+        return {}
     try:
         kept = json.loads(path.read_text())
         checks, of = kept["checks"], {name: kept[name] for name in identity(device)}
@@ -169,16 +177,12 @@ def read(device: int) -> dict[str, list[str]]:
 
 def keep(device: int, findings: Iterable[Finding]) -> None:
     """Add findings to the verdicts that are kept, or replace them; other processes may do so at the same time."""
-    path = file(device)
+    if (path := file(device)) is None:
+        return
     try:
-        with _locked(path):
+        with _locked(path), atomic_path(path) as temporary:
             checks = read(device) | {str(finding): finding.wrong for finding in findings}
-            temporary = path.with_suffix(".tmp")
-            try:
-                temporary.write_text(json.dumps(identity(device) | {"checks": checks}, indent=1))
-                os.replace(temporary, path)
-            finally:
-                temporary.unlink(missing_ok=True)
+            temporary.write_text(json.dumps(identity(device) | {"checks": checks}, indent=1))
     except OSError as error:
         say(f"{path} cannot be written ({error.strerror or error}): every process checks its kernels anew")
 

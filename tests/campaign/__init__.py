@@ -1,0 +1,1 @@
+"""Long checks by hand: `make campaign`."""
