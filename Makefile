@@ -35,6 +35,7 @@ sanitize: .venv/.installed-dev  ## the native library's tests under the address 
 	ENCDIFF_SANITIZE=1 ASAN_OPTIONS=detect_leaks=0 \
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 	.venv/bin/python -m pytest tests/test_native.py tests/test_noise_out.py tests/test_self_attention.py \
+	tests/test_cross_attention.py tests/test_types.py \
 	-k "not compile and not opcheck and not ten_million and not one_graph and not lesser"
 
 bench: .venv/.installed-dev  ## time ops and whole models on this machine; RESULT=FILE.json, ARGS="-k unet" for a part

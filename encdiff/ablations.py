@@ -26,6 +26,7 @@ from encdiff.phases import (
 from encdiff.protocol import settings_of
 from encdiff.results import read_scores
 from encdiff.runs import read_config
+from encdiff.terminal import say
 from encdiff.train import TrainConfig
 
 ABLATIONS: dict[str, dict[str, Any]] = {
@@ -62,7 +63,7 @@ def ablate(
     protocol: str = "paper",
     device: str = "cpu",
     first_stage: Path | None = None,
-    say: Callable[[str], None] = print,
+    say: Callable[[str], None] = say,
     **changes,
 ) -> list[dict]:
     """Train and score a preset under each ablation, seeds 0, 1, ...: a run each in `out/NAME-seedN`.
@@ -143,5 +144,5 @@ def write_tables(out: Path) -> str:
     data, protocol = rows[0]["data"], rows[0]["protocol"]
     note = f"{data['name']}, {data['images']:,} images; protocol {protocol['name']}, seed {protocol['seed']}.\n"
     with atomic_path(out / "ablations.md") as temporary:
-        temporary.write_text(f"{note}\n{table}")
+        temporary.write_text(f"{note}\n{table}", "utf-8", "surrogateescape")
     return table

@@ -18,10 +18,10 @@ from encdiff.cli_support import (
     Commands,
     begun_size,
     choose_device,
-    console,
     draw_images,
     factor_groups,
     given_options,
+    importance_plot,
     load_first_stage,
     metric_names,
     open_data,
@@ -34,6 +34,7 @@ from encdiff.cli_support import (
     writable,
 )
 from encdiff.errors import InputError, Stopped
+from encdiff.terminal import console, progress_bar, say
 
 # Modules that load torch are imported inside the commands, so that --help answers at once.
 
@@ -43,6 +44,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # plain help: whole names at 80 columns, and on a terminal without box characters
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(data_app, name="data")
@@ -59,6 +61,7 @@ class SamplerName(StrEnum):
 
 
 RunData = Annotated[str | None, typer.Option(help=DATA_HELP + " Default: what the run was trained on.")]
+NewData = Annotated[str | None, typer.Option(help=DATA_HELP + " Default: with --resume, the run's.")]
 RUN_HELP = "A run, a folder that save_pretrained wrote, or quickstart"
 Run = Annotated[Path, typer.Argument(help=RUN_HELP + ".", show_default=False)]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto takes a GPU if there is one.")]
@@ -66,8 +69,8 @@ Seed = Annotated[int, typer.Option(help="Of all that is random.", min=0)]
 Out = Annotated[Path | None, typer.Option(help="The PNG to write. Default: in the run's pictures/.")]
 Steps = Annotated[int, typer.Option(help="Sampling steps.", min=1)]
 Sampler = Annotated[SamplerName, typer.Option(help="The paper's pictures: ddim with 200 steps.")]
-CheckpointEvery = Annotated[int | None, typer.Option(help="Steps between checkpoints.", min=1)]
-PictureEvery = Annotated[int | None, typer.Option(help="Steps between pictures.", min=1)]
+CheckpointEvery = Annotated[int | None, typer.Option(help="Steps between checkpoints. Default: 1,000.", min=1)]
+PictureEvery = Annotated[int | None, typer.Option(help="Steps between pictures. Default: the recipe's.", min=1)]
 Concepts = Annotated[
     str | None, typer.Option(help="Such as 0,3. Default: those that carry a factor, if known, or all.")
 ]
@@ -109,14 +112,20 @@ def options(
 @app.command()
 def train(
     run: Annotated[Path, typer.Option(help="The folder of the run: checkpoint, log, pictures, model.")],
-    data: Annotated[str | None, typer.Option(help=DATA_HELP)] = None,
-    preset: Annotated[str | None, typer.Option(help="quickstart (default), shapes3d, mpi3d, cars3d or celeba.")] = None,
-    first_stage: Annotated[Path | None, typer.Option(help="The run of train-autoencoder, for presets with VQ.")] = None,
+    data: NewData = None,
+    preset: Annotated[
+        str | None, typer.Option(help="quickstart, shapes3d, mpi3d, cars3d or celeba. Default: quickstart.")
+    ] = None,
+    first_stage: Annotated[
+        Path | None, typer.Option(help="The run of train-autoencoder that presets with VQ need. Default: none.")
+    ] = None,
     steps: Annotated[int | None, typer.Option(help="Default: the preset's.", min=1)] = None,
     batch_size: Annotated[int | None, typer.Option(help="Default: the preset's.", min=1)] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Default: the preset's, by the batch size.")] = None,
     precision: Annotated[Precision | None, typer.Option(help="Default: the preset's.")] = None,
-    engine: Annotated[Engine | None, typer.Option(help="How a step runs. auto: graph on a GPU, else eager.")] = None,
+    engine: Annotated[
+        Engine | None, typer.Option(help="How a step runs. Default: auto, graph on a GPU, else eager.")
+    ] = None,
     checkpoint_activations: Annotated[
         bool | None, typer.Option("--checkpoint-activations", help="Less memory, more time.")
     ] = None,
@@ -153,29 +162,26 @@ def train(
     if not resume:
         load_first_stage(model, first_stage)
     dataset = open_data(data, model_config.image_size)
-    run_training(
-        model.to(choose_device(device)),
-        dataset,
-        run,
-        recipe,
-        resume=resume,
-        overwrite=overwrite,
-        tensorboard=tensorboard,
-    )
-    console.print(f"model: {run / 'model'}\nnext:  encdiff {'evaluate' if dataset.factor_names else 'swap'} {run}")
+    model.to(choose_device(device))
+    run_training(model, dataset, run, recipe, resume=resume, overwrite=overwrite, tensorboard=tensorboard)
+    say(f"model: {run / 'model'}\nnext:  encdiff {'evaluate' if dataset.factor_names else 'swap'} {run}")
 
 
 @app.command()
 def train_autoencoder(
     run: Annotated[Path, typer.Option(help="The folder of the run.")],
-    data: Annotated[str | None, typer.Option(help=DATA_HELP)] = None,
+    data: NewData = None,
     image_size: Annotated[int, typer.Option(help="Images are reduced to this size.", min=8)] = 64,
-    steps: Annotated[int | None, typer.Option(min=1)] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1)] = None,
+    steps: Annotated[int | None, typer.Option(help="Default: 50,000.", min=1)] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Default: 32.", min=1)] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Default: 4.5e-6 for each image of a batch.")] = None,
-    discriminator: Annotated[bool | None, typer.Option(help="Train against a patch discriminator.")] = None,
-    lpips_weights: Annotated[Path | None, typer.Option(help="torchvision's VGG16 weights, for the LPIPS loss.")] = None,
-    precision: WithoutTF32 | None = None,
+    discriminator: Annotated[
+        bool | None, typer.Option(help="Train against a patch discriminator. Default: so.")
+    ] = None,
+    lpips_weights: Annotated[
+        Path | None, typer.Option(help="torchvision's VGG16 weights, for the LPIPS loss. Default: no such loss.")
+    ] = None,
+    precision: Annotated[WithoutTF32 | None, typer.Option(help="Default: float32.")] = None,
     checkpoint_every: CheckpointEvery = None,
     picture_every: PictureEvery = None,
     seed: Annotated[int | None, typer.Option(help="Default: 0.", min=0)] = None,
@@ -183,7 +189,7 @@ def train_autoencoder(
     resume: Resume = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Train the VQ first stage, which the paper's presets need before `train`."""
+    """Train the VQ first stage. The paper's presets need one before `train`."""
     import torch
 
     from encdiff.models.autoencoder import VQAutoencoder
@@ -205,7 +211,7 @@ def train_autoencoder(
     torch.manual_seed(config.seed)
     dataset = open_data(data, image_size)
     run_training(VQAutoencoder().to(choose_device(device)), dataset, run, config, resume=resume, overwrite=overwrite)
-    console.print(f"first stage: {run / 'model'}\nnext: encdiff train --preset shapes3d --first-stage {run} ...")
+    say(f"first stage: {run / 'model'}\nnext: encdiff train --preset shapes3d --first-stage {run} ...")
 
 
 @app.command()
@@ -214,7 +220,9 @@ def evaluate(
     data: RunData = None,
     protocol: Annotated[
         str | None,
-        typer.Option(help="paper (default), heldout (of an .npz, always), quick, published-cars3d: docs/metrics.md."),
+        typer.Option(
+            help="paper, heldout, quick, published-cars3d: docs/metrics.md. Default: paper; of an .npz heldout."
+        ),
     ] = None,
     metrics: Annotated[
         str, typer.Option(help="Their names, such as factor_vae,dci,mig; or all (but tad and dci_quick).")
@@ -227,7 +235,7 @@ def evaluate(
     seed: Seed = 0,
     device: Device = "auto",
 ) -> None:
-    """Score a model's encoder beside an untrained one, or the codes of any other model.
+    """Score a model's encoder, or the codes of any other. An untrained one is scored beside it.
 
     An .npz holds codes (n, N), factors (n, F) and, if you like, factor_names: four fifths of the rows teach the
     metrics, the others are scored.
@@ -235,11 +243,9 @@ def evaluate(
     from encdiff.evaluate import evaluate_codes, evaluate_model, format_table, plot_importance, stages, write_metrics
 
     options = {"metrics": metric_names(metrics), "seed": seed, "seeds": seeds}
-    plot = "importance.png"
     if run.suffix.lower() == ".npz" and not run.is_dir():
         if data or protocol not in (None, "heldout"):
             raise InputError(f"{run}: codes have no --data, and their --protocol is heldout")
-        plot = f"{run.stem}-{plot}"
         out = writable(out or run.with_name(f"{run.stem}-metrics.json"))
         with stages(run.stem) as report:
             scores = {run.stem: evaluate_codes(run, progress=report, **options)}
@@ -251,19 +257,24 @@ def evaluate(
         scores = evaluate_model(model, dataset, protocol=protocol or "paper", baseline=baseline, **options)
     console.print(format_table(scores))
     write_metrics(out, scores)
-    console.print(f"scores: {out}")
+    say(f"scores: {out}")
     first = next(iter(scores.values()))
     if "dci" in first:
-        plot_importance(first, out.with_name(plot))
-        console.print(f"plot:   {out.with_name(plot)}")
+        plot = importance_plot(out)
+        plot_importance(first, plot)
+        say(f"plot:   {plot}")
 
 
 @app.command()
 def swap(
     run: Run,
     data: RunData = None,
-    source: Annotated[list[int] | None, typer.Option(help="Index of a source image; may be repeated.")] = None,
-    target: Annotated[list[int] | None, typer.Option(help="Index of a target image, one per source.")] = None,
+    source: Annotated[
+        list[int] | None, typer.Option(help="Index of a source image; may be repeated. Default: drawn.")
+    ] = None,
+    target: Annotated[
+        list[int] | None, typer.Option(help="Index of a target image, one per source. Default: drawn.")
+    ] = None,
     pairs: Annotated[int, typer.Option(help="How many pairs to draw, where no indices are given.", min=1)] = 4,
     concepts: Concepts = None,
     by_factor: Annotated[bool, typer.Option(help="Swap together what carries one factor, once evaluated.")] = True,
@@ -277,7 +288,6 @@ def swap(
 
     After `evaluate`, all concepts that carry one factor are swapped together; --no-by-factor swaps each alone.
     """
-    from encdiff.runs import progress_bar
     from encdiff.visualize import swap_grid
 
     model, dataset = open_model(run, data, device)
@@ -291,15 +301,9 @@ def swap(
         groups = {f"concept {i}": [i] for i in parse_concepts(concepts)}
     with progress_bar("sampling") as report:
         picture = swap_grid(
-            model,
-            images[:count],
-            images[count:],
-            groups=groups,
-            sampler=sampler.value,
-            steps=steps,
-            seed=seed,
+            model, images[:count], images[count:], groups=groups, sampler=sampler.value, steps=steps, seed=seed,
             progress=report,
-        )
+        )  # fmt: skip
     save_picture(picture, path)
 
 
@@ -316,8 +320,7 @@ def traverse(
     seed: Seed = 0,
     device: Device = "auto",
 ) -> None:
-    """A picture: one image with each concept's scalar moved from low to high."""
-    from encdiff.runs import progress_bar
+    """A picture: each concept moved from low to high. It shows one image with that concept's scalar changed."""
     from encdiff.visualize import concept_labels, encode_images, traversal
 
     model, dataset = open_model(run, data, device)
@@ -337,7 +340,7 @@ def traverse(
 def attend(
     run: Run,
     data: RunData = None,
-    index: Annotated[list[int] | None, typer.Option(help="Index of an image; may be repeated.")] = None,
+    index: Annotated[list[int] | None, typer.Option(help="Index of an image; may be repeated. Default: drawn.")] = None,
     images: Annotated[int, typer.Option(help="How many images to draw, where no index is given.", min=1)] = 4,
     concepts: Concepts = None,
     steps: Annotated[int, typer.Option(help="Noise levels to average over.", min=1)] = 10,
@@ -364,10 +367,10 @@ def demo(
     seed: Seed = 0,
     device: Device = "auto",
 ) -> None:
-    """From nothing to disentangled concepts on this machine: render, train, evaluate, draw."""
+    """From nothing to disentangled concepts. On this machine: render, train, evaluate, draw."""
     from encdiff.demo import demo as run_demo
 
-    run_demo(run, seed, choose_device(device), console)
+    run_demo(run, seed, choose_device(device))
 
 
 app.command()(reproduce)
@@ -382,7 +385,7 @@ def main() -> None:
     try:
         app()
     except Stopped as stopped:
-        console.print(str(stopped))
+        say(str(stopped))
     except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -6,31 +6,37 @@ from typing import Annotated
 
 import typer
 
-from encdiff.cli_support import choose_device, console, writable
+from encdiff.cli_support import choose_device, writable
+from encdiff.terminal import progress_bar, say
 
 # Modules that load torch are imported inside the command, so that --help answers at once.
 
 
 def doctor(
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto takes a GPU if there is one.")] = "auto",
-    kernels: Annotated[str | None, typer.Option(help="Check these alone, such as group_norm,adamw.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Also write all of it here, as JSON.", show_default=False)] = None,
+    kernels: Annotated[
+        str | None, typer.Option(help="Check these alone, such as group_norm,adamw. Default: all.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Also write all of it here, as JSON. Default: nowhere.", show_default=False)
+    ] = None,
 ) -> None:
-    """Versions, processor, GPU and compilers; every kernel against float64; what each op would take, and why.
+    """Check this machine, and every kernel on it.
+
+    Versions, processor, GPU and compilers; every kernel against float64; what each op would take, and why.
 
     Exits with 1 if something is wrong. On a GPU its verdicts replace those that kernels got at their first use there;
     without one kernels are interpreted, which takes a minute or two.
     """
     from encdiff.health import doctor as run_doctor
-    from encdiff.runs import progress_bar
 
     on, out = choose_device(device), out and writable(out)
     with progress_bar("checking kernels") as report:
         found = run_doctor(on, kernels and [name.strip() for name in kernels.split(",")], report)
     if out:
         out.write_text(json.dumps(found.to_dict(), indent=1) + "\n")
-    console.print(str(found), markup=False, highlight=False, soft_wrap=True)
+    say(str(found))
     if out:
-        console.print(f"report: {out}")
+        say(f"report: {out}")
     if not found.ok:
         raise typer.Exit(1)

@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
-from encdiff.cli_support import choose_device, console
+from encdiff.cli_support import choose_device
 from encdiff.errors import InputError
+from encdiff.terminal import say
 
 # Modules that load torch are imported inside the command, so that --help answers at once.
 
@@ -19,20 +20,22 @@ class Phase(StrEnum):
 
 
 def profile(
-    run: Annotated[Path | None, typer.Option(help="A run whose model to take.", show_default=False)] = None,
+    run: Annotated[
+        Path | None, typer.Option(help="A run whose model to take. Default: none.", show_default=False)
+    ] = None,
     preset: Annotated[str | None, typer.Option(help="Without a run. Default: quickstart.", show_default=False)] = None,
     phase: Annotated[Phase, typer.Option(help="A training step, or sampling images from codes.")] = Phase.train,
     batch_size: Annotated[int | None, typer.Option(help="Default: 64 for quickstart, else 128.", min=1)] = None,
     precision: Annotated[str, typer.Option(help="Of a training step: float32, tf32 or bf16.")] = "float32",
     engine: Annotated[str, typer.Option(help="Of a training step; only eager shows its parts.")] = "eager",
-    sampler: Annotated[str, typer.Option(help="As of the sampling commands.")] = "dpm-solver++",
+    sampler: Annotated[str, typer.Option(help="As for swap.")] = "dpm-solver++",
     steps: Annotated[int, typer.Option(help="Sampling steps.", min=1)] = 20,
     calls: Annotated[int, typer.Option(help="Training steps, or batches of samples, to record.", min=1)] = 3,
     out: Annotated[Path, typer.Option(help="A folder for trace.json and table.txt.")] = Path("runs/profile"),
     nvtx: Annotated[bool, typer.Option("--nvtx", help="Under nsys or ncu: ranges, no trace of its own.")] = False,
     device: Annotated[str, typer.Option(help="cpu, cuda, ...; auto takes a GPU if there is one.")] = "auto",
 ) -> None:
-    """Time by module and operator, on random images: a table, and a trace for chrome://tracing or ui.perfetto.dev.
+    """Time by module and operator. On random images: a table, and a trace for chrome://tracing or ui.perfetto.dev.
 
     With --nvtx it writes nothing and marks modules, phases and the calls to record for NVIDIA's tools instead: see
     docs/profiling.md.
@@ -66,9 +69,9 @@ def profile(
         for _ in range(4):  # compiled, or captured after three calls: what is shown is the steady state
             work()
     table = trace(model, work, calls, out / "trace.json").table()
-    (out / "table.txt").write_text(table + "\n")
-    console.print(table, markup=False, highlight=False, soft_wrap=True)
-    console.print(f"\ntrace: {out / 'trace.json'}\ntable: {out / 'table.txt'}")
+    (out / "table.txt").write_text(table + "\n", "utf-8")
+    say(table)
+    say(f"\ntrace: {out / 'trace.json'}\ntable: {out / 'table.txt'}")
 
 
 def _model(run: Path | None, preset: str):

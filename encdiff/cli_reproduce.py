@@ -1,12 +1,14 @@
 """The commands that train and score many models: `encdiff reproduce` and `encdiff ablate`."""
 
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from encdiff.cli_support import DATA_HELP, choose_device, console, given_options, open_data
+from encdiff.cli_support import DATA_HELP, choose_device, given_options, open_data
+from encdiff.terminal import say, say_table
 
 # Modules that load torch are imported inside the commands, so that --help answers at once.
 
@@ -21,27 +23,28 @@ class Target(StrEnum):
 Steps = Annotated[int | None, typer.Option(help="Of each training. Default: the preset's.", min=1)]
 BatchSize = Annotated[int | None, typer.Option(help="Default: the preset's; the rate follows.", min=1)]
 Precision = Annotated[str | None, typer.Option(help="float32, tf32 or bf16. Default: the preset's.")]
-CheckpointEvery = Annotated[int | None, typer.Option(help="Steps between checkpoints.", min=1)]
+CheckpointEvery = Annotated[int | None, typer.Option(help="Steps between checkpoints. Default: 1,000.", min=1)]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto takes a GPU if there is one.")]
-FirstStage = Annotated[Path | None, typer.Option(help="A run of train-autoencoder.", show_default=False)]
 
 
-def _say(text: str) -> None:
-    console.print(text, style="bold", markup=False, highlight=False)
+_say = partial(say, style="bold")
 
 
 def _show(path: Path) -> None:
-    from rich.markdown import Markdown
-
-    console.print(Markdown(path.read_text()))
-    console.print(f"table:  {path}\nscores: {path.with_suffix('.json')}")
+    """The notes and the table of a Markdown file, and where it lies."""
+    lines = path.read_text("utf-8", "surrogateescape").splitlines()
+    notes = [line.removeprefix("# ") for line in lines if line and not line.startswith("|")]
+    header, _, *rows = ([c.strip(" *") for c in line[1:-1].split("|")] for line in lines if line.startswith("|"))
+    say("\n".join(notes))
+    say_table(header, rows)
+    say(f"table:  {path}\nscores: {path.with_suffix('.json')}")
 
 
 def reproduce(
     target: Annotated[Target, typer.Argument(help="Whose figures.", show_default=False)],
     data: Annotated[str | None, typer.Option(help=DATA_HELP + " Default: a procedural room in its place.")] = None,
     out: Annotated[Path | None, typer.Option(help="Default: runs/reproduce-TARGET.", show_default=False)] = None,
-    first_stage: FirstStage = None,
+    first_stage: Annotated[Path | None, typer.Option(help="A run of train-autoencoder. Default: one is made.")] = None,
     first_stage_steps: Annotated[int | None, typer.Option(help="Default: 50,000.", min=1)] = None,
     seeds: Annotated[int | None, typer.Option(help="Trainings. Default: 3; quick: 1.", min=1)] = None,
     steps: Steps = None,
@@ -53,7 +56,7 @@ def reproduce(
     ),
     device: Device = "auto",
 ) -> None:
-    """From a data file to the paper's table: first stage, training, scores over seeds, beside the published figures.
+    """From a data file to the paper's table. First stage, training, scores over seeds, beside the published figures.
 
     Ctrl-C keeps what is done; the same command continues there.
     """
@@ -78,11 +81,13 @@ def ablate(
     steps: Steps = None,
     batch_size: BatchSize = None,
     checkpoint_every: CheckpointEvery = None,
-    first_stage: FirstStage = None,
+    first_stage: Annotated[
+        Path | None, typer.Option(help="The run of train-autoencoder that presets with VQ need. Default: none.")
+    ] = None,
     protocol: Annotated[str, typer.Option(help="paper, or quick (fewer samples, not comparable).")] = "paper",
     device: Device = "auto",
 ) -> None:
-    """Train and score a preset under each ablation of the paper, and write a table.
+    """Train and score a preset under the paper's ablations. Their table is written, too.
 
     Ctrl-C keeps what is done; the same command continues there.
     """

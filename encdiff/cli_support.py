@@ -5,16 +5,15 @@ from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
 
-from rich.console import Console
 from typer.core import TyperGroup
 
 from encdiff.errors import InputError
+from encdiff.terminal import say
 
 PRETRAINED = Path(__file__).parent / "pretrained"  # models that come with the package
 
 # Modules that load torch are imported inside the functions, so that --help answers at once.
 
-console = Console()
 DATA_HELP = "A file, folder or name (docs/data.md): 3dshapes.h5, mpi3d_toy, photos/, procedural:5,5,5,4,4,5, ..."
 
 
@@ -86,6 +85,12 @@ def writable(path: Path) -> Path:
     return path
 
 
+def importance_plot(scores: Path) -> Path:
+    """The PNG beside a JSON of scores; each has its own, and a run's `metrics.json` the plain `importance.png`."""
+    before = "" if scores.name == "metrics.json" else f"{scores.name.removesuffix('.json')}-"
+    return scores.with_name(f"{before}importance.png")
+
+
 def choose_device(name: str) -> str:
     import torch
 
@@ -102,7 +107,7 @@ def choose_device(name: str) -> str:
 
 def open_data(data: str | None, image_size: int | None):
     from encdiff.data import open_dataset
-    from encdiff.runs import progress_bar
+    from encdiff.terminal import progress_bar
 
     if data is None:
         raise InputError("--data is missing: " + DATA_HELP)
@@ -188,4 +193,4 @@ def save_picture(picture, path: Path) -> None:
     from encdiff.visualize import save_png
 
     save_png(picture, path)
-    console.print(f"picture: {path}")
+    say(f"picture: {path}")

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from rich.console import Console
 
 from encdiff.checkpoint import locate
 from encdiff.data import Dataset, open_dataset, to_float
@@ -16,7 +15,8 @@ from encdiff.data.shapes3d import write_shapes3d
 from encdiff.evaluate import evaluate, evaluate_model, format_table, plot_importance, untrained, write_metrics
 from encdiff.models import EncDiff
 from encdiff.results import read_scores
-from encdiff.runs import RunFolder, progress_bar
+from encdiff.runs import RunFolder
+from encdiff.terminal import console, progress_bar, say
 from encdiff.train import TrainConfig, train
 from encdiff.visualize import (
     attention_picture,
@@ -31,9 +31,7 @@ from encdiff.visualize import (
 DATA = "procedural:5,5,5,4,4,5"  # docs/recipes.md says why
 
 
-def demo(
-    run: Path, seed: int, device: str, console: Console, *, data: str = DATA, protocol: str = "paper", **changes
-) -> dict[str, dict]:
+def demo(run: Path, seed: int, device: str, *, data: str = DATA, protocol: str = "paper", **changes) -> dict[str, dict]:
     """Show the model that comes with the package, then train one and show that.
 
     Pictures of the first go to `quickstart/pictures` beside the run's folder, and so does the data; scores and pictures
@@ -46,26 +44,26 @@ def demo(
     run.parent.mkdir(parents=True, exist_ok=True)
     file, config = run.with_name(run.name + ".h5"), TrainConfig.from_preset("quickstart", seed=seed, **changes)
 
-    def say(text: str) -> None:
-        console.print(f"[bold]{text}[/bold] [dim]({time.monotonic() - began:.0f} s)[/dim]")
+    def begin(text: str) -> None:
+        say(f"{text} ({time.monotonic() - began:.0f} s)", "bold")
 
-    say("1/5 the model that comes with the package: these scores were stored with it, the pictures are drawn now")
+    begin("1/5 the model that comes with the package: these scores were stored with it, the pictures are drawn now")
     shown = run.parent / "quickstart" / "pictures"
     shown.mkdir(parents=True, exist_ok=True)
     pretrained, stored = EncDiff.from_pretrained("quickstart", device=device), stored_scores("quickstart")
     console.print(format_table(stored))
     _save_all(_draw(pretrained, open_dataset(data, pretrained.config.image_size), stored["trained"], seed), shown)
-    _point_to(console, shown)
+    _point_to(shown)
 
     torch.manual_seed(seed)
     model = EncDiff.from_preset("quickstart").to(device)
 
-    say("2/5 rendering the data")
+    begin("2/5 rendering the data")
     with progress_bar("rendering") as report:
         write_shapes3d(file, open_dataset(data, model.config.image_size), progress=report)
     dataset = open_dataset(file)
 
-    say("3/5 training without labels: the model sees images only")
+    begin("3/5 training without labels: the model sees images only")
     threads = torch.get_num_threads()
     with get_context("spawn").Pool(1, _leave_signals_to_the_parent) as pool:
         # an untrained encoder is scored beside it: the model is too small to gain from a further core
@@ -74,23 +72,23 @@ def demo(
         model = train(model, dataset, run, config, overwrite=True)
         torch.set_num_threads(threads)
 
-        say("4/5 evaluating" + (" by the paper's protocol" if protocol == "paper" else ""))
+        begin("4/5 evaluating" + (" by the paper's protocol" if protocol == "paper" else ""))
         results = evaluate_model(model, dataset, protocol=protocol, seed=seed, baseline=False)
         results["untrained"] = untrained_scores.get()
     write_metrics(run / "metrics.json", results)
     plot_importance(results["trained"], run / "importance.png")
 
-    say("5/5 drawing")
+    begin("5/5 drawing")
     pictures = run / "pictures"
     pictures.mkdir()
     _save_all(_draw(model, dataset, results["trained"], seed), pictures)
 
     console.print(format_table(results))
-    _point_to(console, pictures)
-    console.print(f"which concept carries which factor:   {run / 'importance.png'}")
-    console.print(f"scores with their protocol:           {run / 'metrics.json'}")
-    console.print(f"the trained model:                    {run / 'model'}")
-    say("done")
+    _point_to(pictures)
+    say(f"which concept carries which factor:   {run / 'importance.png'}")
+    say(f"scores with their protocol:           {run / 'metrics.json'}")
+    say(f"the trained model:                    {run / 'model'}")
+    begin("done")
     return results
 
 
@@ -104,10 +102,10 @@ def _save_all(drawn: dict[str, Image.Image], folder: Path) -> None:
         save_png(picture, folder / f"{name}.png")
 
 
-def _point_to(console: Console, pictures: Path) -> None:
-    console.print(f"swap one concept between images:      {pictures / 'swap.png'}")
-    console.print(f"move one concept from low to high:    {pictures / 'traverse.png'}")
-    console.print(f"where the model attends per concept:  {pictures / 'attend.png'}")
+def _point_to(pictures: Path) -> None:
+    say(f"swap one concept between images:      {pictures / 'swap.png'}")
+    say(f"move one concept from low to high:    {pictures / 'traverse.png'}")
+    say(f"where the model attends per concept:  {pictures / 'attend.png'}")
 
 
 def score_untrained(file: Path, seed: int, protocol: str) -> dict:

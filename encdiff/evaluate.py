@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from torch import nn
 
@@ -38,6 +37,7 @@ from encdiff.protocol import (
     settings_of,
     summarize,
 )
+from encdiff.terminal import Tasks
 
 Encode = Callable[[torch.Tensor], torch.Tensor]  # float32 (B,3,H,W) in [-1,1] -> (B,N)
 
@@ -181,8 +181,8 @@ def evaluate_model(
 @contextmanager
 def stages(name: str) -> Iterator[Report]:
     """A progress bar for each stage of an evaluation."""
-    with Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()) as bar:
-        yield _Stages(bar, name)
+    with Tasks() as tasks:
+        yield lambda stage, done, total: tasks(f"{name}: {stage.replace('_', ' ')}", done, total)
 
 
 @torch.no_grad()
@@ -204,18 +204,6 @@ def untrained(model: EncDiff, dataset: Dataset, seed: int = 0, batches: int = 50
 def _encoder(model: nn.Module) -> Encode:
     device = next(model.parameters()).device
     return lambda images: model.encode(images.to(device))
-
-
-class _Stages:
-    """A bar for each stage of an evaluation."""
-
-    def __init__(self, bar: Progress, name: str):
-        self.bar, self.name, self.tasks = bar, name, {}
-
-    def __call__(self, stage: str, done: int, total: int) -> None:
-        if stage not in self.tasks:
-            self.tasks[stage] = self.bar.add_task(f"{self.name}: {stage.replace('_', ' ')}")
-        self.bar.update(self.tasks[stage], completed=done, total=total)
 
 
 @torch.inference_mode()
@@ -248,9 +236,9 @@ def encode_dataset(
 def format_table(results: Mapping[str, dict]) -> Table:
     """A table with one column for each named result of `evaluate` and one row for each score."""
     table = Table(title=" / ".join(sorted({r["data"]["name"] for r in results.values()})))
-    table.add_column("score")
+    table.add_column("score", overflow="fold")
     for name in results:
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", overflow="fold")
     for metric, field, row in score_fields(results.values()):
         table.add_row(row, *(_cell(result, metric, field) for result in results.values()))
     if all("factor_vae" in result for result in results.values()):

@@ -13,7 +13,6 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from PIL import Image
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
 from encdiff import __version__
@@ -21,7 +20,8 @@ from encdiff.checkpoint import load_tensors, save_tensors, step_of
 from encdiff.data import Dataset, describe, to_float
 from encdiff.data.loader import Batches
 from encdiff.errors import InputError, Stopped
-from encdiff.runs import CsvLog, RunFolder, progress_bar
+from encdiff.runs import CsvLog, RunFolder
+from encdiff.terminal import Tasks, progress_bar, say
 
 
 class Training(Protocol):
@@ -62,14 +62,15 @@ def fit(
         else:
             training.begin(to_float(batches.images(0)))
         training.prepare(batches)
-        folder.begin()
+        finished = training.step >= config.steps
+        folder.begin(finished)
         folder.write_config(_described(training, dataset))
         log = CsvLog(folder.path / "log.csv", ("step", *training.TERMS, "images_per_second", "seconds"), training.step)
         events = closing(writer_class(folder.path / "tensorboard", training.step)) if writer_class else nullcontext()
-        with events as writer, Interrupt() as interrupt, _bar(config.steps, training.step) as bar:
-            if training.step >= config.steps:
-                bar.console.print(f"{folder.path}: is at its last step already")
-            _loop(training, batches, folder, _Recorder(training, log, bar, writer), interrupt, on_step)
+        if finished:
+            say(f"{folder.path}: is at its last step already")
+        with events as writer, Interrupt() as interrupt, Tasks() as tasks:
+            _loop(training, batches, folder, _Recorder(training, log, tasks, writer), interrupt, on_step)
         _save(training, folder)
     if training.step < config.steps:
         raise Stopped(f"stopped after step {training.step}; saved {folder.checkpoint}, continue with --resume")
@@ -85,6 +86,7 @@ def _loop(training, batches, folder, recorder, interrupt, on_step) -> None:
             on_step(training)
         if step % config.log_every == 0 or step == config.steps:
             recorder(terms)
+        recorder.tell(terms)
         if step % config.picture_every == 0 or step == config.steps:  # before this step counts as done
             recorder.show(training.picture(to_float(dataset.images(shown)).to(training.device), folder.samples))
         if step % config.checkpoint_every == 0:
@@ -125,24 +127,34 @@ def diverged(step: int, state: str) -> InputError:
 
 
 class _Recorder:
-    """Writes the terms of a step to the log, the bar and TensorBoard, and pictures to the last."""
+    """Writes the terms of a step to the log and TensorBoard, pictures to the latter; says how far the training is."""
 
-    def __init__(self, training: Training, log: CsvLog, bar: Progress, writer):
-        self.training, self.log, self.bar, self.writer = training, log, bar, writer
+    def __init__(self, training: Training, log: CsvLog, tasks: Tasks, writer):
+        self.training, self.log, self.tasks, self.writer = training, log, tasks, writer
         self.began, self.since = time.monotonic(), training.step
+        if training.step < training.config.steps:
+            tasks("training", training.step, training.config.steps)
 
     def __call__(self, terms: dict[str, Tensor]) -> None:
         step, seconds = self.training.step, time.monotonic() - self.began
         row = {name: float(terms.get(name, 0.0)) for name in self.training.TERMS}
         if not math.isfinite(row["loss"]):
             raise diverged(step, f"the loss is {row['loss']}; the checkpoint is of an earlier step and whole")
-        row["images_per_second"] = (step - self.since) * self.training.config.batch_size / seconds
+        row["images_per_second"] = self._speed()
         self.log.write(step=step, **row, seconds=round(self.log.seconds + seconds, 2))
-        self.bar.update(self.bar.task_ids[0], completed=step, loss=row["loss"], speed=row["images_per_second"])
         if self.writer:
             for name, value in row.items():
                 self.writer.add_scalar(name, value, step)
             self.writer.flush()
+
+    def tell(self, terms: dict[str, Tensor]) -> None:
+        """Say how far it is, once a second and at the end: to read the loss waits for the device."""
+        step, steps = self.training.step, self.training.config.steps
+        if self.tasks.due or step == steps:
+            self.tasks("training", step, steps, f"loss {float(terms['loss']):.4f}, {self._speed():,.0f} images/s")
+
+    def _speed(self) -> float:
+        return (self.training.step - self.since) * self.training.config.batch_size / (time.monotonic() - self.began)
 
     def show(self, picture: Path | None) -> None:
         if self.writer and picture:
@@ -171,16 +183,6 @@ class Interrupt:
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
-
-
-def _bar(total: int, step: int) -> Progress:
-    columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]:.4f}"),
-        TextColumn("{task.fields[speed]:.0f} images/s"), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
-    )  # fmt: skip
-    bar = Progress(*columns, refresh_per_second=2, speed_estimate_period=60, disable=step >= total)
-    bar.add_task("training", total=total, completed=step, loss=float("nan"), speed=0.0)
-    return bar
 
 
 def _summary_writer() -> Callable:

@@ -21,7 +21,8 @@ from encdiff.models import EncDiff, EncDiffConfig
 from encdiff.models.vectors import as_scalars
 from encdiff.protocol import DEFAULT
 from encdiff.results import read_scores
-from encdiff.runs import RunFolder, last_row, progress_bar
+from encdiff.runs import RunFolder, last_row
+from encdiff.terminal import progress_bar
 from encdiff.train import TrainConfig, train
 
 FID_IMAGES, BATCH = 10_000, 256

@@ -25,6 +25,7 @@ from encdiff.phases import (
 )
 from encdiff.results import read_scores
 from encdiff.runs import read_config
+from encdiff.terminal import say
 from encdiff.train import TrainConfig
 from encdiff.train_autoencoder import AutoencoderTrainConfig, train_autoencoder
 
@@ -73,7 +74,7 @@ def reproduce(
     seeds: int = 3,
     quick: bool = False,
     device: str = "cpu",
-    say: Callable[[str], None] = print,
+    say: Callable[[str], None] = say,
     **changes,
 ) -> dict:
     """Train and score what the paper reports for a data set; returns what `out/results.json` holds.
@@ -139,7 +140,7 @@ def write_results(out: Path, about: dict, seeds: range) -> dict:
     }
     write_metrics(out / "results.json", results)
     with atomic_path(out / "results.md") as temporary:
-        temporary.write_text(format_results(results))
+        temporary.write_text(format_results(results), "utf-8", "surrogateescape")
     return results
 
 

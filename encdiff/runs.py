@@ -7,13 +7,11 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
 from encdiff.checkpoint import atomic_path
@@ -73,12 +71,15 @@ class RunFolder:
         if foreign and self.overwrite:
             raise InputError(f"{self.path}: will not overwrite a folder that also holds {foreign[0]}")
 
-    def begin(self) -> None:
-        """Make the folder, or clear it of the run before; to be called once nothing can be refused any more."""
+    def begin(self, finished: bool = False) -> None:
+        """Make the folder, or clear it of the run before; to be called once nothing can be refused any more.
+
+        Of a resumed run goes what shows the model, which changes; not so if the run is `finished`.
+        """
         if not self._lock.held:
             self.path.mkdir(parents=True, exist_ok=True)
             self._take()
-        for name in self.SHOWN if self.resume else self.OWN:
+        for name in self.OWN if not self.resume else () if finished else self.SHOWN:
             path = self.path / name
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         for folder in (self.path, self.samples, self.model, self.path / "pictures"):
@@ -226,15 +227,6 @@ def last_row(path: Path) -> tuple[int, float]:
     if not rows or int(rows[-1]["step"]) < 1:
         raise InputError(f"{path}: holds no row of a training; must be the log of a run")
     return int(rows[-1]["step"]), float(rows[-1]["seconds"])
-
-
-@contextmanager
-def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar; yields `report(done, total)`."""
-    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns) as bar:
-        task = bar.add_task(what, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, prefix: str = "optimizer") -> dict[str, Tensor]:

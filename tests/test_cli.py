@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 from _tiny import TINY
@@ -240,3 +241,27 @@ def test_a_first_stage_of_another_configuration_is_named(encdiff, tmp_path):
     code, text = encdiff("train", *options)
     assert code == 2 and "vq: does not fit this configuration" in text
     assert not (tmp_path / "run").exists()
+
+
+def test_a_finished_run_that_is_resumed_keeps_what_shows_it(encdiff, run, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    shown = ["metrics.json", "importance.png", "pictures/swap.png"]
+    (copy / "pictures").mkdir(exist_ok=True)
+    for name in shown:
+        (copy / name).write_text("kept")
+    assert encdiff("train", "--run", copy, "--resume")[0] == 0
+    assert [(copy / name).read_text() for name in shown] == ["kept"] * 3
+    assert encdiff("train", "--run", copy, "--resume", "--steps", 3)[0] == 0
+    assert not any((copy / name).exists() for name in shown)  # of the model before
+
+
+def test_every_file_of_scores_has_a_plot_of_its_own(encdiff, tmp_path):
+    codes = np.random.default_rng(0).integers(0, 3, (200, 2))
+    np.savez(tmp_path / "codes.npz", codes=codes.astype(float), factors=codes)
+    outs = ["metrics.json", "a.json", "a-metrics.json", "b.json", "codes.json"]
+    for out in (None, *outs):
+        options = ["--out", tmp_path / out] if out else []
+        assert encdiff("evaluate", tmp_path / "codes.npz", "--metrics", "dci", *options)[0] == 0
+    assert len(list(tmp_path.glob("*importance.png"))) == 1 + len(outs)
+    assert (tmp_path / "importance.png").is_file()

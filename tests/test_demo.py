@@ -1,7 +1,6 @@
 import json
 
 import pytest
-from rich.console import Console
 
 from encdiff.demo import demo
 from encdiff.errors import InputError
@@ -10,7 +9,7 @@ from encdiff.errors import InputError
 def test_the_whole_way(tmp_path, capsys):
     run = tmp_path / "runs" / "demo"
     options = dict(data="procedural:2,2,2,2,2,2", protocol="quick", steps=2, batch_size=8)
-    results = demo(run, 0, "cpu", Console(width=100), **options)
+    results = demo(run, 0, "cpu", **options)
     assert results.keys() == {"trained", "untrained"}
     assert json.loads((run / "metrics.json").read_text())["untrained"] == results["untrained"]
     assert results["untrained"]["factor_vae"]["num_active_dims"] == 40
@@ -18,7 +17,7 @@ def test_the_whole_way(tmp_path, capsys):
         assert (run / name).is_file()
     said = "".join(capsys.readouterr().out.split())
     assert all(name in said for name in ("swap.png", "traverse.png", "attend.png", "importance.png", "FactorVAEscore"))
-    demo(run, 0, "cpu", Console(width=100), **options)  # replaces itself
+    demo(run, 0, "cpu", **options)  # replaces itself
     (run / "thesis.tex").write_text("precious")
     with pytest.raises(InputError, match="will not overwrite a folder that also holds thesis.tex"):
-        demo(run, 0, "cpu", Console())
+        demo(run, 0, "cpu")

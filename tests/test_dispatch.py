@@ -71,6 +71,69 @@ def test_explain_and_record(op):
     assert ran == [("parity", "any"), ("parity", "even")]
 
 
+def test_explain_an_implementation_that_is_asked_for(op):
+    assert ops.explain("parity", 4, impl="any") == "parity: even: can serve\nparity: any: forced"
+    assert ops.explain("parity", 3, impl="even") == "parity: even: x is odd\nparity: any: can serve"
+    with pytest.raises(InputError, match=r"parity: impl='fast' must be one of \['even', 'any'\]"):
+        ops.explain("parity", 3, impl="fast")
+
+
+@pytest.mark.parametrize("name", ops.OPS)
+def test_explain_without_arguments_lists_what_there_is(name):
+    lines = ops.explain(name).splitlines()
+    assert len(lines) == len(ops.OPS[name].implementations) > 1
+    for implementation, line in zip(ops.OPS[name].implementations, lines, strict=True):
+        head, _, what = line.removeprefix(f"{name}: ").partition(": ")
+        assert head == implementation.name and len(what) > 10
+    assert ops.explain(name, impl="reference").splitlines()[-1].startswith(f"{name}: reference (forced): ")
+    with ops.use_impl("reference"):
+        assert ops.explain(name).splitlines()[-1].startswith(f"{name}: reference (forced): ")
+
+
+IDS, X = torch.arange(2), torch.rand(2, 8)
+CALLS = {  # of each public function a call with as little as it takes
+    "adamw": (*(torch.ones(4) for _ in range(4)), torch.ones(4)),
+    "column_sum": (X,),
+    "cross_attention": (X[:, None], X[:, None], *(torch.eye(8) for _ in range(4))),
+    "geglu": (X,),
+    "group_norm": (X[..., None, None], X[0], X[0], 2),
+    "layer_norm": (X, X[0], X[0]),
+    "mlp_bank": (X, [torch.rand(8, 3, 1)], [torch.rand(8, 3)]),
+    "normal": ((2, 3), 0, IDS),
+    "q_sample": (X, None, IDS, torch.rand(5)),
+    "self_attention": (X[:, None], *(torch.eye(8) for _ in range(4))),
+    "step": (X, X, torch.zeros(1, 5)),
+    "uniform": ((2, 3), 0, IDS),
+}
+OPTIONS = {"cross_attention": {"heads": 2}, "self_attention": {"heads": 2}, "q_sample": {"seed": 1}}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_explain_takes_the_calls_own_arguments_and_says_what_runs(name):
+    args, options = CALLS[name], OPTIONS.get(name, {})
+    kept = [t.clone() for t in args if isinstance(t, torch.Tensor)]
+    for op in (name, getattr(ops, name)):
+        says = ops.explain(op, *args, **options)
+        assert all(
+            torch.equal(*pair) for pair in zip(kept, [a for a in args if isinstance(a, torch.Tensor)], strict=True)
+        )
+        with ops.record_impls() as ran:
+            getattr(ops, name)(*(a.clone() if isinstance(a, torch.Tensor) else a for a in args), **options)
+        assert f"{name}: {ran[-1][1]}: chosen" in says
+        assert f"{name}: reference: forced" in ops.explain(op, *args, **options, impl="reference")
+
+
+def test_explain_refuses_what_the_op_refuses_and_what_is_no_op():
+    with pytest.raises(InputError, match="sample_ids is torch.float32"):
+        ops.explain(ops.normal, (2, 3), 0, IDS.float())
+    for no_op in ("linear", ops.linear, torch.relu):
+        with pytest.raises(InputError, match="op '(linear|relu)' must be one of"):
+            ops.explain(no_op)
+    with pytest.raises(InputError, match="leaves these arguments to PyTorch"):
+        ops.explain(ops.linear, X, torch.rand(3, 8))
+    assert "uniform: reference: forced" in ops.explain(ops.timesteps, 10, 0, IDS, impl="reference")
+
+
 def test_each_reason_is_logged_once(op, caplog):
     with caplog.at_level(logging.INFO, "encdiff.ops"):
         op(3), op(5), op(4)

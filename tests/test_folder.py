@@ -97,3 +97,20 @@ def test_refusals(tmp_path):
             call([0])
     with pytest.raises(InputError, match="indices: 1"):
         data.images([1])
+
+
+def test_linked_folders_are_followed_each_folder_once(tmp_path):
+    root, other = tmp_path / "photos", tmp_path / "other"
+    for path in (root / "a" / "1.png", other / "2.png", other / "deep" / "3.png"):
+        plain(path, (1, 2, 3))
+    (other / "deep" / "back").symlink_to(other)  # a loop inside
+    (root / "a" / "up").symlink_to(root)  # and one to where it began
+    (root / ".hidden").symlink_to(other)
+    (root / "linked").symlink_to(other)
+    (root / "twice").symlink_to(other / "deep")
+    (root / "broken").symlink_to(tmp_path / "nowhere")
+    (root / "4.png").symlink_to(other / "2.png")
+    names = [file.relative_to(root).as_posix() for file in ImageFolder(root, 8).files]
+    assert names == ["4.png", "a/1.png", "linked/2.png", "linked/deep/3.png"]
+    (tmp_path / "start").symlink_to(root)
+    assert len(ImageFolder(tmp_path / "start", 8)) == 4

@@ -193,3 +193,23 @@ def test_any_grid_is_written_and_read_again(library, monkeypatch, tmp_path):
         with pytest.raises(InputError, match="holds a grid of factors with one image of each only"):
             write_shapes3d(tmp_path / "x.h5", open_dataset(name))
     assert isinstance(open_dataset("celeba"), CelebA) and not (tmp_path / "x.h5").exists()
+
+
+@pytest.mark.parametrize(
+    "typed, meant",
+    [("3dshapes", "shapes3d"), ("Shapes3D", "shapes3d"), ("shape3d", "shapes3d"), ("dsprite", "dsprites"),
+     ("procedual:5,5,5,4,4,5", "procedural"), ("CelebA", "celeba"), ("smallnorb-5x46789x9x18x6x2x96x96-training-dat",
+     "smallnorb"), ("mpi3d", "mpi3d_toy|mpi3d_real"), ("cars", "cars3d")],
+)  # fmt: skip
+def test_a_name_that_is_nearly_right_is_answered_with_the_right_one(typed, meant, monkeypatch):
+    monkeypatch.delenv("ENCDIFF_DATA", raising=False)
+    with pytest.raises(InputError, match=f"did you mean ({meant})\\?"):
+        open_dataset(typed)
+
+
+@pytest.mark.parametrize("typed", ["photos/2024", "x.h5", "shapes3d", "quickstart"])
+def test_nothing_is_suggested_for_another_name(typed, monkeypatch):
+    monkeypatch.delenv("ENCDIFF_DATA", raising=False)
+    with pytest.raises(InputError) as error:
+        open_dataset(typed)
+    assert "did you mean" not in str(error.value)

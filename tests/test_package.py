@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [
     {"errors", "temporaries", "kernels", "_C", "_build"},
     {"files"},
-    {"ops", "checkpoint", "fields", "sheet"},
+    {"ops", "checkpoint", "fields", "sheet", "terminal"},
     {"diffusion", "data", "metrics", "profiling", "health"},
     {"models"},
     {"runs", "visualize", "engine", "protocol", "results"},

@@ -28,6 +28,29 @@ def test_every_command_exists():
     assert said and set(said) <= known
 
 
+def test_every_option_in_a_document_is_one_of_its_command():
+    from typer.main import get_command
+
+    from encdiff.cli import app
+
+    commands = get_command(app).commands
+    commands |= {f"data {name}": command for name, command in commands["data"].commands.items()}
+    documents = [README, *(path.read_text() for path in sorted((Path(__file__).parent.parent / "docs").glob("*.md")))]
+    said = [
+        line
+        for text in documents
+        for line in re.findall(r"(?:^|`)encdiff ((?:.|\\\n)*?)(?:`|#|\n|$)", text, re.MULTILINE)
+    ]
+    checked = 0
+    for line in said:
+        name = next((n for n in sorted(commands, key=len, reverse=True) if f"{line} ".startswith(f"{n} ")), None)
+        for option in re.findall(r"(?<= )--[a-z-]+", line) if name else ():
+            known = [o for p in commands[name].params for o in (*p.opts, *p.secondary_opts)]
+            assert option in [*known, "--help"], f"encdiff {line}"
+            checked += 1
+    assert checked > 30
+
+
 def test_every_link_leads_somewhere():
     for target in re.findall(r"\]\((?!https?:)([^)#]+)", README):
         assert (Path(__file__).parent.parent / target).exists(), target

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from _tiny import TINY
-from rich.console import Console
 
 from encdiff import InputError, cli
 from encdiff import reproduce as module
@@ -173,7 +172,6 @@ def encdiff(monkeypatch, capsys):
 
     def call(*args):
         monkeypatch.setattr(sys, "argv", ["encdiff", *map(str, args)])
-        monkeypatch.setattr("encdiff.cli_reproduce.console", Console(width=300))
         try:
             cli.main()
             code = 0

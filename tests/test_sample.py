@@ -42,6 +42,18 @@ def test_every_sampler_is_another(model, scalars):
         assert all((one - other).abs().max() > 1e-4 for other in images[:i]), SAMPLERS[i]
 
 
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("T", [1, 2, 5])
+def test_every_sampler_takes_every_number_of_steps(sampler, T):
+    model = EncDiff(replace(TINY, num_timesteps=T)).eval()
+    for steps in range(1, T + 1):
+        sampled = model.sample(torch.zeros(1, TINY.concepts), sampler=sampler, steps=steps)
+        assert sampled.isfinite().all() and model.invert(sampled, steps).isfinite().all()
+        assert model.attention_maps(sampled, steps).isfinite().all()
+    with pytest.raises(InputError, match=f"steps is {T + 1}, must be a whole number from 1 to {T}"):
+        model.sample(torch.zeros(1, TINY.concepts), sampler=sampler, steps=T + 1)
+
+
 def calls(model, scalars, **options):
     """How often each cross-attention ran, and the images."""
     count, original = 0, TransformerBlock._cross_attend

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from encdiff.diffusion.schedules import (
     PUBLISHED,
+    SPACINGS,
     alphas_cumprod,
     ddim_timesteps,
     ddpm_timesteps,
@@ -17,6 +18,7 @@ from encdiff.diffusion.schedules import (
     spaced_timesteps,
     zero_terminal_snr,
 )  # fmt: skip
+from encdiff.diffusion.solvers import vp_path
 from encdiff.errors import InputError
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "schedules.npz")
@@ -86,6 +88,17 @@ def test_spacing_equals_diffusers(spacing, steps):
 
 def test_inner_spacing_leaves_out_both_kinds_of_zero():
     assert spaced_timesteps(4, 1000, "inner").tolist() == [999, 749, 500, 250]
+
+
+@pytest.mark.parametrize("T", [1, 2, 3, 4, 7, 10, 50, 99, 250, 1000])
+@pytest.mark.parametrize("spacing", SPACINGS)
+def test_every_number_of_steps_gives_as_many_timesteps_that_descend(spacing, T):
+    alpha_bar = alphas_cumprod(make_betas("scaled_linear", T))
+    for steps in range(1, T + 1):
+        t = spaced_timesteps(steps, T, spacing)
+        assert len(t) == steps and 0 <= t[-1] <= t[0] < T
+        path = vp_path(alpha_bar, t)  # refuses what does not descend
+        assert path.time == t.tolist() and all(s < 1 for s in path.s)
 
 
 def test_flow_table_and_karras_sigmas():

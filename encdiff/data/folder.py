@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -23,8 +24,8 @@ class ImageFolder(Dataset):
     """Every png, jpg, jpeg and webp file under a folder, at any depth, in natural order (2 before 10), without labels.
 
     Each is turned upright by its EXIF tag, made RGB (transparency is dropped), resized so that its shorter side is
-    `image_size`, and cropped at the centre. Hidden files and folders are left out. InputError for a missing or empty
-    folder, and from `images` for a file that is no readable 8-bit image.
+    `image_size`, and cropped at the centre. Hidden files and folders are left out; linked folders are followed, each
+    folder once. InputError for a missing or empty folder, and from `images` for a file that is no readable 8-bit image.
     """
 
     def __init__(self, path: str | os.PathLike, image_size: int | None):
@@ -33,7 +34,7 @@ class ImageFolder(Dataset):
             raise InputError(f"image_size: {image_size}; a folder of images needs one, such as 32 (--image-size 32)")
         if not self.path.is_dir():
             raise InputError(f"{path}: no such folder")
-        self.files = sorted(filter(self._wanted, self.path.rglob("*")), key=self._natural)
+        self.files = sorted(filter(self._wanted, _files(self.path)), key=self._natural)
         if not self.files:
             raise InputError(f"{path}: no images; must hold {', '.join(sorted(SUFFIXES))} files")
 
@@ -53,6 +54,21 @@ class ImageFolder(Dataset):
     def _natural(self, file: Path) -> tuple:
         parts = file.relative_to(self.path).parts
         return tuple([int(s) if s.isdecimal() else s for s in re.split(r"(\d+)", part)] for part in parts), parts
+
+
+def _files(root: Path) -> Iterator[Path]:
+    """Every file under a folder. Linked folders come after the others and no folder twice: a link may lead back."""
+    waiting, seen = [root], set()
+    for start in waiting:
+        for folder, inside, files in os.walk(start):
+            status = os.stat(folder)
+            if (place := (status.st_dev, status.st_ino)) in seen:
+                inside.clear()
+                continue
+            seen.add(place)
+            inside[:] = sorted(name for name in inside if not name.startswith("."))
+            waiting += [link for name in inside if (link := Path(folder, name)).is_symlink()]
+            yield from (Path(folder, name) for name in files)
 
 
 def load_square(source: Path | BinaryIO, size: int, name: str | Path) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import zipfile
 from pathlib import Path
@@ -155,8 +156,16 @@ def _find(spec: str) -> tuple[Path, str | None]:
     folder = os.environ.get("ENCDIFF_DATA")
     also = f" nor in ENCDIFF_DATA={folder}" if folder else ""
     named = FILES.get(spec) or FILES.get(text)
+    also += "".join(f"; did you mean {name}?" for name in _meant(text or spec) if not named)
     must = f"ENCDIFF_DATA must name the folder of its files ({named[0]})" if named else ACCEPTED
     raise InputError(f"data {spec!r}: not found here{also}; {must}")
+
+
+def _meant(name: str) -> list[str]:
+    """The name of a data set that is most like one that is unknown, or whose file bears it."""
+    files = {Path(file).stem.lower(): known for known, named in FILES.items() for file in named}
+    names = {known: known for known in (*FILES, *RENDERED, PUBLISHED_CARS)} | files
+    return [names[close] for close in difflib.get_close_matches(name.lower(), names, 1, 0.7)]
 
 
 def _candidates(name: str) -> list[Path]:

@@ -74,6 +74,7 @@ def spaced_timesteps(steps: int, num_timesteps: int, spacing: str = "leading", o
     - `trailing`: round(T - i T/steps) - 1, begins at T - 1: what a schedule of zero terminal SNR needs;
     - `linspace`: from T - 1 to 0, both included, not rounded: k-diffusion's, for Euler and Heun;
     - `inner`: steps + 1 such points, rounded, without 0: for DPM-Solver++ and UniPC, whose last step goes to the data.
+      All T steps leave no room to be without 0.
     """
     if spacing not in SPACINGS:
         raise InputError(f"spacing is {spacing!r}, must be one of {', '.join(SPACINGS)}")
@@ -87,7 +88,7 @@ def spaced_timesteps(steps: int, num_timesteps: int, spacing: str = "leading", o
     elif spacing == "linspace":
         t = _linspace(T - 1, 0, steps)
     else:
-        t = _linspace(0, T - 1, steps + 1).round().flip(0)[:-1]
+        t = i.flip(0) if steps == T else _linspace(0, T - 1, steps + 1).round().flip(0)[:-1]
     if not (t[-1] >= 0 and t[0] < T):
         raise InputError(f"offset is {offset}, takes timesteps past 0 to {T - 1}")
     return t

@@ -1,11 +1,8 @@
 """EncDiff: an image encoder, an MLP bank and a diffusion U-Net that cross-attends to the concept tokens."""
 
 import json
-import operator
-from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import SupportsIndex
 
 import torch
 import torch.nn as nn
@@ -29,7 +26,9 @@ from encdiff.diffusion import losses, samplers, schedules
 from encdiff.errors import InputError
 from encdiff.models.attention import Sampling
 from encdiff.models.autoencoder import SpaceToDepth, VQAutoencoder
+from encdiff.models.card import CARD
 from encdiff.models.config import EncDiffConfig
+from encdiff.models.edits import Edits, Progress
 from encdiff.models.encoder import ImageEncoder
 from encdiff.models.mode import evaluating
 from encdiff.models.sample import sample_latents
@@ -37,22 +36,22 @@ from encdiff.models.tokens import MLPBank
 from encdiff.models.unet import UNet
 from encdiff.ops._triton import autocast_off
 
-Progress = Callable[[int, int], None]  # (done, total)
-
 
 class EncDiff(
+    Edits,
     nn.Module,
     ModelHubMixin,
     library_name="encdiff",
     tags=["disentanglement", "diffusion"],
     license="mit",
     paper_url="https://arxiv.org/abs/2402.09712",
+    model_card_template=CARD,
 ):
     """The whole model. Images are float (B, 3, S, S) in [-1, 1], S the configuration's image size.
 
     The names in its state dict are those of the published checkpoints. Methods that show images (`reconstruct`, `swap`,
     `traverse`, `sample`, `attention_maps`) run in eval mode without gradients; `encode`, `tokens`, `denoise` and `loss`
-    run in the mode the model is in, with gradients.
+    run in the mode the model is in, with gradients. Calling the model is `loss`.
 
     Source: arXiv 2402.09712.
     """
@@ -187,7 +186,9 @@ class EncDiff(
         )
         return losses.diffusion_loss(self.denoise(x_t, t, tokens), target, self.config.loss, weight)
 
-    # ---- what people do with it
+    forward = loss  # what calls the model, such as DistributedDataParallel and DataParallel, trains it
+
+    # ---- what people do with it; swap, traverse and reconstruct in `Edits`
 
     def sample(
         self,
@@ -228,10 +229,6 @@ class EncDiff(
                 )
             )  # fmt: skip
 
-    def reconstruct(self, images: Tensor, **options) -> Tensor:
-        """Encode, then sample from the scalars alone; options as for `sample`."""
-        return self.sample(self._codes(images), **options)
-
     def invert(self, images: Tensor, steps: int = 50) -> Tensor:
         """The x_T from which `sampler="ddim"` in as many steps comes back to these images by their own concepts."""
         with evaluating(self):
@@ -240,29 +237,6 @@ class EncDiff(
                 lambda x_t, t: self.denoise(x_t, t, tokens), self.to_latents(images), self.alphas_cumprod,
                 steps=steps, prediction=self.config.prediction,
             )  # fmt: skip
-
-    def swap(self, source: Tensor, target: Tensor, concepts: int | Sequence[int], **options) -> Tensor:
-        """The target images with the given concepts taken from the source images; both (B, 3, S, S)."""
-        if source.shape != target.shape:
-            raise InputError(f"source {tuple(source.shape)} and target {tuple(target.shape)} must have one shape")
-        chosen = [self._check_concept(c) for c in (concepts if isinstance(concepts, Iterable) else [concepts])]
-        scalars = self._codes(target).clone()
-        scalars[:, chosen] = self._codes(source)[:, chosen]
-        return self.sample(scalars, **options)
-
-    def traverse(self, image: Tensor, concept: int, values: Sequence[float] | Tensor, **options) -> Tensor:
-        """One image (3, S, S) or (1, 3, S, S) with one scalar set to each of the values: (len(values), 3, S, S)."""
-        image = image[None] if image.ndim == 3 else image
-        if len(image) != 1:
-            raise InputError(f"image is {tuple(image.shape)}, must be one image (3, S, S)")
-        values = torch.as_tensor(values, dtype=torch.float32, device=image.device)
-        codes, each = self._codes(image), self.config.code_shape[1:]
-        if values.shape[1:] != each or values.ndim == 0 or not values.isfinite().all():
-            wanted = f"vectors of {each[0]} finite numbers" if each else "finite numbers"
-            raise InputError(f"values are {values.tolist()}, must be a list of {wanted}")
-        scalars = codes.repeat_interleave(len(values), 0)
-        scalars[:, self._check_concept(concept)] = values
-        return self.sample(scalars, **options)
 
     def attention_maps(self, images: Tensor, steps: int = 10, seed: int = 0) -> Tensor:
         """Where the U-Net attends to each concept: (B, N, S, S), over N a distribution at every pixel.
@@ -335,9 +309,9 @@ class EncDiff(
         with atomic_path(folder / "config.json") as temporary:
             temporary.write_text(json.dumps(asdict(self.config), indent=2) + "\n")
         hub.pop("config", None)  # the base class passes it; ours is part of the model
-        card = self.generate_model_card(**(hub.pop("model_card_kwargs", None) or {}))
+        card = self.generate_model_card(**{"config": self.config} | (hub.pop("model_card_kwargs", None) or {}))
         with atomic_path(folder / "README.md") as temporary:
-            temporary.write_text(str(card) + "\n")
+            temporary.write_text(str(card) + "\n", "utf-8")
         return self.push_to_hub(repo_id or folder.name, **hub) if push_to_hub else None
 
     @classmethod
@@ -363,15 +337,6 @@ class EncDiff(
         with evaluating(self):
             self._check_images(images, values=True)
             return self.encode(images)
-
-    def _check_concept(self, concept: SupportsIndex) -> int:
-        try:
-            index = -1 if isinstance(concept, bool) else operator.index(concept)
-        except TypeError:
-            index = -1
-        if not 0 <= index < self.config.concepts:
-            raise InputError(f"concept is {concept!r}, must be an integer in 0..{self.config.concepts - 1}")
-        return index
 
     def _check_images(self, images: Tensor, values: bool = False) -> Tensor:
         """The images in the model's dtype; `values` also reads them on a GPU, which stalls it."""

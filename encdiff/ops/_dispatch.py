@@ -6,6 +6,7 @@ The choice is a pure function of the inputs: every implementation answers with t
 
 import logging
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -92,9 +93,9 @@ class Op:
             _log_once(self.name, implementation.name, reasons)
         raise InputError(f"{self.name}: no implementation serves this input\n{self.explain(*args, **kwargs)}")
 
-    def explain(self, *args, **kwargs) -> str:
+    def explain(self, *args, impl: str | None = None, **kwargs) -> str:
         """One line per implementation: what speaks against it, and which one is taken, by force or by `auto`."""
-        lines, taken, forced = [], False, self._default()
+        lines, taken, forced = [], False, self._named(impl) or self._default()
         for implementation in self.implementations:
             name = implementation.name
             against = implementation.against(*args, **kwargs)
@@ -105,6 +106,20 @@ class Op:
             lines.append(f"{self.name}: {name}: {verdict}")
         return "\n".join(lines)
 
+    def overview(self, impl: str | None = None) -> str:
+        """One line per implementation, the preferred one first: what it is, and whether it is forced."""
+        forced = self._named(impl) or self._default()
+        lines = []
+        for name, fn, *_ in self.implementations:
+            what = (fn.__doc__ or "").strip().partition("\n")[0]
+            lines.append(f"{self.name}: {name}{' (forced)' * (name == forced)}: {what}")
+        return "\n".join(lines)
+
+    def _named(self, impl: str | None) -> str | None:
+        if impl is not None and all(i.name != impl for i in self.implementations):
+            raise InputError(f"{self.name}: impl={impl!r} must be one of {[i.name for i in self.implementations]}")
+        return impl
+
     def _default(self) -> str | None:
         name = _here.forced or os.environ.get("ENCDIFF_IMPL") or "auto"
         if name == "auto":
@@ -113,6 +128,8 @@ class Op:
         return name if any(i.name == name for i in self.implementations) else None
 
     def _get_forced(self, name: str, *args, **kwargs) -> Implementation:
+        if isinstance(name, _Asked):
+            raise _Answer(self.explain(*args, impl=name.impl, **kwargs))
         for implementation in self.implementations:
             if implementation.name == name:
                 reasons = implementation.against(*args, **kwargs)
@@ -120,6 +137,16 @@ class Op:
                     raise InputError(f"{self.name}: impl={name!r} cannot serve this input: {'; '.join(reasons)}")
                 return implementation
         raise InputError(f"{self.name}: impl={name!r} must be one of {[i.name for i in self.implementations]}")
+
+
+class _Asked(str):
+    """Passed for `impl`: do not run, say what would."""
+
+    impl: str | None
+
+
+class _Answer(Exception):
+    """What would run, from the place where an op chooses."""
 
 
 def _check_known(name: str) -> None:
@@ -177,12 +204,30 @@ def carried(run: Callable[..., Any]) -> Callable[..., Any]:
     return carrying
 
 
-def explain(op: str | Callable[..., Any], *args, **kwargs) -> str:
+def explain(op: str | Callable[..., Any], *args, impl: str | None = None, **kwargs) -> str:
     """Say which implementation an op would take for these arguments, and what speaks against the others.
 
-    `op` is the op's name or its public function: `print(explain("cross_attention", x, context, ...))`.
+    `op` is the op's name or its public function, whose own arguments follow: `print(explain("cross_attention", x,
+    context, ...))`, `impl` included. Without arguments: the implementations in order of preference.
+    Raises InputError for an unknown op, and for arguments that it refuses.
     """
     name = op if isinstance(op, str) else op.__name__
-    if name not in OPS:
+    given, ours = bool(args or kwargs), not isinstance(op, str) and op.__module__.startswith("encdiff.ops.")
+    if name not in OPS and not (ours and given):  # such as timesteps, which chooses as uniform
         raise InputError(f"op {name!r} must be one of {sorted(OPS)}")
-    return OPS[name].explain(*args, **kwargs)
+    if not given:
+        return OPS[name].overview(impl)
+    asked = _Asked("explain")
+    asked.impl = impl
+    try:
+        _public(op)(*args, impl=asked, **kwargs)
+    except _Answer as answer:
+        return str(answer)
+    raise InputError(f"op {name!r} leaves these arguments to PyTorch; the choice is that of {sorted(OPS)}")
+
+
+def _public(op: str | Callable[..., Any]) -> Callable[..., Any]:
+    """The function of an op's name, which lies beside its reference."""
+    if not isinstance(op, str):
+        return op
+    return getattr(sys.modules[OPS[op].implementations[-1].fn.__module__], op, OPS[op])

@@ -6,7 +6,8 @@ from torch import Tensor
 from encdiff.errors import InputError
 from encdiff.ops import _self_check
 from encdiff.ops._dispatch import Implementation, Op, always
-from encdiff.ops._triton import NAMES, interpreted, unavailable
+from encdiff.ops._triton import FUSED_TYPES, NAMES, interpreted, unavailable
+from encdiff.ops._types import check_floating
 
 
 def adamw_reference(
@@ -43,6 +44,9 @@ def _triton_reasons(
     reasons = unavailable(master, "master")
     if master.dtype != torch.float32 or schedule.dtype != torch.float32:
         reasons.append(f"master and schedule are {master.dtype} and {schedule.dtype}, not float32")
+    for name, t in (("gradient", gradient), ("weights", weights)):
+        if t is not None and t.dtype not in FUSED_TYPES:
+            reasons.append(f"{name} is {t.dtype}, not float32, bfloat16 or float16")
     return reasons or _self_check.reasons("adamw", master, _variant, master, gradient, average, weights, scale)
 
 
@@ -117,6 +121,7 @@ def _check(master, gradient, exp_avg, exp_avg_sq, schedule, average, weights, sc
     moments = {"exp_avg": (exp_avg, (n,)), "exp_avg_sq": (exp_avg_sq, (n,)), "average": (average, (k,))}
     others = {"gradient": (gradient, (n,)), "weights": (weights, (n,)), "schedule": (schedule, (4,))}
     others["scale"] = (scale, ())
+    check_floating(master=master, **{name: t for name, (t, _) in (moments | others).items()})
     for name, (t, shape) in (moments | others).items():
         if t is None:
             continue

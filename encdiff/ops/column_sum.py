@@ -9,6 +9,7 @@ from encdiff.errors import InputError
 from encdiff.ops import _self_check
 from encdiff.ops._dispatch import Implementation, Op, always, is_transformed
 from encdiff.ops._triton import FUSED_TYPES, NAMES, interpreted, unavailable
+from encdiff.ops._types import check_dtype, check_floating
 
 
 @cache
@@ -94,6 +95,8 @@ def column_sum(x: Tensor, dtype: torch.dtype | None = None, *, impl: str | None 
     """
     if x.ndim != 2 or not x.is_floating_point():
         raise InputError(f"x is {tuple(x.shape)} of {x.dtype}, must be (M, C) of floating point")
+    check_floating(x=x)
+    check_dtype("dtype", dtype or x.dtype)
     return _op(x, dtype or x.dtype, impl=impl)
 
 

@@ -37,6 +37,7 @@ from encdiff.ops._attention import (
 )
 from encdiff.ops._dispatch import Implementation, Op, always
 from encdiff.ops._triton import NAMES, has_gradient
+from encdiff.ops._types import check_floating, mixed
 from encdiff.ops.cross_attention_folded import (
     Folded,
     check_options,
@@ -77,8 +78,8 @@ def cross_attention_sdpa(
     return project_out(merge_heads(a), w_o, b_o, x if residual else None)
 
 
-def _sdpa_reasons(x, context, *weights, maps=None, token_bias=None, **_) -> list[str]:
-    reasons = []
+def _sdpa_reasons(x, context, *weights, maps=None, token_bias=None, projected=None, **_) -> list[str]:
+    reasons = _mixed(x, context, *weights[:3], projected)
     if maps is not None:
         reasons.append("does not return attention maps")
     if token_bias is not None:
@@ -86,6 +87,10 @@ def _sdpa_reasons(x, context, *weights, maps=None, token_bias=None, **_) -> list
     if x.shape[0] == 0 or x.shape[1] == 0:
         reasons.append("needs at least one query")
     return reasons
+
+
+def _mixed(x, context, w_q, w_k, w_v, projected) -> list[str]:
+    return mixed(x, w_q, *(projected or (context, w_k, w_v)))
 
 
 def cross_attention_native(
@@ -98,8 +103,8 @@ def cross_attention_native(
     return project_out(native_attention(F.linear(h, w_q), k, v, heads), w_o, b_o, x if residual else None)
 
 
-def _native_reasons(x, context, w_q, *weights, heads, maps=None, token_bias=None, **_) -> list[str]:
-    reasons = native_reasons(x, w_q.shape[0] // heads)
+def _native_reasons(x, context, w_q, *weights, heads, maps=None, token_bias=None, projected=None, **_) -> list[str]:
+    reasons = native_reasons(x, w_q.shape[0] // heads) + _mixed(x, context, w_q, *weights[:2], projected)
     if maps is not None:
         reasons.append("does not return attention maps")
     if token_bias is not None:
@@ -293,6 +298,8 @@ def cross_attention(
 
     Source: arXiv 2402.09712, section 3.2; attention as in arXiv 2112.10752, eq. 5.
     """
+    check_floating(context=context, w_q=w_q, w_k=w_k, w_v=w_v, w_o=w_o, b_o=b_o)
+    check_floating(**{f"projected[{i}]": t for i, t in enumerate(projected or ())})
     _check(x, context, w_q, w_k, w_v, w_o, heads)
     for t in projected or ():
         if tuple(t.shape) != (*context.shape[:2], len(w_q)):

@@ -39,6 +39,7 @@ from encdiff.ops._attention import (
 )
 from encdiff.ops._dispatch import Implementation, Op, always
 from encdiff.ops._triton import NAMES, has_gradient
+from encdiff.ops._types import check_floating
 
 TRITON = find_spec("triton") is not None
 
@@ -315,6 +316,7 @@ def cross_attention_folded(
     The other arguments, the result and its types are those of `cross_attention`; gradients reach the folded tensors.
     Raises InputError for shapes, devices or dtypes that do not fit, or a forced implementation that cannot serve.
     """
+    check_floating(b_o=b_o, **{f"folded.{n}": t for n, t in folded._asdict().items() if isinstance(t, Tensor)})
     if not _fits(x, folded):
         shapes = ", ".join(f"{n} {tuple(t.shape)}" for n, t in folded._asdict().items() if isinstance(t, Tensor))
         raise InputError(
@@ -341,8 +343,7 @@ def _fits(x: Tensor, folded: Folded | Kept) -> bool:
 
 def check_options(x, heads, tokens, norm_weight, norm_bias, token_bias, maps) -> None:
     """Raise InputError unless these options of cross-attention fit x."""
-    if not x.is_floating_point():
-        raise InputError(f"x is {x.dtype}, must be floating point")
+    check_floating(x=x, norm_weight=norm_weight, norm_bias=norm_bias, token_bias=token_bias)
     for name, t in (("norm_weight", norm_weight), ("norm_bias", norm_bias)):
         if (t is None) != (norm_weight is None) or (t is not None and tuple(t.shape) != (x.shape[2],)):
             shape = None if t is None else tuple(t.shape)

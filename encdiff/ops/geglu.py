@@ -9,6 +9,7 @@ from encdiff.ops import _self_check
 from encdiff.ops._attention import exact
 from encdiff.ops._dispatch import Implementation, Op, always
 from encdiff.ops._triton import FUSED_TYPES, NAMES, has_gradient, interpreted, unavailable
+from encdiff.ops._types import check_floating
 
 
 def geglu_reference(x):
@@ -73,4 +74,5 @@ def geglu(x: Tensor, *, impl: str | None = None) -> Tensor:
     """
     if x.ndim == 0 or x.shape[-1] % 2 or not x.is_floating_point():
         raise InputError(f"x is {tuple(x.shape)} of {x.dtype}, must be (..., 2N) of floating point")
+    check_floating(x=x)
     return _op(x, impl=impl)

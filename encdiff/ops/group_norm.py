@@ -10,7 +10,8 @@ from encdiff.errors import InputError
 from encdiff.ops import _self_check
 from encdiff.ops._attention import exact
 from encdiff.ops._dispatch import Implementation, Op, always, is_transformed
-from encdiff.ops._triton import FUSED_TYPES, NAMES, has_gradient, interpreted, unavailable
+from encdiff.ops._triton import FUSED_TYPES, NAMES, autocast_dtype, has_gradient, interpreted, unavailable
+from encdiff.ops._types import check_floating
 
 FUSED_CHANNELS = 64  # of one group: the last of BLOCK_D in kernels/group_norm.py
 CENTRED_POSITIONS = 64  # from here on PyTorch's own is slower for channels-last features on the CPU
@@ -44,7 +45,16 @@ def group_norm_native(x, weight, bias, groups, eps=1e-5, *, scale=None, shift=No
     h = torch.group_norm(x, groups, weight, bias, eps)
     if not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
         h = h.contiguous(memory_format=torch.channels_last)  # on a GPU it is not; elsewhere this is h itself
-    return _modulate(h, scale, shift, silu)
+    y = _modulate(h, scale, shift, silu)
+    return y if autocast_dtype(x) is not None else y.to(x.dtype)  # a wider scale or shift widens h
+
+
+def _native_reasons(x, weight, bias, *_, **__) -> list[str]:
+    """PyTorch takes one type, on a CPU also parameters in float32 beside narrower features."""
+    wide = x.is_cpu and x.itemsize == 2 and weight.dtype == bias.dtype == torch.float32
+    one = x.dtype == weight.dtype == bias.dtype
+    types = f"x, weight and bias are {x.dtype}, {weight.dtype} and {bias.dtype}"
+    return [] if one or wide or autocast_dtype(x) is not None else [types]
 
 
 def _modulate(h: Tensor, scale: Tensor | None, shift: Tensor | None, silu: bool) -> Tensor:
@@ -68,7 +78,7 @@ def group_norm_centred(x, weight, bias, groups, eps=1e-5, *, scale=None, shift=N
         offset = offset + shift
     y = torch.addcmul(offset[:, None], d, gain[:, None])
     y = F.silu(y, inplace=not y.requires_grad) if silu else y
-    return y.transpose(1, 2).unflatten(2, x.shape[2:])
+    return y.transpose(1, 2).unflatten(2, x.shape[2:]).to(x.dtype)
 
 
 def _group_means(v: Tensor, groups: int) -> Tensor:
@@ -136,7 +146,7 @@ _op = Op(
     [
         Implementation("triton", group_norm_triton, _triton_reasons, _triton_doubts),
         Implementation("centred", group_norm_centred, always, _centred_doubts, composite=True),
-        Implementation("native", group_norm_native, always),
+        Implementation("native", group_norm_native, _native_reasons),
         Implementation("reference", group_norm_reference, always, composite=True),
     ],
 )
@@ -190,6 +200,7 @@ def _check(x, weight, bias, groups, scale, shift) -> None:
     batch, channels = x.shape[:2]
     if groups < 1 or channels % groups:
         raise InputError(f"groups {groups} must divide the {channels} channels of x")
+    check_floating(x=x, weight=weight, bias=bias, scale=scale, shift=shift)
     shapes = {"weight": (weight, (channels,)), "bias": (bias, (channels,))}
     shapes |= {"scale": (scale, (batch, channels)), "shift": (shift, (batch, channels))}
     for name, (t, shape) in shapes.items():

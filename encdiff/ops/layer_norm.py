@@ -8,6 +8,7 @@ from encdiff.errors import InputError
 from encdiff.ops import _self_check
 from encdiff.ops._dispatch import Implementation, Op, always, is_transformed
 from encdiff.ops._triton import FUSED_TYPES, NAMES, has_gradient, interpreted, unavailable
+from encdiff.ops._types import check_floating
 
 FUSED_CHANNELS = 4096  # the last of BLOCKS in kernels/layer_norm.py
 
@@ -101,6 +102,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, *, im
     """
     if x.ndim == 0 or not x.is_floating_point():
         raise InputError(f"x is {tuple(x.shape)} of {x.dtype}, must be (..., C) of floating point")
+    check_floating(x=x, weight=weight, bias=bias)
     for name, t in {"weight": weight, "bias": bias}.items():
         if tuple(t.shape) != (x.shape[-1],):
             raise InputError(f"{name} is {tuple(t.shape)}, must be {(x.shape[-1],)} for x {tuple(x.shape)}")

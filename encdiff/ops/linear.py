@@ -12,6 +12,7 @@ from torch import Tensor
 
 from encdiff.errors import InputError
 from encdiff.ops._triton import autocast_dtype
+from encdiff.ops._types import check_floating, mixed
 from encdiff.ops.column_sum import bias_gradient, is_fused
 
 Pair = tuple[int, int]
@@ -82,7 +83,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, impl: str |
 
     Returns:
         (..., O).
+
+    Raises:
+        InputError: tensors of different types outside autocast, or not of floating point.
     """
+    _check_types(x, weight, bias)
     if not _sums(x, bias, impl):
         return F.linear(x, weight, bias)
     return _Linear.apply(*_cast(x, weight, bias))
@@ -105,13 +110,20 @@ def conv2d(
         (B, O, H', W').
 
     Raises:
-        InputError: x that is not (B, I, H, W).
+        InputError: x that is not (B, I, H, W), tensors of different types outside autocast, or not of floating point.
     """
     if x.ndim != 4:
         raise InputError(f"x is {tuple(x.shape)}, must be (B, I, H, W)")
+    _check_types(x, weight, bias)
     if not _sums(x, bias, impl):
         return F.conv2d(x, weight, bias, stride, padding)
     return _Conv2d.apply(*_cast(x, weight, bias), _pair(stride), _pair(padding))
+
+
+def _check_types(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    check_floating(x=x, weight=weight, bias=bias)
+    if different := mixed(x, weight, bias):
+        raise InputError(f"x, weight and bias have {different[0]}, must be of one type")
 
 
 def _pair(n: int | Pair) -> Pair:

@@ -8,6 +8,7 @@ from encdiff.errors import InputError
 from encdiff.ops import _self_check
 from encdiff.ops._dispatch import Implementation, Op, always
 from encdiff.ops._triton import FUSED_TYPES, NAMES, has_gradient, interpreted, unavailable
+from encdiff.ops._types import check_floating
 from encdiff.ops.cross_attention import exact
 
 FUSED_WIDTHS = {"a slice": 16, "the first of two hidden layers": 128, "a token": 64}  # BLOCKS in kernels/mlp_bank.py
@@ -134,6 +135,7 @@ def _check_scalars(scalars: Tensor, check: bool) -> None:
         raise InputError(f"scalars is {tuple(scalars.shape)}, must be (B, N) or (B, N, m)")
     if not scalars.is_floating_point():
         raise InputError(f"scalars is {scalars.dtype}, must be floating point")
+    check_floating(scalars=scalars)
     if check and not scalars.isfinite().all():
         count = int((~scalars.isfinite()).sum())
         raise InputError(f"scalars has {count} of {scalars.numel()} values that are not finite, must have none")
@@ -153,4 +155,5 @@ def _check_layers(scalars: Tensor, weights: list[Tensor], biases: list[Tensor]) 
             )
         if w.device != scalars.device or b.device != scalars.device:
             raise InputError(f"layer {i} is on {w.device} and {b.device}, must be on scalars' device {scalars.device}")
+        check_floating(**{f"layer {i}'s weight": w, f"layer {i}'s bias": b})
         width = w.shape[1]

@@ -11,10 +11,10 @@ import torch
 from encdiff.errors import InputError
 from encdiff.ops import _native, philox
 from encdiff.ops._dispatch import Implementation, Op, always
+from encdiff.ops._types import FLOATING
 
 PREDICTIONS = ("epsilon", "v", "x0")
 TARGETS = (*PREDICTIONS, "flow")
-_FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def q_sample_reference(
@@ -262,12 +262,12 @@ def _per_sample(c: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 def _check_tensor(name: str, x: torch.Tensor) -> None:
-    if x.dtype not in _FLOATING or x.ndim == 0:
+    if x.dtype not in FLOATING or x.ndim == 0:
         raise InputError(f"{name} is {x.dtype} of shape {tuple(x.shape)}, must be floating point with a batch axis")
 
 
 def _check_same(name: str, x: torch.Tensor, other: str, like: torch.Tensor) -> None:
-    if x.shape != like.shape or x.device != like.device or x.dtype not in _FLOATING:
+    if x.shape != like.shape or x.device != like.device or x.dtype not in FLOATING:
         raise InputError(
             f"{name} is {x.dtype} {tuple(x.shape)} on {x.device}, must be floating point of {other}'s shape "
             f"{tuple(like.shape)} on {like.device}"

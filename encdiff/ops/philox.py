@@ -13,8 +13,10 @@ import torch
 from encdiff.errors import InputError
 from encdiff.ops import _native
 from encdiff.ops._dispatch import Implementation, Op, always, is_transformed
+from encdiff.ops._types import check_dtype, check_floating
 
 WORD = 0xFFFFFFFF
+COUNTS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)  # weights too, where they are counts
 TIMESTEPS = ("uniform", "logit-normal", "power", "stratified", "importance")
 
 
@@ -76,6 +78,7 @@ def normal_reference(shape, seed, sample_ids, draw, dtype=torch.float32, stream=
 
 def _native_random(kind):
     def run(shape, seed, sample_ids, draw, dtype=torch.float32, stream=0, out=None):
+        """The same words, in csrc: one pass."""
         return _native.random(kind, shape, seed, sample_ids, draw, dtype, stream, out and out[0])
 
     return run
@@ -139,6 +142,7 @@ def uniform(
 
 def _random(op, shape, seed, sample_ids, draw, dtype, stream, out, impl):
     check_key(shape[:1], seed, sample_ids, draw, "shape")
+    check_dtype("dtype", dtype)
     if stream not in (0, 1):
         raise InputError(f"stream is {stream}, must be 0 or 1")
     if out is not None and (out.shape != tuple(shape) or out.dtype != dtype or out.device != sample_ids.device):
@@ -196,6 +200,8 @@ def _importance(u: torch.Tensor, weights: torch.Tensor | None, num_timesteps: in
     if weights is None or weights.shape != (num_timesteps,) or weights.device != u.device:
         what = "None" if weights is None else f"{tuple(weights.shape)} on {weights.device}"
         raise InputError(f"weights is {what}, must be ({num_timesteps},) on {u.device}, one per timestep")
+    if weights.dtype not in COUNTS:
+        check_floating(weights=weights)
     if readable(weights) and not ((weights >= 0).all() and 0 < weights.sum() < math.inf):
         raise InputError("weights must be finite, none of them negative, and not all of them zero")
     cdf = weights.double().cumsum(0)

@@ -25,6 +25,7 @@ from encdiff.ops._attention import (
 )
 from encdiff.ops._dispatch import Implementation, Op, always
 from encdiff.ops._triton import NAMES, has_gradient
+from encdiff.ops._types import check_floating, mixed
 from encdiff.ops.cross_attention_folded import interpreted, triton_reasons
 
 FUSED_POSITIONS, FUSED_WIDTH = 1024, 32  # past them, wider heads above all, the stock kernels are at home
@@ -111,7 +112,7 @@ def self_attention_native(
 
 
 def _native_reasons(x, w_q, *weights, heads, **options) -> list[str]:
-    return native_reasons(x, w_q.shape[0] // heads)
+    return native_reasons(x, w_q.shape[0] // heads) + mixed(x, w_q, *weights[:2])
 
 
 def _native_doubts(x, w_q, *weights, heads, **options) -> list[str]:
@@ -119,7 +120,8 @@ def _native_doubts(x, w_q, *weights, heads, **options) -> list[str]:
 
 
 def _sdpa_reasons(x, *weights, **options) -> list[str]:
-    return ["needs at least one query"] if x.shape[0] == 0 or x.shape[1] == 0 else []
+    empty = x.shape[0] == 0 or x.shape[1] == 0
+    return ["needs at least one query"] * empty + mixed(x, *weights[:3])
 
 
 _op = Op(
@@ -162,8 +164,11 @@ def self_attention(
         y (B, L, C).
 
     Raises:
-        InputError: shapes that do not fit, or a forced implementation that cannot serve.
+        InputError: shapes or dtypes that do not fit, or a forced implementation that cannot serve.
     """
+    check_floating(
+        x=x, w_q=w_q, w_k=w_k, w_v=w_v, w_o=w_o, b_o=b_o, norm_weight=norm_weight, norm_bias=norm_bias
+    )  # fmt: skip
     if x.ndim != 3:
         raise InputError(f"x is {tuple(x.shape)}, must be (B, L, C)")
     inner = w_q.shape[0]
