@@ -33,6 +33,9 @@ from ._halves import sum_halves
 from ._second import refuse_second
 from .column_sum import column_sum
 
+# Not specialised, so that the code of a tile is one, the gate's: the figures of the channels alone are.
+GENERAL = ("L", "N", "H", "stride_xb8", "stride_xl8", "stride_kb8", "stride_kh8", "stride_bias_b", "stride_bias_h")
+
 
 @triton.jit
 def _load_tokens(p, o_kv, m_j, o_c, C):
@@ -57,7 +60,7 @@ def _softmax_gradient(p, dp, GROUP: tl.constexpr, BLOCK_N: tl.constexpr):
     return tl.reshape(ds, (p.shape[0], GROUP * BLOCK_N))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=GENERAL)
 def cross_attention_folded_fwd_kernel(
     p_x, p_k, p_v, p_bo, p_gamma, p_beta, p_bias, p_y, p_maps,
     L, N, C8, H, eps,
@@ -105,7 +108,7 @@ def cross_attention_folded_fwd_kernel(
         store_rows(p_maps + i_b * L * N, mean / H, o_l, tl.arange(0, BLOCK_N), N, L, N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=GENERAL)
 def cross_attention_folded_bwd_kernel_dkv(
     p_x, p_k, p_v, p_gamma, p_beta, p_bias, p_dy, p_dk, p_dv, p_dbias,
     L, N, C8, H, eps,
@@ -153,7 +156,7 @@ def cross_attention_folded_bwd_kernel_dkv(
         tl.store(p_dbias + (i_b * H + i_h) * N + o_n, dbias, mask=m_j)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=GENERAL)
 def cross_attention_folded_bwd_kernel_dx(
     p_x, p_k, p_v, p_gamma, p_beta, p_bias, p_dy, p_dx, p_parts,
     L, N, C8, H, eps,

@@ -15,6 +15,9 @@ from ._cross_attention_plan import FEW_TOKENS, HEADS_TILES, heads_tile, pad
 from ._gate import GateCase, gate_signature
 from ._second import refuse_second
 
+# Not specialised, so that the code of a tile is one, the gate's: the figures of the channels alone are.
+GENERAL = ("L", "N", "H", "stride_kb8", "stride_kn8", "stride_bias_b", "stride_bias_h")
+
 
 @triton.jit
 def _logits(q, k, o_n, N, p_bias, scale):
@@ -25,7 +28,7 @@ def _logits(q, k, o_n, N, p_bias, scale):
     return tl.where((o_n < N)[None, :], s, -float("inf"))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=GENERAL)
 def cross_attention_heads_fwd_kernel(
     p_q, p_k, p_v, p_bias, p_o, p_lse, p_maps,
     L, N, H, D8, scale, stride_kb8, stride_kn8, stride_bias_b, stride_bias_h,
@@ -61,7 +64,7 @@ def cross_attention_heads_fwd_kernel(
     tl.store(p_lse + i_bh * L + o_l, lse, mask=o_l < L)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=GENERAL)
 def cross_attention_heads_bwd_kernel_dq(
     p_q, p_k, p_v, p_bias, p_do, p_lse, p_dq, p_delta,
     L, N, H, D8, scale, stride_kb8, stride_kn8, stride_bias_b, stride_bias_h,
@@ -94,7 +97,7 @@ def cross_attention_heads_bwd_kernel_dq(
     tl.store(p_delta + i_bh * L + o_l, delta, mask=o_l < L)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=GENERAL)
 def cross_attention_heads_bwd_kernel_dkv(
     p_q, p_k, p_v, p_bias, p_do, p_lse, p_delta, p_dk, p_dv, p_dbias,
     L, N, H, D8, scale, stride_kb8, stride_kn8, stride_bias_b, stride_bias_h,

@@ -27,8 +27,11 @@ from ._cross_attention_parts import (
 from ._cross_attention_plan import KEPT_TILES, pad, samples_of_tile
 from ._gate import GateCase, gate_signature
 
+# Not specialised, so that the code of a tile is one, the gate's: the figures of the channels alone are.
+GENERAL = ("B", "L", "N", "H", "S", "stride_xb8", "stride_xl8", "stride_bias_b", "stride_bias_h")
 
-@triton.jit
+
+@triton.jit(do_not_specialize=GENERAL)
 def cross_attention_kept_kernel(
     p_x, p_k, p_v, p_wq, p_wo, p_bo, p_gamma, p_beta, p_bias, p_y, p_maps,
     B, L, N, C8, H, D8, S, scale, eps,

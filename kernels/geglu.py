@@ -33,7 +33,7 @@ def _normal_cdf(g):
     return 0.5 * (1 + tl.erf(g * 0.7071067811865476))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def geglu_fwd_kernel(p_x, p_y, rows, N, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
     o_x, o_y, m = _tile(rows, N, BLOCK_R, BLOCK_C)
     h = tl.load(p_x + o_x, mask=m, other=0.0).to(tl.float32)
@@ -41,7 +41,7 @@ def geglu_fwd_kernel(p_x, p_y, rows, N, BLOCK_R: tl.constexpr, BLOCK_C: tl.const
     tl.store(p_y + o_y, (h * (g * _normal_cdf(g))).to(p_y.dtype.element_ty), mask=m)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def geglu_bwd_kernel(p_dy, p_x, p_dx, rows, N, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
     """dh = dy GELU(g); dg = dy h (Phi(g) + g phi(g))."""
     o_x, o_y, m = _tile(rows, N, BLOCK_R, BLOCK_C)

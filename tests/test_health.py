@@ -84,7 +84,7 @@ class Process:
     """Stands for a process that says some lines and ends with a code."""
 
     def __init__(self, lines: list[str], code: int):
-        self.stdout, self.code = lines, code
+        self.stdout, self.code = io.StringIO("".join(lines)), code
 
     def wait(self) -> int:
         return self.code
@@ -102,7 +102,7 @@ def scripted(monkeypatch, *lives: tuple[int, int]):
         count, code = lives.pop(0) if lives else (len(checks), 0)
         started.append(first)
         complaint.write("Segmentation fault")
-        return Process([json.dumps((n, {"y0": 0.0}, [])) for n in checks[:count]], code)
+        return Process([json.dumps((n, {"y0": 0.0}, [], True)) + "\n" for n in checks[:count]], code)
 
     monkeypatch.setattr(kernels, "_start", start)
     monkeypatch.setattr(kernels.os, "cpu_count", lambda: 1)
@@ -115,6 +115,13 @@ def test_a_process_that_dies_is_a_finding_and_the_others_go_on(monkeypatch):
     assert len(found) == 12 and started == [0, 4, 5, 7]
     dead = [n for n, f in enumerate(found) if f.wrong]
     assert dead == [3, 4] and found[3].wrong == ["the process died, -11: Segmentation fault"]
+
+
+def test_a_kernel_that_never_ends_is_a_finding(monkeypatch):
+    monkeypatch.setattr(kernels, "SILENCE", 0.5)
+    endless = [sys.executable, "-c", "import time; time.sleep(60)"]
+    process = subprocess.Popen(endless, stdout=subprocess.PIPE, text=True)
+    assert list(kernels._lines(process)) == [] and process.wait(20) == -9
 
 
 def test_processes_that_cannot_begin_are_an_error(monkeypatch):
@@ -144,11 +151,11 @@ def test_on_a_gpu_the_verdicts_are_kept(quick, monkeypatch):
     """With a stand-in for the card: what is asked of it besides the kernels."""
     kept = []
     monkeypatch.setattr(report, "_device", lambda name: torch.device("cuda", 0))
-    monkeypatch.setattr(report._self_check, "keep", lambda index, findings: kept.extend(findings))
+    monkeypatch.setattr(report._self_check, "replace", lambda index, findings: kept.extend(findings))
     monkeypatch.setattr(report._self_check, "card", lambda index: "Fake 9000 (sm_90)")
     monkeypatch.setattr(report.machine, "rates", lambda device: {"copy B/s": 3e12})
     monkeypatch.setattr(report, "choices", lambda device: {})
-    monkeypatch.setattr(kernels, "no_triton", lambda device: [])
+    monkeypatch.setattr(kernels, "not_for", lambda device: [])
     found = encdiff.doctor(families=["geglu", "layer_norm"])
     assert "compiled, on Fake 9000 (sm_90)" in str(found) and "copy 3 TB/s" in str(found)
     assert {f.family for f in kept} == {"geglu", "layer_norm"}

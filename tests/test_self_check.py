@@ -10,6 +10,7 @@ import pytest
 import torch
 from _card import CARD, attention, forget, pretend
 from _place import interpreted
+from torch.utils.checkpoint import checkpoint
 
 from encdiff import ops
 from encdiff.errors import InputError
@@ -89,13 +90,28 @@ def test_a_wrong_kernel_is_a_reason_with_its_figure(card, wrong_layer_norm, caps
     assert card == {"layer_norm": 2}, "a new process learns it from the file"
 
 
-def test_a_kernel_that_does_not_compile_is_a_reason(card, monkeypatch):
-    def fail(*_):
-        raise RuntimeError("out of resource: shared memory\nRequired: 525312")
+def test_a_kernel_that_does_not_compile_is_a_reason(card, monkeypatch, capsys):
+    class OutOfResources(Exception):
+        """As Triton's."""
 
-    monkeypatch.setattr("encdiff.kernels.layer_norm._launch_forward", fail)
-    with pytest.raises(InputError, match="RuntimeError: out of resource: shared memory Required: 525312"):
-        ops.layer_norm(*layer(), impl="triton")
+    def fail(error):
+        def launch(*_):
+            raise error
+
+        return launch
+
+    full = OSError("No space left on device")
+    for error, again in ((full, 2), (OutOfResources("shared memory\nRequired: 525312"), 1)):
+        card.clear()
+        forget(monkeypatch)
+        monkeypatch.setattr("encdiff.kernels.layer_norm._launch_forward", fail(error))
+        for _ in range(2):
+            said = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            with pytest.raises(InputError, match=said.replace("(", "\\(")):
+                ops.layer_norm(*layer(), impl="triton")
+            assert said in capsys.readouterr().err, "in every process"
+            forget(monkeypatch)
+        assert card == {"layer_norm": again}, "what may pass is not kept"
 
 
 def test_a_route_that_fails_leaves_the_other(card, monkeypatch):
@@ -182,16 +198,19 @@ def test_no_graph_break_with_sizes_that_are_symbols(card, name):
     assert sum(card.values()) >= 1
 
 
-def test_nothing_is_checked_while_a_graph_is_captured(card, monkeypatch):
+def test_nothing_is_checked_while_a_graph_is_captured(card, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(InputError, match="not checked on this card yet: call it once before a graph is captured"):
         ops.layer_norm(*layer(), impl="triton")
+    assert "not checked on this card yet" in capsys.readouterr().err
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     ops.layer_norm(*layer(), impl="triton")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     ops.layer_norm(*layer(), impl="triton")
-    assert card == {"layer_norm": 1}
+    forget(monkeypatch)
+    ops.layer_norm(*layer(), impl="triton")
+    assert card == {"layer_norm": 1}, "a verdict that is kept serves in a capture, too"
 
 
 def test_the_environment_leaves_it_out(card, wrong_layer_norm, monkeypatch):
@@ -235,15 +254,45 @@ def test_a_cache_that_cannot_be_written_is_said_once(card, tmp_path, capsys, mon
     assert [line for line in capsys.readouterr().err.splitlines() if "cannot be written" in line][1:] == []
 
 
-def test_a_device_without_memory_is_asked_again(card, monkeypatch):
+def test_a_device_without_memory_is_asked_by_the_next_process(card, monkeypatch, capsys):
     def fail(*_):
         raise torch.cuda.OutOfMemoryError("no memory")
 
     monkeypatch.setattr(_self_check, "check", fail)
-    with pytest.raises(InputError, match="not checked: the device is out of memory"):
-        ops.layer_norm(*layer(), impl="triton")
+    for _ in range(2):
+        with pytest.raises(InputError, match="the device is out of memory"):
+            ops.layer_norm(*layer(), impl="triton")
+    assert capsys.readouterr().err.count("out of memory") == 1
     monkeypatch.setattr(_self_check, "check", check)
+    forget(monkeypatch)
     ops.layer_norm(*layer(), impl="triton")
+
+
+def test_a_check_within_a_backward_does_not_wait_for_another_thread(card, monkeypatch):
+    """On a GPU there is one thread for all backwards."""
+    threads = []
+    monkeypatch.setattr(_self_check, "check", lambda *a: threads.append(threading.current_thread()) or check(*a))
+    x, *parameters = layer()
+    y = checkpoint(lambda x: ops.layer_norm(x, *parameters, impl="triton"), x, use_reentrant=True)
+    assert [t is threading.current_thread() for t in threads] == [False], "forward, without gradients"
+    y.sum().backward()
+    assert [t is threading.current_thread() for t in threads] == [False, True]
+    assert list(_self_check._known.values()) == [[], []]
+
+
+def test_a_kernel_that_breaks_the_device_is_noted(card, monkeypatch, tmp_path):
+    def fail(*_):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr("encdiff.kernels.layer_norm._launch_forward", fail)
+    for module in ("encdiff.ops._check", "encdiff.ops._self_check"):
+        monkeypatch.setattr(sys.modules[module], "is_lost", lambda device: True)
+    with pytest.raises(RuntimeError, match="layer_norm .* broke the work on Fake 9000 .* illegal .* start again"):
+        ops.layer_norm(*layer(), impl="triton")
+    forget(monkeypatch)
+    with pytest.raises(InputError, match="illegal memory access"):
+        ops.layer_norm(*layer(), impl="triton")
+    assert card == {"layer_norm": 1}
 
 
 def test_threads_and_processes_keep_each_others_verdicts(card, tmp_path):

@@ -1,6 +1,8 @@
 """Variants of kernels: what an op names for a call is what is checked."""
 
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,11 +16,24 @@ from encdiff.ops._families import FAMILIES
 from encdiff.ops.cross_attention_folded import cross_attention_folded, keep
 
 pytestmark = interpreted
+LAUNCHED = Path(__file__).parent / "_launched.py"
 
 
 @pytest.fixture
 def card(monkeypatch, tmp_path):
     return pretend(monkeypatch, tmp_path)
+
+
+@pytest.mark.parametrize("form", ["bf16", "autocast"])
+def test_a_step_launches_no_code_that_was_not_checked(form):
+    """By Triton's own specialisation of each launch's arguments; else a check says nothing of what runs."""
+    pytest.importorskip("triton._C.libtriton", reason="needs Triton")
+    if not hasattr(sys.modules["triton._C.libtriton"], "native_specialize_impl"):
+        pytest.skip("this Triton specialises arguments in Python, which the script does not ask")
+    done = subprocess.run([sys.executable, str(LAUNCHED), form], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    count, *unchecked = done.stdout.splitlines()
+    assert int(count) > 60 and not unchecked
 
 
 MODULES = {  # of the ops that name a variant for what they are called with
@@ -112,13 +127,13 @@ class TestAttentionVariants:
             with torch.autocast("cpu", torch.bfloat16):
                 ops.cross_attention(**t | norm | changes, heads=8, impl="triton")
 
-        folded = ("cross_attention_folded", "float32", "bfloat16", 64, True, True)
-        assert self.asked(monkeypatch, call)[0] == (*folded, False, "none")
+        folded = ("cross_attention_folded", "float32", "bfloat16", "float32", 64, True, True)
+        assert self.asked(monkeypatch, call)[0] == (*folded, "none", "none")
         bias = {"token_bias": torch.zeros(2, 20), "maps": "mean"}
-        assert self.asked(monkeypatch, lambda: call(**bias))[0] == (*folded, True, "mean")
+        assert self.asked(monkeypatch, lambda: call(**bias))[0] == (*folded, "given", "mean")
         many = {"context": torch.randn(2, 100, 16)}
         assert self.asked(monkeypatch, lambda: call(**many))[0] == (
-            "cross_attention_heads", "bfloat16", 8, True, False, False, False,
+            "cross_attention_heads", "bfloat16", 8, True, False, "none", False,
         )  # fmt: skip
         few = {"x": torch.randn(2, 9, 64), "context": torch.randn(2, 32, 16)}
         found = self.asked(monkeypatch, lambda: call(**few))[0]
@@ -136,4 +151,5 @@ class TestAttentionVariants:
             kept = keep(context, *w, heads=C // width)
             x = torch.randn(2, 16, C)
             found = self.asked(monkeypatch, lambda: cross_attention_folded(x, kept, impl="triton"))
-        assert found == [("cross_attention_kept", "float32", "bfloat16", C, width, 9, False, False, False, "none")]
+        kinds = "cross_attention_kept", "float32", "bfloat16", "float32"
+        assert found == [(*kinds, C, width, 9, False, False, "none", "none")]

@@ -10,34 +10,29 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from tempfile import TemporaryFile
-from threading import Event, Lock
+from threading import Event, Lock, Timer
 
 import torch
 
 from encdiff.ops import _families, _families_native, _native
-from encdiff.ops._check import Family, Finding, Variant, check
-from encdiff.ops._triton import unavailable
+from encdiff.ops._check import Family, Finding, Variant, check, is_lost
+from encdiff.ops._triton import not_for
 
+SILENCE = 300  # seconds of one check, compilation included
 PROCESSES = 8  # on a GPU at most: each holds some hundred megabytes there
 LOST = 3  # the exit code where the device serves no one any more: what was found before it stands
 
 
 def families(device: torch.device) -> dict[str, Family]:
     """Those that can be checked on a device; of the native engine what is built of it."""
-    triton = {} if no_triton(device) else _families.FAMILIES
+    triton = {} if not_for(device) else _families.FAMILIES
     problem, has_cuda = _native.load()
     served = _families_native.FAMILIES if device.type == "cpu" else _families_native.ON_GPU if has_cuda else ()
     native = {name: _families_native.FAMILIES[name] for name in served if not problem}
     return triton | native
-
-
-def no_triton(device: torch.device) -> list[str]:
-    """Why no Triton kernel runs on a device, not even interpreted."""
-    against = unavailable(torch.empty(0, device=device))
-    return against if device.type == "cuda" else [reason for reason in against if "installed" in reason]
 
 
 def every(device: torch.device, names: Iterable[str]) -> list[tuple[Family, Variant, bool]]:
@@ -57,10 +52,10 @@ def check_all(device: torch.device, names: list[str], report: Callable[[Finding,
     stopped = Event()
     step = min(os.cpu_count() or 1, PROCESSES if device.type == "cuda" else len(checks))
 
-    def take(n: int, errors: dict[str, float], wrong: list[str]) -> int:
+    def take(n: int, errors: dict[str, float], wrong: list[str], lasting: bool) -> int:
         family, variant, gradients = checks[n]
         with lock:
-            found[n] = Finding(family.name, variant, gradients, errors, wrong)
+            found[n] = Finding(family.name, variant, gradients, errors, wrong, lasting)
             report(found[n], len(found), len(checks))
         return n + step
 
@@ -70,7 +65,7 @@ def check_all(device: torch.device, names: list[str], report: Callable[[Finding,
             with TemporaryFile("w+") as complaint:
                 process = _start(device, names, at, step, complaint)
                 running.add(process)
-                for line in process.stdout:
+                for line in _lines(process):
                     at = take(*json.loads(line))
                 code = process.wait()
                 running.discard(process)
@@ -79,7 +74,7 @@ def check_all(device: torch.device, names: list[str], report: Callable[[Finding,
                     said = " ".join(complaint.read().split())[-300:]
                     if at == begun == at % step:  # not even the first one
                         raise RuntimeError(f"kernels cannot be checked, the process ended with {code}: {said}")
-                    at = take(at, {}, [f"the process died, {code}: {said}"])
+                    at = take(at, {}, [f"the process died, {code}: {said}"], False)
 
     with ThreadPoolExecutor(step) as pool:
         try:
@@ -90,6 +85,18 @@ def check_all(device: torch.device, names: list[str], report: Callable[[Finding,
                 process.kill()
             raise
     return [found[n] for n in sorted(found)]
+
+
+def _lines(process: subprocess.Popen) -> Iterator[str]:
+    """What it prints; it is killed once it is silent for too long, as a kernel that never ends makes it."""
+    while True:
+        watchdog = Timer(SILENCE, process.kill)
+        watchdog.start()
+        line = process.stdout.readline()
+        watchdog.cancel()
+        if not line:
+            return
+        yield line
 
 
 def _start(device: torch.device, names: list[str], first: int, step: int, complaint) -> subprocess.Popen:
@@ -107,13 +114,14 @@ def main(device: str, names: str, first: str, step: str) -> int:
     on = torch.device(device)
     checks = every(on, names.split(","))
     for n in range(int(first), len(checks), int(step)):
-        finding = check(*checks[n], on)
-        print(json.dumps((n, finding.errors, finding.wrong)), flush=True)
-        if on.type == "cuda" and finding.wrong:
-            try:
-                torch.cuda.synchronize(on)
-            except RuntimeError:  # an illegal access stays with the process
-                return LOST
+        family, variant, gradients = checks[n]
+        try:
+            finding = check(family, variant, gradients, on)
+        except torch.cuda.OutOfMemoryError:
+            finding = Finding(family.name, variant, gradients, {}, ["the device is out of memory"], lasting=False)
+        print(json.dumps((n, finding.errors, finding.wrong, finding.lasting)), flush=True)
+        if finding.wrong and is_lost(on):
+            return LOST
     return 0
 
 

@@ -106,8 +106,8 @@ def doctor(
     found = kernels.check_all(on, families or known, lambda _, *done: progress and progress(*done))
     gpu = on.type == "cuda"
     if gpu:
-        _self_check.keep(on.index, [f for f in found if f.family in kernels._families.FAMILIES])
-    no_triton = kernels.no_triton(on)
+        _self_check.replace(on.index, [f for f in found if f.family in kernels._families.FAMILIES])
+    no_triton = kernels.not_for(on)
     compiled, failures = ("", []) if gpu or no_triton else _compile_ahead()
     described = machine.describe(on)
     problems = [f"{finding}: {'; '.join(finding.wrong)}" for finding in found if finding.wrong] + failures

@@ -197,7 +197,7 @@ def pointwise(x: Tensor, conv: nn.Conv2d) -> Tensor:
 
     cuDNN would add it in a pass of its own.
     """
-    if is_transformed() or not x.is_contiguous(memory_format=torch.channels_last):
+    if is_transformed(x) or not x.is_contiguous(memory_format=torch.channels_last):
         return conv(x)
     weight = conv.weight  # as a matrix by a view whose gradient has the weight's own strides: fused AdamW asks for them
     weight = weight.flatten(1) if weight.stride(3) == 1 else weight.permute(0, 2, 3, 1).flatten(1)

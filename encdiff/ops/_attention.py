@@ -120,8 +120,12 @@ class _Refused(torch.autograd.Function):
 
 def stock_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """PyTorch's fused attention of (B, heads, L, d) over (B, heads, N, d)."""
-    if has_gradient(q, k, v) and not torch.compiler.is_compiling():
-        q, k, v = _Once.apply("scaled_dot_product_attention", q, k, v)
+    if not torch.compiler.is_compiling():
+        asking = [has_gradient(t) for t in (q, k, v)]
+        q, k, v = (
+            _Once.apply("scaled_dot_product_attention", t)[0] if a else t
+            for t, a in zip((q, k, v), asking, strict=True)
+        )
     return F.scaled_dot_product_attention(q, k, v)
 
 

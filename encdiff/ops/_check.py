@@ -20,6 +20,15 @@ TYPES = {name: dtype for dtype, name in NAMES.items()}
 # of one kernel: a few roundings of operands and results (2^-9 in bfloat16), sums in float32
 LIMITS = {"float32": 2e-5, "bfloat16": 1.5e-2, "float16": 2e-3}
 
+# what a compiler says of a kernel; others, such as a full disk, may pass
+LASTING = (
+    "CompilationError",
+    "CompileTimeAssertionFailure",
+    "OutOfResources",
+    "PTXASError",
+    "UnsupportedLanguageConstruct",
+)
+
 Variant = tuple[str | int | bool, ...]
 Tensors = dict[str, Tensor]
 Outputs = tuple[Tensor, ...]
@@ -52,13 +61,14 @@ class Family(NamedTuple):
 
 
 class Finding(NamedTuple):
-    """What became of one variant; `wrong` is empty where it passes."""
+    """What became of one variant; `wrong` is empty where it passes, `errors` where it did not run."""
 
     family: str
     variant: Variant
     gradients: bool
     errors: dict[str, float]
     wrong: list[str]
+    lasting: bool = True  # whether it will be so tomorrow: not of a machine that had no room for a moment
 
     def __str__(self) -> str:
         return title(self.family, self.variant, self.gradients)
@@ -81,17 +91,30 @@ def check(family: Family, variant: Variant, gradients: bool, device: torch.devic
     times = 2 if torch.device(device).type == "cuda" else 1
     try:
         first, *again = (_results(placed, family.kernel, variant, gradients, upstream) for _ in range(times))
+        if times == 2:
+            torch.cuda.synchronize(device)  # launches are not waited for: what one did wrong is said here
     except torch.cuda.OutOfMemoryError:
         raise
     except Exception as error:  # whatever compiler and driver have to say is why it cannot be used
-        said = " ".join(str(error).split())[:200]
-        return Finding(family.name, variant, gradients, {}, [f"{type(error).__name__}: {said}"])
+        said, lasting = " ".join(str(error).split())[:200], type(error).__name__ in LASTING or is_lost(device)
+        return Finding(family.name, variant, gradients, {}, [f"{type(error).__name__}: {said}"], lasting)
     errors = {name: _error(first[name], exact[name]) for name in exact}
     limits = {name: _limit(family, variant, first[name]) for name in exact}
     wrong = [f"{n} is off by {e:.2g}, at most {limits[n]:.2g}" for n, e in errors.items() if not e <= limits[n]]
     unstable = [n for n in first if any(not torch.equal(first[n], other[n]) for other in again)]
     wrong += [f"{n} differs from call to call" for n in unstable if not math.isnan(errors[n])]
     return Finding(family.name, variant, gradients, errors, wrong)
+
+
+def is_lost(device: torch.device | str) -> bool:
+    """Whether a GPU serves this process no more: an illegal access stays with it."""
+    if torch.device(device).type != "cuda":
+        return False
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError:
+        return True
+    return False
 
 
 def _limit(family: Family, variant: Variant, result: Tensor) -> float:

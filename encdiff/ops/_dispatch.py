@@ -53,14 +53,27 @@ class Implementation(NamedTuple):
     composite: bool = False
 
     def against(self, *args, **kwargs) -> list[str]:
-        if is_transformed() and not self.composite:
+        if not self.composite and is_transformed(*args, *kwargs.values()):
             return ["forward mode and torch.func do not go through it, but through 'reference'"]
         return self.reasons(*args, **kwargs)
 
 
-def is_transformed() -> bool:
-    """Whether torch.func (grad, jvp, vmap, ...) or forward mode is at work: our kernels have backward mode alone."""
-    return _is_in_torch_func() or forward_ad._current_level >= 0
+def is_transformed(*inputs) -> bool:
+    """Whether torch.func (grad, jvp, vmap, ...) is at work, or forward mode on one of these inputs, tensors among them.
+
+    Our kernels have backward mode alone.
+    """
+    if _is_in_torch_func():
+        return True
+    if forward_ad._current_level < 0:  # of the whole process: another thread's level does not make these dual
+        return False
+    return torch.compiler.is_compiling() or any(_is_dual(t) for t in inputs)
+
+
+def _is_dual(x) -> bool:
+    if isinstance(x, list | tuple):
+        return any(_is_dual(t) for t in x)
+    return isinstance(x, torch.Tensor) and forward_ad.unpack_dual(x).tangent is not None
 
 
 @torch.compiler.assume_constant_result  # asked while a graph is traced; compiled code is guarded by the answer

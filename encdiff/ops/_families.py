@@ -28,7 +28,10 @@ KINDS = [("float32", "float32"), ("bfloat16", "bfloat16"), ("float16", "float16"
 def _adamw(draw: Draw, gradient: str, weights: str, average: bool, scale: bool, aligned: bool) -> Tensors:
     n, k = (2064, 1040) if aligned else (2061, 1031)
     inputs = {"master": draw(n), "gradient": draw(n).to(TYPES[gradient]), "exp_avg": draw(n)}
-    inputs |= {"exp_avg_sq": draw(n).abs(), "schedule": torch.tensor([1e-2, 0.3, 0.1, 0.05], device="cpu")}
+    inputs |= {
+        "exp_avg_sq": draw(n).abs(),
+        "schedule": torch.tensor([1e-2, 0.3, 0.1, 0.05], dtype=torch.float32, device="cpu"),
+    }
     inputs |= {"average": draw(k)} if average else {}
     inputs |= {"weights": torch.zeros(n, dtype=TYPES[weights], device="cpu")} if weights != "none" else {}
     return inputs | ({"scale": draw(1)[0].abs()} if scale else {})

@@ -18,8 +18,8 @@ from encdiff.ops.cross_attention_folded import (
 from encdiff.ops.self_attention import LENGTHS, representative
 
 HALVES = ("bfloat16", "float16")
-PLAIN, EVERYTHING = (True, True, False, "none"), (True, True, True, "none")  # norm, residual, bias, maps
-MAPPED = (True, False, True, "mean")
+PLAIN, LEARNT = (True, True, "none", "none"), (True, True, "learnt", "none")  # norm, residual, token bias, maps
+MAPPED = (True, False, "given", "mean")
 
 
 def _size(dtype: str) -> int:
@@ -33,30 +33,37 @@ def _bias(draw: Draw, *shape: int) -> Tensor:
     return bias
 
 
-def _features(draw: Draw, x: str, C: int, L: int, norm: bool, bias: bool, heads: int, N: int) -> Tensors:
-    """What the ops that go from LayerNorm to residual read besides the tokens: three samples."""
-    inputs = {"x": draw(3, L, C).to(TYPES[x]), "b_o": draw(C).to(TYPES[x])}
+def _features(draw: Draw, x: str, own: str, C: int, L: int, norm: bool, bias: str, heads: int, N: int) -> Tensors:
+    """What ops from LayerNorm to residual read besides the tokens: three samples; own: the type of parameters."""
+    inputs = {"x": draw(3, L, C).to(TYPES[x]), "b_o": draw(C).to(TYPES[own])}
     if norm:
-        inputs |= {"norm_weight": draw(C, scale=0.1, shift=1).to(TYPES[x]), "norm_bias": draw(C).to(TYPES[x])}
-    return inputs | ({"token_bias": _bias(draw, 3, heads, N)} if bias else {})
+        inputs |= {"norm_weight": draw(C, scale=0.1, shift=1).to(TYPES[own]), "norm_bias": draw(C).to(TYPES[own])}
+    return inputs | ({"token_bias": _bias(draw, 3, heads, N)} if bias != "none" else {})
 
 
-def _folded(draw: Draw, x: str, dtype: str, C: int, norm: bool, residual: bool, bias: bool, maps: str) -> Tensors:
+def _folded(
+    draw: Draw, x: str, dtype: str, own: str, C: int, norm: bool, residual: bool, bias: str, maps: str
+) -> Tensors:
     tokens = {n: draw(3, 3, 20, C, scale=C**-0.5).to(TYPES[dtype]) for n in ("keys", "values")}
-    return tokens | _features(draw, x, C, 80, norm, bias, 3, 20)
+    return tokens | _features(draw, x, own, C, 80, norm, bias, 3, 20)
 
 
-def _run(op, i: Tensors, tokens: Folded | Kept, residual: bool, maps: str) -> Outputs:
-    options = {n: i[n] for n in ("norm_weight", "norm_bias", "token_bias") if n in i}
+def _run(op, i: Tensors, tokens: Folded | Kept, residual: bool, bias: str, maps: str) -> Outputs:
+    options = {n: i[n] for n in ("norm_weight", "norm_bias") if n in i} | _given_bias(i, bias)
     x, dtype = i["x"], tokens.keys.dtype
-    with torch.autocast(x.device.type, dtype, enabled=x.dtype == torch.float32 != dtype):
+    with torch.autocast(x.device.type, dtype, enabled=x.dtype != dtype):
         y = op(x, tokens, i["b_o"], **options, residual=residual, maps=None if maps == "none" else maps)
     return y if isinstance(y, tuple) else (y,)
 
 
+def _given_bias(i: Tensors, bias: str) -> Tensors:
+    """One that is only given asks for no gradient: the kernels then write none."""
+    return {} if bias == "none" else {"token_bias": i["token_bias"] if bias == "learnt" else i["token_bias"].detach()}
+
+
 def _folded_with(op):
-    def run(i: Tensors, x, dtype, C, norm, residual, bias, maps) -> Outputs:
-        return _run(op, i, Folded(i["keys"], i["values"]), residual, maps)
+    def run(i: Tensors, x, dtype, own, C, norm, residual, bias, maps) -> Outputs:
+        return _run(op, i, Folded(i["keys"], i["values"]), residual, bias, maps)
 
     return run
 
@@ -64,31 +71,32 @@ def _folded_with(op):
 def _folded_variants() -> Iterator[Variant]:
     for dtype in TYPES:
         for C in sorted({c for _, half, c in plan.FOLDED_TILES if half == (dtype in HALVES)}):
-            yield dtype, dtype, C, *PLAIN
-            yield dtype, dtype, C, *EVERYTHING
+            yield dtype, dtype, dtype, C, *PLAIN
+            yield dtype, dtype, dtype, C, *LEARNT
     for C in (64, 128, 256):
-        yield "float32", "bfloat16", C, *PLAIN  # as under autocast
-        yield "bfloat16", "bfloat16", C, *MAPPED
-    yield "bfloat16", "bfloat16", 40, *PLAIN
+        for x in ("float32", "bfloat16"):
+            yield x, "bfloat16", "float32", C, *PLAIN  # as under autocast
+        yield "bfloat16", "bfloat16", "bfloat16", C, *MAPPED
+    yield "bfloat16", "bfloat16", "bfloat16", 40, *PLAIN
 
 
-def _heads(draw: Draw, dtype: str, width: int, many: bool, short: bool, bias: bool, maps: bool) -> Tensors:
+def _heads(draw: Draw, dtype: str, width: int, many: bool, short: bool, bias: str, maps: bool) -> Tensors:
     L, N, H = 16 if short else 80, 100 if many else 20, 3
     shapes = {"q": (2, L, H * width), "k": (2, N, H * width), "v": (2, N, H * width)}
     inputs = {n: draw(*shape).to(TYPES[dtype]) for n, shape in shapes.items()}
-    return inputs | ({"token_bias": _bias(draw, 2, H, N)} if bias else {})
+    return inputs | ({"token_bias": _bias(draw, 2, H, N)} if bias != "none" else {})
 
 
 def _heads_kernel(i: Tensors, dtype, width, many, short, bias, maps) -> Outputs:
     from encdiff.kernels.cross_attention import cross_attention_heads as fused
 
-    o, _, p = fused(i["q"], i["k"], i["v"], i.get("token_bias"), 3, width**-0.5, maps)
+    o, _, p = fused(i["q"], i["k"], i["v"], _given_bias(i, bias).get("token_bias"), 3, width**-0.5, maps)
     return (o, p) if maps else (o,)
 
 
 def _heads_exact(i: Tensors, dtype, width, many, short, bias, maps) -> Outputs:
     q, k, v = (split_heads(i[n], 3) for n in "qkv")
-    p = softmax(q @ k.mT * width**-0.5, i.get("token_bias"))
+    p = softmax(q @ k.mT * width**-0.5, _given_bias(i, bias).get("token_bias"))
     return (merge_heads(p @ v), p) if maps else (merge_heads(p @ v),)
 
 
@@ -97,25 +105,26 @@ def _heads_variants() -> Iterator[Variant]:
         for width in (8, 16, *sorted({d for _, half, d in plan.HEADS_TILES if half == (dtype in HALVES)})):
             for many in (False, True):
                 if width <= plan.head_width_limit(100 if many else 20, _size(dtype)):
-                    yield dtype, width, many, False, False, False
+                    yield dtype, width, many, False, "none", False
     for width in (8, 16, 32):
-        yield "bfloat16", width, False, True, False, False
-    yield "bfloat16", 16, False, False, True, False
+        yield "bfloat16", width, False, True, "none", False
+    for bias in ("learnt", "given"):
+        yield "bfloat16", 16, False, False, bias, False
 
 
-def _kept(draw: Draw, x: str, dtype: str, C: int, width: int, L: int, *flags: bool | str) -> Tensors:
+def _kept(draw: Draw, x: str, dtype: str, own: str, C: int, width: int, L: int, *flags: bool | str) -> Tensors:
     norm, _, bias, _ = flags
     H = max(1, C // width)
     inner = H * width
     shapes = {"keys": (3, 20, inner), "values": (3, 20, inner), "w_q": (inner, C), "w_o": (inner, C)}
     tokens = {n: draw(*s, scale=C**-0.5 if n[0] == "w" else 1).to(TYPES[dtype]) for n, s in shapes.items()}
-    return tokens | _features(draw, x, C, L, norm, bias, H, 20)
+    return tokens | _features(draw, x, own, C, L, norm, bias, H, 20)
 
 
 def _kept_with(op):
-    def run(i: Tensors, x, dtype, C, width, L, norm, residual, bias, maps) -> Outputs:
+    def run(i: Tensors, x, dtype, own, C, width, L, norm, residual, bias, maps) -> Outputs:
         kept = Kept(*(i[n] for n in ("keys", "values", "w_q", "w_o")), max(1, C // width))
-        return _run(op, i, kept, residual, maps)
+        return _run(op, i, kept, residual, bias, maps)
 
     return run
 
@@ -124,8 +133,8 @@ def _kept_variants() -> Iterator[Variant]:
     for dtype in HALVES:
         for C, width in plan.KEPT_TILES:
             for L in (9, 80) if dtype == "bfloat16" else (9,):
-                yield dtype, dtype, C, width, L, *PLAIN
-            yield dtype, dtype, C, width, 80, *MAPPED
+                yield dtype, dtype, dtype, C, width, L, *PLAIN
+            yield dtype, dtype, dtype, C, width, 80, *MAPPED
 
 
 def _self(draw: Draw, dtype: str, width: int, L: int) -> Tensors:

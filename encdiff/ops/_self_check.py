@@ -12,6 +12,7 @@ costs a look into a dictionary.
 import fcntl
 import hashlib
 import json
+import operator
 import os
 import re
 import sys
@@ -19,7 +20,6 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -27,7 +27,8 @@ from torch import Tensor
 
 from encdiff import _build
 from encdiff.errors import InputError
-from encdiff.ops._check import Finding, Variant, check, title
+from encdiff.ops._check import Finding, Variant, check, is_lost, title
+from encdiff.ops._triton import autocast_off
 from encdiff.temporaries import atomic_path
 
 UNCHECKED = "not checked on this card yet: call it once before a graph is captured"
@@ -43,12 +44,22 @@ def reasons(family: str, x: Tensor, variant: Callable[..., Variant], *args, grad
     """
     if not is_asked(x):
         return []
-    return _reasons(family, variant(*args), gradients, x.device.index or 0)
+    return _reasons(family, tuple(map(_constant, variant(*args))), gradients, x.device.index or 0)
+
+
+def _constant(part):
+    """A part of a variant; of a compiler's symbol its value, which the code is then guarded by."""
+    if isinstance(part, str):
+        return part
+    if isinstance(part, bool):
+        return True if part else False  # noqa: SIM210 - a branch decides
+    return operator.index(part)
 
 
 def is_asked(x: Tensor) -> bool:
-    """Whether kernels are checked where x is: on a GPU, unless the user says otherwise."""
-    return x.is_cuda and os.environ.get("ENCDIFF_SELF_CHECK") != "0"
+    """Whether kernels are checked where x is: on a GPU, unless they are interpreted or the user says otherwise."""
+    environment = os.environ
+    return x.is_cuda and environment.get("ENCDIFF_SELF_CHECK") != "0" and environment.get("TRITON_INTERPRET") != "1"
 
 
 @torch.compiler.assume_constant_result  # no graph break: a compiler gets the verdict
@@ -63,54 +74,68 @@ def _learn(key: tuple) -> list[str]:
     device, family, variant, gradients = key
     if _known.get((device, family, variant, True)) == []:  # right with gradients is right without
         return []
-    asked = os.environ.get("ENCDIFF_SELF_CHECK", "1")
+    asked = os.environ.get("ENCDIFF_SELF_CHECK") or "1"
     if asked != "1":
         raise InputError(f"ENCDIFF_SELF_CHECK is {asked!r}, must be 0 or 1")
     if not is_there():
         return []
-    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-        return [UNCHECKED]
-    if not (kept := read(device)):
-        where = f", once; verdicts are kept in {path}" if (path := file(device)) else ""
-        say(f"each kernel is checked at its first use on {card(device)}{where}")
-    wrong = kept.get(title(family, variant, gradients))
+    name, kept = title(family, variant, gradients), read(device)
+    wrong = kept.get(name)
     if wrong is None and kept.get(title(family, variant, True)) == []:
         wrong = []
     if wrong is None:
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            say(f"{name}: {UNCHECKED}")
+            return [UNCHECKED]
+        if not kept:
+            where = f", once; verdicts are kept in {path}" if (path := file(device)) else ""
+            say(f"each kernel is checked at its first use on {card(device)}{where}")
         finding = _apart(family, variant, gradients, device)
-        if finding is None:
-            return ["not checked: the device is out of memory"]
-        keep(device, [finding])
         wrong = finding.wrong
-        if wrong:
-            say(f"{finding} is wrong on {card(device)}: {'; '.join(wrong)}; another implementation serves")
+        keep(device, [finding])
+        if is_lost(place(device)):
+            raise RuntimeError(f"{name} broke the work on {card(device)}: {'; '.join(wrong)}. It is noted: start again")
+    if wrong:
+        say(f"{name} is wrong on {card(device)}: {'; '.join(wrong)}; another implementation serves")
     _known[key] = [f"it failed its check on this card: {'; '.join(wrong)}"] if wrong else []
     return _known[key]
 
 
-def _apart(family: str, variant: Variant, gradients: bool, device: int) -> Finding | None:
-    """Check in a thread of its own, where no autocast, inference mode or tracing of the caller's holds.
+def _apart(family: str, variant: Variant, gradients: bool, device: int) -> Finding:
+    """Check where no autocast, inference mode or tracing of the caller's holds: in a thread of its own.
 
-    None: there is no memory for it. What the device had to say before is raised, and not laid to the kernel.
+    But not from within a backward: there is one thread for that on a GPU, and it cannot wait for another. What the
+    device had to say before is raised, and not laid to the kernel.
     """
     from encdiff.ops._families import FAMILIES
 
-    def run() -> Finding | None:
-        on_gpu = place(device).type == "cuda"
-        if on_gpu:
-            waiting = torch.cuda.get_sync_debug_mode()
-            torch.cuda.set_sync_debug_mode("default")  # the check waits for the device
-            torch.cuda.synchronize(device)
+    def run() -> Finding:
         try:
             return check(FAMILIES[family], variant, gradients, place(device))
         except torch.cuda.OutOfMemoryError:
-            return None
-        finally:
-            if on_gpu:
-                torch.cuda.set_sync_debug_mode(waiting)
+            return Finding(family, variant, gradients, {}, ["the device is out of memory"], lasting=False)
 
-    with ThreadPoolExecutor(1) as pool:
-        return pool.submit(run).result()
+    with _waiting_allowed(device):
+        if torch._C._current_graph_task_id() != -1:
+            with torch.inference_mode(False), torch.enable_grad(), autocast_off(torch.empty(0, device=place(device))):
+                return run()
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(run).result()
+
+
+@contextmanager
+def _waiting_allowed(device: int) -> Iterator[None]:
+    """The check waits for the device, also where the user has it refused."""
+    refused = torch.cuda.get_sync_debug_mode() if place(device).type == "cuda" else 0
+    try:
+        if refused:  # to set it is to be warned that it is a prototype
+            torch.cuda.set_sync_debug_mode(0)
+        if place(device).type == "cuda":
+            torch.cuda.synchronize(device)
+        yield
+    finally:
+        if refused:
+            torch.cuda.set_sync_debug_mode(refused)
 
 
 def is_there() -> bool:
@@ -141,7 +166,9 @@ def sources() -> str:
 
 
 def identity(device: int) -> dict[str, str]:
-    return {"card": card(device), "triton": version("triton"), "torch": torch.__version__, "sources": sources()}
+    import triton
+
+    return {"card": card(device), "triton": triton.__version__, "torch": torch.__version__, "sources": sources()}
 
 
 def file(device: int) -> Path | None:
@@ -175,8 +202,17 @@ def read(device: int) -> dict[str, list[str]]:
     return checks
 
 
+def replace(device: int, findings: Iterable[Finding]) -> None:
+    """Let these verdicts count, in this process and in later ones."""
+    _known.clear()
+    keep(device, findings)
+
+
 def keep(device: int, findings: Iterable[Finding]) -> None:
     """Add findings to the verdicts that are kept, or replace them; other processes may do so at the same time."""
+    findings = [finding for finding in findings if finding.lasting]
+    if not findings:
+        return
     if (path := file(device)) is None:
         return
     try:

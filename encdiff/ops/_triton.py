@@ -14,12 +14,17 @@ _INSTALLED = find_spec("triton") is not None
 
 def unavailable(x: Tensor, name: str = "x") -> list[str]:
     """Why no kernel runs where a tensor is: on a GPU of compute capability 8.0 or more, or interpreted on the CPU."""
-    reasons = [] if _INSTALLED else ["triton is not installed"]
-    if x.is_cuda:
-        if torch.cuda.get_device_capability(x.device) < (8, 0):
-            reasons.append("the GPU is older than compute capability 8.0")
-    elif x.device.type != "cpu" or os.environ.get("TRITON_INTERPRET") != "1":
+    reasons = not_for(x.device)
+    if not x.is_cuda and (x.device.type != "cpu" or os.environ.get("TRITON_INTERPRET") != "1"):
         reasons.append(f"{name} is on {x.device.type}")
+    return reasons
+
+
+def not_for(device: torch.device) -> list[str]:
+    """Why no kernel can be compiled for a device, or be interpreted on it."""
+    reasons = [] if _INSTALLED else ["triton is not installed"]
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        reasons.append("the GPU is older than compute capability 8.0")
     return reasons
 
 

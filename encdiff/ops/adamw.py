@@ -47,6 +47,7 @@ def _triton_reasons(
     for name, t in (("gradient", gradient), ("weights", weights)):
         if t is not None and t.dtype not in FUSED_TYPES:
             reasons.append(f"{name} is {t.dtype}, not float32, bfloat16 or float16")
+    reasons += [f"{t.dtype} is not served" for t in (gradient, weights) if t is not None and t.dtype not in NAMES]
     return reasons or _self_check.reasons("adamw", master, _variant, master, gradient, average, weights, scale)
 
 

@@ -15,18 +15,21 @@ from encdiff.ops._types import check_dtype, check_floating
 @cache
 def representative(rows: int, columns: int) -> tuple[int, int]:
     """One size of matrix for all that take the same kernels: tiles of rows and columns, columns full or not."""
-    from encdiff.kernels.column_sum import ALL, COLUMNS, ONCE, SHARES
+    from encdiff.kernels.column_sum import ALL, COLUMNS, ONCE, SHARES, shares
 
     if rows > ONCE:
-        block = SHARES[columns <= COLUMNS].BLOCK_C
+        tile, left = SHARES[columns <= COLUMNS], shares(rows, columns)  # summed by a second launch
+        block = tile.BLOCK_C
         full = block if columns % block == 0 else 48 if columns % COLUMNS == 0 else block - 1
-        return ONCE + 1, full
+        least = 1 if left <= ALL[0].BLOCK_R else ALL[0].BLOCK_R + 1 if left <= ALL[1].BLOCK_R else ALL[1].BLOCK_R + 1
+        return max(ONCE + 1, least * tile.BLOCK_R), full
     return next((tile.BLOCK_R for tile in ALL if tile.BLOCK_R >= rows), ONCE), 63 if columns % COLUMNS else 64
 
 
 def representatives() -> dict[tuple[int, int], None]:
     """All of them."""
-    return dict.fromkeys(representative(M, C) for M in (1, 200, 500, 1000, 2000, 3000) for C in (16, 15, 48, 63, 64))
+    rows = (1, 200, 500, 1000, 2000, 3000, 32768, 200_000)
+    return dict.fromkeys(representative(M, C) for M in rows for C in (16, 15, 48, 63, 64))
 
 
 def column_sum_reference(x, dtype):
@@ -47,7 +50,7 @@ def column_sum_triton(x, dtype):
 
 
 def _triton_reasons(x, dtype) -> list[str]:
-    return _type_reasons(x, dtype) or _failed(x, dtype)
+    return _type_reasons(x, dtype) or failed_sum(x, dtype, *x.shape)
 
 
 def _type_reasons(x, dtype) -> list[str]:
@@ -59,10 +62,11 @@ def _type_reasons(x, dtype) -> list[str]:
     return reasons
 
 
-def _failed(x, dtype) -> list[str]:
-    if len(x) >= 2**30:
-        return ["x has 2^30 rows or more"]
-    return _self_check.reasons("column_sum", x, _variant, x.dtype, dtype, *x.shape)
+def failed_sum(x, dtype, rows: int, columns: int) -> list[str]:
+    """Why the kernel cannot sum so many rows of x's type: what its check on x's card has found."""
+    if rows >= 2**30:
+        return [f"{rows} rows, must be fewer than 2^30"]
+    return _self_check.reasons("column_sum", x, _variant, x.dtype, dtype, rows, columns)
 
 
 def _variant(x, dtype, rows, columns) -> tuple:
@@ -103,11 +107,11 @@ def column_sum(x: Tensor, dtype: torch.dtype | None = None, *, impl: str | None 
 def is_fused(x: Tensor, impl: str | None = None) -> bool:
     """Whether `column_sum` of rows of x's type, on x's device, is the kernel's; False too where that cannot serve."""
     forced = impl or _op._default()
-    if is_transformed() or forced not in (None, "triton") or _type_reasons(x, x.dtype):
+    if is_transformed(x) or forced not in (None, "triton") or _type_reasons(x, x.dtype):
         return False
     return forced == "triton" or not interpreted(x)
 
 
 def bias_gradient(rows: Tensor, dtype: torch.dtype) -> Tensor:
     """`column_sum` where `is_fused` said so before the number of rows was known; a part of other ops, not recorded."""
-    return (column_sum_native if _failed(rows, dtype) else column_sum_triton)(rows, dtype)
+    return (column_sum_native if failed_sum(rows, dtype, *rows.shape) else column_sum_triton)(rows, dtype)

@@ -168,7 +168,7 @@ def cross_attention_triton(
     options = dict(norm_weight=norm_weight, norm_bias=norm_bias, norm_eps=norm_eps, residual=residual)
     options |= dict(token_bias=token_bias, maps=maps)
     gradients = has_gradient(x, context, w_q, w_k, w_v, w_o, b_o, norm_weight, norm_bias, token_bias, *projected or ())
-    route, _ = _route(x, context, w_q, heads, norm_weight, residual, token_bias, maps, gradients)
+    route, _ = _route(x, context, w_q, heads, b_o, norm_weight, residual, token_bias, maps, gradients)
     k, v = projected or _project(*(t.to(dtype) for t in (context, w_k, w_v)))
     k, v, w_q, w_o = (t.to(dtype) for t in (k, v, w_q, w_o))
     if route == "folded":
@@ -178,26 +178,24 @@ def cross_attention_triton(
 
 
 def _route(
-    x, context, w_q, heads, norm_weight, residual, token_bias, maps, gradients
+    x, context, w_q, heads, b_o, norm_weight, residual, token_bias, maps, gradients
 ) -> tuple[str, list[str]]:  # fmt: skip
     """The route that is predicted to be the fastest of those whose kernels are right on x's card; or why none is."""
     tokens, width, size = context.shape[1], w_q.shape[0] // heads, product_dtype(x).itemsize
     preferred, against = choose_route(*x.shape[1:], tokens, heads, size), []
     if preferred == "folded":
-        flags = norm_weight is not None, residual, token_bias is not None, maps or "none"
-        against = failed_folded(x, *flags, gradients=gradients)
+        against = failed_folded(x, b_o, norm_weight, token_bias, residual, maps, gradients)
         if not against:
             return "folded", []
     if width > head_width_limit(tokens, size):
         return "heads", against
-    flags = token_bias is not None, maps is not None
-    checked = x, x.shape[1], tokens, width, *flags
+    bias = "none" if token_bias is None else "learnt" if has_gradient(token_bias) else "given"
+    checked = x, x.shape[1], tokens, width, bias, maps is not None
     return "heads", _self_check.reasons("cross_attention_heads", x, _heads_variant, *checked, gradients=gradients)
 
 
 def _heads_variant(x, queries, tokens, width, *flags) -> tuple:
-    width, dtype = -(-int(width) // 8) * 8, product_dtype(x)
-    many = True if tokens > FEW_TOKENS else False  # noqa: SIM210 - a branch gives no symbol
+    width, many, dtype = -(-width // 8) * 8, tokens > FEW_TOKENS, product_dtype(x)
     short = not many and heads_tile("fwd", queries, tokens, width, dtype.itemsize) == SHORT
     return NAMES[dtype], width, many, short, *flags
 
@@ -230,7 +228,7 @@ def _triton_reasons(
     if width > limit and not can_fold(x.shape[2], tokens, dtype.itemsize):
         reasons.append(f"head width {width} must be at most {limit} in {dtype} with {tokens} tokens")
     gradients = has_gradient(x, *tensors)
-    return reasons or _route(x, context, w_q, heads, norm_weight, residual, token_bias, maps, gradients)[1]
+    return reasons or _route(x, context, w_q, heads, b_o, norm_weight, residual, token_bias, maps, gradients)[1]
 
 
 def _transposed_doubts(x, context, w_q, *weights, heads, **_) -> list[str]:

@@ -40,6 +40,7 @@ from encdiff.ops._attention import (
 from encdiff.ops._dispatch import Implementation, Op, always
 from encdiff.ops._triton import NAMES, has_gradient
 from encdiff.ops._types import check_floating
+from encdiff.ops.column_sum import failed_sum
 
 TRITON = find_spec("triton") is not None
 
@@ -240,32 +241,45 @@ def _triton_reasons(
         )
     if reasons:
         return reasons
-    flags = norm_weight is not None, residual, token_bias is not None, maps or "none"
+    options = b_o, norm_weight, token_bias, residual, maps
     if isinstance(folded, Kept):
-        return _self_check.reasons("cross_attention_kept", x, _kept_variant, x, *x.shape[1:], width, *flags)
-    return failed_folded(x, *flags, gradients=has_gradient(x, *tensors))
+        return _self_check.reasons("cross_attention_kept", x, _kept_variant, x, *x.shape[1:], width, *options)
+    return failed_folded(x, *options, gradients=has_gradient(x, *tensors))
 
 
-def failed_folded(x, norm: bool, residual: bool, bias: bool, maps: str, gradients: bool) -> list[str]:
-    """Why the card of x must not take the folded kernels: what their check has found."""
-    flags = norm, residual, bias, maps
-    return _self_check.reasons("cross_attention_folded", x, _folded_variant, x, *flags, gradients=gradients)
+def failed_folded(x, b_o, norm_weight, token_bias, residual, maps, gradients: bool) -> list[str]:
+    """Why the card of x must not take the folded kernels: what their check has found, and that of the sum in them."""
+    options = b_o, norm_weight, token_bias, residual, maps
+    against = _self_check.reasons("cross_attention_folded", x, _folded_variant, x, *options, gradients=gradients)
+    if gradients and has_gradient(b_o):
+        against = against + failed_sum(x, b_o.dtype, x.shape[0] * x.shape[1], x.shape[2])
+    return against
 
 
-def _folded_variant(x, *flags) -> tuple:
-    return NAMES[x.dtype], NAMES[product_dtype(x)], int(x.shape[2]), *flags
+def _folded_variant(x, *options) -> tuple:
+    return *_types(x, *options), x.shape[2], *_flags(*options)
+
+
+def _types(x, b_o, norm_weight, *_) -> tuple[str, str, str]:
+    """Of the features, of the products, of the channels' parameters."""
+    parameter = next((t for t in (norm_weight, b_o) if t is not None), x)
+    return NAMES[x.dtype], NAMES[product_dtype(x)], NAMES[parameter.dtype]
+
+
+def _flags(b_o, norm_weight, token_bias, residual, maps) -> tuple:
+    bias = "none" if token_bias is None else "learnt" if has_gradient(token_bias) else "given"
+    return norm_weight is not None, residual, bias, maps or "none"
 
 
 def failed_kept(context: Tensor, channels: int, width: int) -> list[str]:
     """Likewise of the kernel of kept tokens, in a layer of as many queries as `choose_form` takes it to have."""
-    layer = layer_queries(channels), channels, width, True, True, False, "none"
+    layer = layer_queries(channels), channels, width, None, context, None, True, None  # its parameters are of that type
     return _self_check.reasons("cross_attention_kept", context, _kept_variant, context, *layer)
 
 
-def _kept_variant(x, queries, channels, width, *flags) -> tuple:
-    channels, width = int(channels), int(width)
+def _kept_variant(x, queries, channels, width, *options) -> tuple:
     few = queries < KEPT_TILES[pad(channels, 128), pad(width, 16)].BLOCK_L  # then samples share a tile
-    return NAMES[x.dtype], NAMES[product_dtype(x)], channels, width, 9 if few else 80, *flags
+    return *_types(x, *options), channels, width, 9 if few else 80, *_flags(*options)
 
 
 def triton_reasons(x: Tensor, maps: str | None, *tensors) -> list[str]:
@@ -277,7 +291,7 @@ def triton_reasons(x: Tensor, maps: str | None, *tensors) -> list[str]:
         reasons.append(f"x is on {x.device.type}")
     if x.is_cuda and torch.cuda.get_device_capability(x.device) < (8, 0):
         reasons.append("the GPU is older than compute capability 8.0")
-    if product_dtype(x) not in (torch.float32, torch.bfloat16, torch.float16):
+    if product_dtype(x) not in NAMES or x.dtype not in NAMES:
         reasons.append(f"x is {x.dtype}")
     if maps is not None and has_gradient(x, *tensors):
         reasons.append("attention maps have no gradient there")

@@ -127,7 +127,7 @@ def _triton_doubts(x, *_, **__) -> list[str]:
 
 
 def _centred_doubts(x, weight, bias, groups, eps=1e-5, *, scale=None, shift=None, **_) -> list[str]:
-    if is_transformed():
+    if is_transformed(x, weight, bias, scale, shift):
         return ["under torch.func or forward mode, where its layout cannot always be asked"]
     doubts = [] if x.device.type == "cpu" else [f"x is on {x.device.type}"]
     if x.dtype != torch.float32:

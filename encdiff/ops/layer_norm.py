@@ -53,8 +53,7 @@ def _variant(x, weight) -> tuple:
     from encdiff.kernels.layer_norm import BLOCKS
 
     C = len(weight)
-    aligned = True if C % 8 == 0 else False  # noqa: SIM210 - a branch gives no symbol
-    return NAMES[x.dtype], NAMES[weight.dtype], next(b for b in BLOCKS if b >= C), aligned
+    return NAMES[x.dtype], NAMES[weight.dtype], next(b for b in BLOCKS if b >= C), C % 8 == 0
 
 
 def _triton_doubts(x, *_, **__) -> list[str]:
@@ -78,7 +77,7 @@ def fuses(x: Tensor, weight: Tensor, bias: Tensor) -> bool:
     where one is forced that serves that op and not this part of it.
     """
     forced = _op._default()
-    if is_transformed() or forced not in (None, "triton") or _triton_reasons(x, weight, bias):
+    if is_transformed(x, weight, bias) or forced not in (None, "triton") or _triton_reasons(x, weight, bias):
         return False
     return forced == "triton" or not _triton_doubts(x)
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from encdiff.errors import InputError
+from encdiff.ops._dispatch import is_transformed
 from encdiff.ops._triton import autocast_dtype
 from encdiff.ops._types import check_floating, mixed
 from encdiff.ops.column_sum import bias_gradient, is_fused
@@ -134,7 +135,7 @@ def _sums(x: Tensor, bias: Tensor | None, impl: str | None) -> bool:
     """Whether a gradient of the bias is asked for and is the kernel's; a compiler fuses these sums itself."""
     if bias is None or torch.compiler.is_compiling() or not (torch.is_grad_enabled() and bias.requires_grad):
         return False
-    return is_fused(x, impl)
+    return not is_transformed(x, bias) and is_fused(x, impl)
 
 
 def _cast(*tensors: Tensor) -> tuple[Tensor, ...]:

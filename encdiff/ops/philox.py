@@ -233,4 +233,4 @@ def check_key(batch, seed: int, sample_ids: torch.Tensor, draw: int | torch.Tens
 
 def readable(x: torch.Tensor) -> bool:
     """Whether values may be looked at: neither a device stall nor a graph break, and not one of many under vmap."""
-    return x.device.type == "cpu" and not (torch.compiler.is_compiling() or is_transformed())
+    return x.device.type == "cpu" and not (torch.compiler.is_compiling() or is_transformed(x))

@@ -32,7 +32,7 @@ FUSED_POSITIONS, FUSED_WIDTH = 1024, 32  # past them, wider heads above all, the
 
 
 # numbers of positions: one for each choice of tiles, whole and not, that the tables of kernels/self_attention.py make
-LENGTHS = (16, 11, 64, 50, 128, 100, 256, 200, 512, 300)
+LENGTHS = (16, 11, 32, 20, 64, 50, 128, 100, 256, 200, 512, 300)
 
 
 @cache
@@ -98,7 +98,7 @@ def _triton_reasons(x, w_q, *weights, heads, **options) -> list[str]:
 
 
 def _variant(x, w_q, heads) -> tuple:
-    width, dtype = -(-int(w_q.shape[0]) // heads // 8) * 8, product_dtype(x)  # filled up, as the kernel gets it
+    width, dtype = -(-w_q.shape[0] // heads // 8) * 8, product_dtype(x)  # filled up, as the kernel gets it
     return NAMES[dtype], width, representative(x.shape[1], width, dtype.itemsize)
 
 
