@@ -129,11 +129,15 @@ def _reserve(descriptor: int, start: int, size: int, path: Path) -> None:
 
 def _open_h5(path: Path) -> tuple[h5py.Dataset, np.ndarray, tuple[tuple[str, ...], ...]]:
     file = open_h5(path)
-    images, labels = (own_array(path, file, key) for key in ("images", "labels"))
-    missing = [key for key, value in (("images", images), ("labels", labels)) if value is None]
-    if missing:
-        raise InputError(f"{path}: an HDF5 file without {' and '.join(missing)}; must hold the 3dshapes schema")
-    return images, read_labels(path, labels), _names(path, labels)
+    try:
+        images, labels = (own_array(path, file, key) for key in ("images", "labels"))
+        missing = [key for key, value in (("images", images), ("labels", labels)) if value is None]
+        if missing:
+            raise InputError(f"{path}: an HDF5 file without {' and '.join(missing)}; must hold the 3dshapes schema")
+        return images, read_labels(path, labels), _names(path, labels)
+    except BaseException:
+        file.close()  # else it stays open, and locked, as long as the error is kept
+        raise
 
 
 def _names(path: Path, labels: h5py.Dataset) -> tuple[tuple[str, ...], ...]:
