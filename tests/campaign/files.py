@@ -7,6 +7,7 @@ signal, a hang or a hunger for memory is counted like any other outcome. Exits 1
 """
 
 import argparse
+import faulthandler
 import os
 import random
 import resource
@@ -81,6 +82,7 @@ def try_case(seed: int, case: int, whole: Path, folder: Path) -> tuple[str, str]
 def work(seed: int, cases: Iterable[int], whole: Path, folder: Path, out: int) -> None:
     """In a child: the cases one after the other, a line for each; ends early once one took too much memory."""
     torch.set_num_threads(1)
+    faulthandler.disable()  # pytest's: signals are counted, not told
     pages = int(Path("/proc/self/statm").read_text().split()[0]) if Path("/proc/self/statm").exists() else 0
     if pages:
         resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 4 * MEMORY,) * 2)
