@@ -151,8 +151,19 @@ def test_hdf5_attributes(tmp_path, value, words):
         file["labels"].attrs["factor_names"] = np.array(value, "S1") if isinstance(value, list) else value
     with pytest.raises(InputError, match=words):
         Shapes3D(tmp_path / "x.h5")
-    with h5py.File(h5(tmp_path / "x.h5")) as file:
-        assert read_names(tmp_path, file["labels"], "cyclic") == ()
+    assert read_names(h5(tmp_path / "x.h5"), "cyclic", "factor_names") == [(), tuple("abcdef")]
+
+
+@pytest.mark.parametrize("offset, value", [(8, 0), (8, 2**40), (208, 0), (208, 8), (208, 2**60), (208, 0xF00)])
+def test_hdf5_heaps_that_have_no_end(tmp_path, offset, value):
+    """In which HDF5 would look for the end for ever."""
+    write_shapes3d(tmp_path / "x.h5", open_dataset("sprites:2,2,2,2,2", 8))
+    content = bytearray((tmp_path / "x.h5").read_bytes())
+    heap = content.find(b"GCOL")
+    assert struct.unpack_from("<Q", content, heap + 208)[0] == 4096 - 200, "what is free, at the end"
+    struct.pack_into("<Q", content, heap + offset, value)
+    (tmp_path / "x.h5").write_bytes(content)
+    refuses(tmp_path / "x.h5", "damaged")
 
 
 def test_hdf5_that_a_writer_holds_is_not_called_damaged(tmp_path):

@@ -142,7 +142,7 @@ def _open_h5(path: Path) -> tuple[h5py.Dataset, np.ndarray, tuple[tuple[str, ...
 
 def _names(path: Path, labels: h5py.Dataset) -> tuple[tuple[str, ...], ...]:
     """Factor names, cyclic ones and categories: those of Shapes3D unless the labels name theirs."""
-    named = [read_names(path, labels, key) for key in (NAMES, CYCLIC, CATEGORIES)]
+    named = read_names(path, NAMES, CYCLIC, CATEGORIES) if NAMES in labels.attrs else [()]
     if not named[0]:
         return FACTOR_NAMES, ProceduralShapes3D.cyclic, ProceduralShapes3D.categories
     if len(set(named[0])) < len(named[0]) or not all(named[0]):

@@ -186,10 +186,13 @@ def main() -> int:
     parser.add_argument("--first", type=int, default=0, help="the number of the first case")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--reader", choices=READERS, help="take the cases of this one only")
     given = parser.parse_args()
     torch.set_num_threads(1)
     began, outcomes = time.monotonic(), []
-    for outcome in campaign(range(given.first, given.first + given.cases), given.seed, given.jobs):
+    cases = range(given.first, given.first + given.cases)
+    cases = [case for case in cases if given.reader in (None, reader_of(case))]
+    for outcome in campaign(cases, given.seed, given.jobs):
         outcomes.append(outcome)
         if len(outcomes) % 1000 == 0:
             print(f"{len(outcomes):,} cases, {time.monotonic() - began:.0f} s", flush=True)
