@@ -88,7 +88,7 @@ def _read_texts(path: Path, labels: h5py.Dataset, key: str) -> tuple[str, ...]:
 
 
 class _Watched(io.FileIO):
-    """A file that HDF5 reads texts of, whose heaps are looked at first: damaged, some of them would hold it for ever."""
+    """A file that HDF5 reads texts of, whose heaps are looked at first: a damaged one would hold it for ever."""
 
     def readinto(self, buffer) -> int:
         at = self.tell()

@@ -52,7 +52,7 @@ def _unpacked(body: memoryview, order: str) -> memoryview:
         if size > min(TIGHTEST * len(body), MOST):
             raise ValueError(f"{size} bytes packed in {len(body)}")
         rest = stream.decompress(stream.unconsumed_tail, size) if size else b""
-    except zlib.error as error:
+    except (zlib.error, struct.error) as error:
         raise ValueError(str(error)) from None
     return memoryview(head + rest)
 
