@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from encdiff.errors import InputError
+from encdiff.files import read_json
 from encdiff.ops._check import Finding, Variant, check, title
 
 UNCHECKED = "not checked on this card yet: call it once before a graph is captured"
@@ -143,7 +144,7 @@ def read(device: int) -> dict[str, list[str]]:
     """Title of a check -> what was wrong; empty where there is no file, or one that is of no use."""
     path = file(device)
     try:
-        kept = json.loads(path.read_text())
+        kept = read_json(path)
         checks, of = kept["checks"], {name: kept[name] for name in identity(device)}
         if not all(isinstance(wrong, list) for wrong in checks.values()):
             raise TypeError("a verdict must be a list")
