@@ -172,6 +172,7 @@ def test_train_and_resume(encdiff, tmp_path):
         (["evaluate", "{run}", "--protocol", "best"], "best"),
         (["evaluate", "{run}", "--metrics", "luck"], "--metrics: 'luck' is unknown"),
         (["evaluate", "none.npz"], "none.npz"),
+        (["evaluate", "none.NPZ"], "No such file or directory: 'none.NPZ'"),
         (["evaluate", "none.npz", "--protocol", "paper"], "none.npz: codes have no --data, and their --protocol is"),
         (["data", "render", "x.png"], "x.png: must end in .h5"),
         (["data", "render", "x.h5", "--grid", "a,b"], "procedural:a,b"),

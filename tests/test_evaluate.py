@@ -186,6 +186,31 @@ def test_codes_of_any_model(codes_file):
     assert "+-" in text and "seeds 0 to 2" in text and "codes.npz" in text
 
 
+def test_every_score_of_several_seeds_is_their_mean(codes_file, monkeypatch, tmp_path):
+    """Also those beside the headline, and the picture says whose importance it shows."""
+    metrics = ("factor_vae", "dci", "infomec")
+    options = dict(metrics=metrics, n_jobs=1, **QUICK)
+    result = evaluate_codes(codes_file, seeds=3, **options)
+    alone = [evaluate_codes(codes_file, seed=seed, **options) for seed in range(3)]
+    console = Console(width=100, record=True, file=io.StringIO())
+    console.print(format_table({"other": result}))
+    text = console.export_text()
+    rows = {"DCI completeness": ("dci", "completeness"), "DCI informativeness": ("dci", "informativeness_test")}
+    rows |= {"InfoC": ("infomec", "infoc"), "InfoE": ("infomec", "infoe")}
+    rows |= {"active dimensions": ("factor_vae", "num_active_dims")}
+    for title, (metric, field) in rows.items():
+        values = [one[metric][field] for one in alone]
+        assert result["summary"][metric]["further"][field]["values"] == values
+        line = next(line for line in text.splitlines() if title in line)
+        assert f"{np.mean(values):.3f} +- {np.std(values, ddof=1):.3f}" in line
+    assert len(set(result["summary"]["dci"]["further"]["completeness"]["values"])) > 1
+    titles = []
+    monkeypatch.setattr("matplotlib.axes.Axes.set_title", lambda self, title: titles.append(title))
+    for scores in (result, alone[1]):
+        plot_importance(scores, tmp_path / "importance.png")
+    assert titles[0].endswith("seed 0 alone)") and "seed" not in titles[1]
+
+
 def test_what_is_no_zip_file(tmp_path):
     (tmp_path / "codes.npz").write_text("codes")
     with pytest.raises(InputError, match=r"codes.npz: not an .npz of arrays \(no zip file\)"):

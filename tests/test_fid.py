@@ -44,6 +44,8 @@ def test_fid_takes_batches():
         fid([images / 255], [images], features)
     with pytest.raises(InputError, match="^reference holds 1 images"):
         fid([images], [images[:1]], features)
+    with pytest.raises(InputError, match=r"^features reach 1e\+200; they must lie within"):
+        frechet_distance(np.eye(3) * 1e200, np.eye(3))
     with pytest.raises(InputError, match="^features b are"):
         frechet_distance(np.zeros((3, 2)), np.zeros((3, 4)))
 

@@ -31,3 +31,8 @@ def test_a_factor_hidden_in_a_direction_is_found():
 def test_bad_input(codes):
     with pytest.raises(InputError, match=r"codes are \(.*\), must be \(n, N, m\)"):
         first_components(codes)
+
+
+def test_codes_too_large_to_be_squared():
+    with pytest.raises(InputError, match=r"codes reach 1e\+200; they must lie within"):
+        first_components(np.full((3, 2, 2), 1e200))

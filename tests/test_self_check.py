@@ -222,7 +222,11 @@ def test_the_environment_leaves_it_out(card, wrong_layer_norm, monkeypatch):
         ops.layer_norm(*layer(), impl="triton")
 
 
-@pytest.mark.parametrize("damage", ["", "{", "[]", '{"checks": {"a": 1}}', "\x00\xff"])
+@pytest.mark.parametrize(
+    "damage",
+    ["", "{", "[]", "[" * 100_000, '{"checks": {"a": 1}}', "\x00\xff"],
+    ids=["empty", "cut", "list", "deep", "types", "bytes"],
+)
 def test_a_damaged_file_is_said_and_made_anew(card, tmp_path, capsys, monkeypatch, damage):
     ops.layer_norm(*layer(), impl="triton")
     path = only_file(tmp_path)

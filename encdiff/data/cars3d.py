@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import tarfile
 import zlib
@@ -14,12 +13,12 @@ import numpy as np
 
 from encdiff.data import Dataset, Progress
 from encdiff.data.arrays import resize
+from encdiff.data.matlab import array_of, read_arrays
 from encdiff.errors import InputError
 from encdiff.files import damage, read_bytes
 
 ELEVATIONS, AZIMUTHS = 4, 24
 LIST = "list.txt"
-CLASSES = {"double": "float64", "single": "float32"}  # MATLAB's names
 MOST, LARGEST = 2**28, 1024  # bytes of a file, and pixels along a side, that are still read
 REPEATS = 10  # of every image in the published training set
 
@@ -139,12 +138,6 @@ def _members(path: Path, progress: Progress | None) -> Iterator[tuple[PurePosixP
         raise InputError(f"{path}: a damaged or truncated archive ({error}); copy it again") from error
 
 
-def _check_car(dtype: str, shape: tuple[int, ...], source: str | Path) -> None:
-    square = len(shape) == 5 and 0 < shape[0] == shape[1] <= LARGEST
-    if dtype != "uint8" or not square or shape[2:] != (3, AZIMUTHS, ELEVATIONS):
-        raise InputError(f"{source}: im is {dtype} {shape}; must be uint8 (size, size, 3, {AZIMUTHS}, {ELEVATIONS})")
-
-
 def _listed(content: bytes, source: str | Path) -> list[str]:
     names = content.decode(errors="replace").split()
     names = [PurePosixPath(name).name.removesuffix(".mat") for name in names]
@@ -155,17 +148,14 @@ def _listed(content: bytes, source: str | Path) -> list[str]:
 
 def _read_car(content: bytes, size: int, source: str | Path) -> np.ndarray:
     """The views of one car, uint8 (4, 24, size, size, 3)."""
-    from scipy.io import loadmat, whosmat  # read arrays; run nothing that the file holds
-
     with damage(f"{source}: not a readable MATLAB file"):
-        found = whosmat(io.BytesIO(content))
-        declared = {name: (CLASSES.get(dtype, dtype), tuple(shape)) for name, shape, dtype in found}
-    if "im" not in declared:
+        arrays = read_arrays(content)
+    if "im" not in arrays:
         raise InputError(f"{source}: a MATLAB file without `im`; must be a car of Cars3D")
-    _check_car(*declared["im"], source)  # before the pixels are unpacked
-    with damage(f"{source}: not a readable MATLAB file"):
-        images = loadmat(io.BytesIO(content), variable_names=["im"])["im"]
-        dtype, shape = str(images.dtype), images.shape
-    _check_car(dtype, shape, source)
+    dtype, shape, pixels = arrays["im"]
+    square = len(shape) == 5 and 0 < shape[0] == shape[1] <= LARGEST
+    if dtype != "uint8" or not square or shape[2:] != (3, AZIMUTHS, ELEVATIONS):
+        raise InputError(f"{source}: im is {dtype} {shape}; must be uint8 (size, size, 3, {AZIMUTHS}, {ELEVATIONS})")
+    images = array_of(shape, pixels)
     views = images.transpose(4, 3, 0, 1, 2).reshape(-1, *images.shape[:3])
     return resize(views, size).reshape(ELEVATIONS, AZIMUTHS, size, size, 3)

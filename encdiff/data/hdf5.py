@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import math
+import os
+import re
+import struct
 from pathlib import Path
 
 import h5py
@@ -14,6 +18,7 @@ from encdiff.files import damage, refuse_special
 TIGHTEST = 1100  # no filter of HDF5's own shortens more, by a little
 LARGE = 2**30  # bytes of labels, or of one chunk of images, that are still read
 MOST_NAMES = 4096
+HEAP, HEAP_LEAST = b"GCOL\x01\0\0\0", 4096  # how a heap of texts begins, and its least size
 
 
 def open_h5(path: Path) -> h5py.File:
@@ -62,8 +67,14 @@ def read_labels(path: Path, labels: h5py.Dataset) -> np.ndarray:
         return np.asarray(labels[()])
 
 
-def read_names(path: Path, labels: h5py.Dataset, key: str) -> tuple[str, ...]:
-    """The texts in an attribute of the labels; none without it."""
+def read_names(path: Path, *keys: str) -> list[tuple[str, ...]]:
+    """The texts in attributes of the labels; none for one that is not there."""
+    said = f"{path}: a damaged or truncated HDF5 file"
+    with damage(said), _Watched(path) as stream, h5py.File(stream, "r") as file:
+        return [_read_texts(path, file["labels"], key) for key in keys]
+
+
+def _read_texts(path: Path, labels: h5py.Dataset, key: str) -> tuple[str, ...]:
     with damage(f"{path}: a damaged HDF5 file: {key} of the labels"):
         if key not in labels.attrs:
             return ()
@@ -74,6 +85,30 @@ def read_names(path: Path, labels: h5py.Dataset, key: str) -> tuple[str, ...]:
         if math.prod(attribute.shape) > MOST_NAMES:
             raise InputError(f"{path}: {key} of the labels holds {attribute.shape} texts, must be one for each factor")
         return tuple(map(_text, np.atleast_1d(labels.attrs[key]).ravel().tolist()))
+
+
+class _Watched(io.FileIO):
+    """A file that HDF5 reads texts of, whose heaps are looked at first: a damaged one would hold it for ever."""
+
+    def readinto(self, buffer) -> int:
+        at = self.tell()
+        count = super().readinto(buffer)
+        content = bytes(memoryview(buffer)[:count])
+        for found in re.finditer(re.escape(HEAP), content):
+            self._check(at + found.start())
+        return count
+
+    def _check(self, start: int) -> None:
+        """The heap's objects lie one behind the other up to its end."""
+        size = struct.unpack("<Q", os.pread(self.fileno(), 8, start + 8))[0]
+        if not HEAP_LEAST <= size <= LARGE:
+            raise ValueError(f"a heap of {size} bytes")
+        heap, place = os.pread(self.fileno(), size, start), 16
+        while place + 16 <= len(heap):
+            index, length = struct.unpack_from("<H6xQ", heap, place)
+            place += length if index == 0 else 16 + length + -length % 8  # 0: what is free, with its own head
+            if (length < 16 and index == 0) or place > size:
+                raise ValueError(f"a heap with {length} bytes at {place}")
 
 
 def _text(value: str | bytes) -> str:

@@ -137,16 +137,20 @@ def _h5_errors() -> Iterator[None]:
 
 def _open_h5(path: Path) -> tuple[h5py.Dataset, np.ndarray, tuple[tuple[str, ...], ...]]:
     file = open_h5(path)
-    images, labels = (own_array(path, file, key) for key in ("images", "labels"))
-    missing = [key for key, value in (("images", images), ("labels", labels)) if value is None]
-    if missing:
-        raise InputError(f"{path}: an HDF5 file without {' and '.join(missing)}; must hold the 3dshapes schema")
-    return images, read_labels(path, labels), _names(path, labels)
+    try:
+        images, labels = (own_array(path, file, key) for key in ("images", "labels"))
+        missing = [key for key, value in (("images", images), ("labels", labels)) if value is None]
+        if missing:
+            raise InputError(f"{path}: an HDF5 file without {' and '.join(missing)}; must hold the 3dshapes schema")
+        return images, read_labels(path, labels), _names(path, labels)
+    except BaseException:
+        file.close()  # else it stays open, and locked, as long as the error is kept
+        raise
 
 
 def _names(path: Path, labels: h5py.Dataset) -> tuple[tuple[str, ...], ...]:
     """Factor names, cyclic ones and categories: those of Shapes3D unless the labels name theirs."""
-    named = [read_names(path, labels, key) for key in (NAMES, CYCLIC, CATEGORIES)]
+    named = read_names(path, NAMES, CYCLIC, CATEGORIES) if NAMES in labels.attrs else [()]
     if not named[0]:
         return FACTOR_NAMES, ProceduralShapes3D.cyclic, ProceduralShapes3D.categories
     if len(set(named[0])) < len(named[0]) or not all(named[0]):

@@ -11,6 +11,7 @@ from encdiff.errors import InputError
 
 INCEPTION = "weights-inception-2015-12-05-6726825d.pth"  # as torch-fidelity publishes it, converted from TensorFlow
 
+LARGEST = 2.0**250  # of a feature: its fourth power is a double
 Features = Callable[[np.ndarray], np.ndarray]
 
 
@@ -31,6 +32,8 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
         if part.ndim != 2 or len(part) < 2 or not np.isfinite(part).all() or part.shape[1] != np.shape(a)[1]:
             raise InputError(f"features {name} are {part.shape}; they must be finite (n, d), n >= 2, one d for both")
     a, b = a.astype(np.float64), b.astype(np.float64)
+    if (most := max(abs(a).max(), abs(b).max())) > LARGEST:
+        raise InputError(f"features reach {most:.3g}; they must lie within {LARGEST:.3g}, to be squared")
     cov_a, cov_b = (np.atleast_2d(np.cov(part, rowvar=False)) for part in (a, b))
     values, vectors = np.linalg.eigh(cov_a)
     root = vectors * np.sqrt(np.maximum(values, 0)) @ vectors.T

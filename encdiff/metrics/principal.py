@@ -4,6 +4,8 @@ import numpy as np
 
 from encdiff.errors import InputError
 
+LARGEST = 2.0**500
+
 
 def first_components(codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Where each concept's vectors vary most.
@@ -21,6 +23,8 @@ def first_components(codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     codes = np.asarray(codes)
     if codes.ndim != 3 or len(codes) < 2 or not np.isfinite(codes).all():
         raise InputError(f"codes are {codes.shape}, must be (n, N, m), n at least 2, all of them finite")
+    if (most := abs(codes).max(initial=0)) > LARGEST:
+        raise InputError(f"codes reach {most:.3g}; they must lie within {LARGEST:.3g}, to be squared")
     mean = codes.mean(axis=0, dtype=np.float64)
     centred = (codes - mean).transpose(1, 0, 2)
     axis = np.linalg.eigh(centred.transpose(0, 2, 1) @ centred)[1][..., -1]

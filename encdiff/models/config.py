@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from encdiff.errors import InputError
 from encdiff.fields import Checked, Codes, Depth, Multiple, Natural, Positive, Range, Width
 
-BLOCKS = 1024  # of the U-Net, at most: a file cannot ask for a network that takes minutes to build
+BLOCKS, MLPS = 512, 8192  # of the U-Net and the bank, at most: a file cannot ask for what takes minutes to build
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,9 @@ class EncDiffConfig(Checked):
         blocks = len(self.multipliers) * (2 * self.depth + 1) * (1 + self.transformer_depth)
         if blocks > BLOCKS:
             raise InputError(f"multipliers, depth, transformer_depth: {blocks} blocks, must be {BLOCKS} at most")
+        mlps = self.concepts * (1 + len(self.bank_widths))
+        if mlps > MLPS:
+            raise InputError(f"concepts, bank_widths: {mlps} layers in the bank, must be {MLPS} at most")
         stride = self.downsampling * 2 ** (len(self.multipliers) - 1)
         if self.image_size % stride:
             raise InputError(f"image_size is {self.image_size}, must be a multiple of {stride} for these levels")

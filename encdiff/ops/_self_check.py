@@ -27,6 +27,7 @@ from torch import Tensor
 
 from encdiff import _build
 from encdiff.errors import InputError
+from encdiff.files import read_json
 from encdiff.ops._check import Finding, Variant, check, is_lost, title
 from encdiff.ops._triton import autocast_off
 from encdiff.temporaries import atomic_path
@@ -187,7 +188,7 @@ def read(device: int) -> dict[str, list[str]]:
     if (path := file(device)) is None:
         return {}
     try:
-        kept = json.loads(path.read_text())
+        kept = read_json(path)
         checks, of = kept["checks"], {name: kept[name] for name in identity(device)}
         if not all(isinstance(wrong, list) for wrong in checks.values()):
             raise TypeError("a verdict must be a list")

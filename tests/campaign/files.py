@@ -7,6 +7,7 @@ signal, a hang or a hunger for memory is counted like any other outcome. Exits 1
 """
 
 import argparse
+import faulthandler
 import os
 import random
 import resource
@@ -81,6 +82,7 @@ def try_case(seed: int, case: int, whole: Path, folder: Path) -> tuple[str, str]
 def work(seed: int, cases: Iterable[int], whole: Path, folder: Path, out: int) -> None:
     """In a child: the cases one after the other, a line for each; ends early once one took too much memory."""
     torch.set_num_threads(1)
+    faulthandler.disable()  # pytest's: signals are counted, not told
     pages = int(Path("/proc/self/statm").read_text().split()[0]) if Path("/proc/self/statm").exists() else 0
     if pages:
         resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 4 * MEMORY,) * 2)
@@ -184,10 +186,13 @@ def main() -> int:
     parser.add_argument("--first", type=int, default=0, help="the number of the first case")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--reader", choices=READERS, help="take the cases of this one only")
     given = parser.parse_args()
     torch.set_num_threads(1)
     began, outcomes = time.monotonic(), []
-    for outcome in campaign(range(given.first, given.first + given.cases), given.seed, given.jobs):
+    cases = range(given.first, given.first + given.cases)
+    cases = [case for case in cases if given.reader in (None, reader_of(case))]
+    for outcome in campaign(cases, given.seed, given.jobs):
         outcomes.append(outcome)
         if len(outcomes) % 1000 == 0:
             print(f"{len(outcomes):,} cases, {time.monotonic() - began:.0f} s", flush=True)
