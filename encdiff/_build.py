@@ -269,6 +269,7 @@ def main() -> int:
     try:
         if parser.parse_args().check:
             return 0 if check() else 1
+        sys.stdout.reconfigure(errors="backslashreplace")  # of a path that the terminal cannot show
         print(installed() or find_or_build(find_nvcc() is not None))
     except (BuildError, OSError) as error:
         print(f"encdiff: {error}", file=sys.stderr)

@@ -34,7 +34,7 @@ from encdiff.cli_support import (
     writable,
 )
 from encdiff.errors import InputError, Stopped
-from encdiff.terminal import console, progress_bar, say
+from encdiff.terminal import console, plain, progress_bar, say
 
 # Modules that load torch are imported inside the commands, so that --help answers at once.
 
@@ -387,7 +387,7 @@ def main() -> None:
     except Stopped as stopped:
         say(str(stopped))
     except (InputError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {plain(str(error))}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -37,7 +37,7 @@ from encdiff.protocol import (
     settings_of,
     summarize,
 )
-from encdiff.terminal import Tasks
+from encdiff.terminal import Tasks, plain
 
 Encode = Callable[[torch.Tensor], torch.Tensor]  # float32 (B,3,H,W) in [-1,1] -> (B,N)
 
@@ -235,10 +235,10 @@ def encode_dataset(
 
 def format_table(results: Mapping[str, dict]) -> Table:
     """A table with one column for each named result of `evaluate` and one row for each score."""
-    table = Table(title=" / ".join(sorted({r["data"]["name"] for r in results.values()})))
+    table = Table(title=plain(" / ".join(sorted({r["data"]["name"] for r in results.values()}))))
     table.add_column("score", overflow="fold")
     for name in results:
-        table.add_column(name, justify="right", overflow="fold")
+        table.add_column(plain(name), justify="right", overflow="fold")
     for metric, field, row in score_fields(results.values()):
         table.add_row(row, *(_cell(result, metric, field) for result in results.values()))
     if all("factor_vae" in result for result in results.values()):

@@ -12,6 +12,7 @@ from rich.cells import cell_len, set_cell_size
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), 127) if chr(code) != "\n"}
 FIRST, EVERY = 5.0, 30.0  # seconds to the first line of progress and between the others, where there is no terminal
 
 
@@ -36,9 +37,14 @@ def _stdout():
 console = Console(file=_Output(), markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
+def plain(text: str) -> str:
+    """The text with what would steer a terminal, such as the colours in a file's name, as escapes."""
+    return text.translate(CONTROLS)
+
+
 def say(text: str, style: str | None = None) -> None:
     """Print lines of text, paths in them included, as they are."""
-    console.print(text, style=style)
+    console.print(plain(text), style=style)
 
 
 def say_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -70,7 +76,7 @@ class Tasks:
 
     def __call__(self, task: str, done: int, total: int | None, note: str = "") -> None:
         self._told = time.monotonic()
-        self._view.update(task, done, total, note)
+        self._view.update(plain(task), done, total, note)
 
     @property
     def due(self) -> bool:

@@ -36,6 +36,17 @@ def test_a_path_is_printed_as_it_is(name, capsys):
     assert printed == f"picture: /tmp/{name}/x.png\n".replace("\udce9", "\\udce9")
 
 
+def test_a_name_does_not_steer_the_terminal(capsys, monkeypatch, tmp_path):
+    name = "a\x1b[31mred\rb\x07"
+    shown = "a\\x1b[31mred\\x0db\\x07"
+    say(name)
+    monkeypatch.setattr(sys, "argv", ["encdiff", "data", "info", str(tmp_path / name)])
+    with pytest.raises(SystemExit):
+        cli.main()
+    printed = capsys.readouterr()
+    assert printed.out == shown + "\n" and printed.err.startswith("error: ") and "\x1b" not in printed.err
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_name_in_a_table_or_a_bar_is_no_markup(name, capsys):
     say_table(("factor", "values"), [[name, "3"]])
