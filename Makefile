@@ -8,7 +8,7 @@ PIP := .venv/bin/python -m pip install --disable-pip-version-check -c constraint
 PIP_OLDEST := .venv-oldest/bin/python -m pip install --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test oldest lint gate sanitize bench gpu clean
+.PHONY: help demo test campaign oldest lint gate sanitize bench gpu clean
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
@@ -18,6 +18,10 @@ demo: .venv/.installed  ## render data, train a small model, evaluate it, draw p
 
 test: .venv/.installed-dev  ## run the tests, and every benchmark once as a smoke test
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --benchmark-disable tests bench
+
+campaign: .venv/.installed-dev  ## minutes of random kills and full disks; ARGS="--seed 1" for others
+	OMP_NUM_THREADS=1 .venv/bin/python -m tests.campaign.kills $(ARGS)
+	OMP_NUM_THREADS=1 .venv/bin/python -m tests.campaign.full_disk $(ARGS)
 
 # By hand, not in CI: some gigabytes. Its library also serves .venv, since the ABI is stable.
 oldest: .venv-oldest/.installed  ## the tests in a second environment, of the oldest torch; needs nvcc for the CUDA half
