@@ -118,13 +118,18 @@ def files(folder: Path) -> Iterator[Path]:
     return (path for path in sorted(folder.rglob("*")) if path.is_file())
 
 
+def is_hidden(path: Path) -> bool:
+    """Whether a file has no final name."""
+    return any(part == ".lock" or is_temporary(part) for part in path.parts)
+
+
 def state(folder: Path) -> dict[str, object]:
     """Every file of a folder by name, without the times that are in some."""
     return {str(path.relative_to(folder)): _content(path) for path in files(folder)}
 
 
 def _content(path: Path) -> object:
-    if any(part == ".lock" or is_temporary(part) for part in path.parts):
+    if is_hidden(path):
         return path.read_bytes()
     if path.name == "log.csv":
         with path.open(newline="") as rows:
@@ -145,7 +150,7 @@ def check_whole(folder: Path) -> None:
     """Whatever has its final name can be read."""
     for path in files(folder):
         _content(path)
-        if not path.name.startswith("."):
+        if not is_hidden(path):
             if path.suffix == ".png":
                 Image.open(path).load()
             if path.suffix == ".ckpt":
@@ -169,7 +174,7 @@ class Campaign:
         if os.waitpid(start(WORK[name], folder, self.said), 0)[1]:
             self._fail(name, f"fails undisturbed: {self.said.read_text()}")
             return
-        whole, seconds = state(folder), time.monotonic() - began
+        seconds, whole = time.monotonic() - began, state(folder)
         while kills > 0:
             kills -= self._one(name, whole, seconds, kills)
 
@@ -189,7 +194,7 @@ class Campaign:
 
     def _moment(self, folder: Path, seconds: float) -> Callable[[], bool]:
         """A random one of the work's time, or the first one after it at which a file is half written."""
-        end, aimed = time.monotonic() + self.random.uniform(0, seconds), self.random.random() < 0.5
+        end, aimed = time.monotonic() + self.random.uniform(0, 0.8 * seconds), self.random.random() < 0.5
         return lambda: time.monotonic() > end and (not aimed or is_written(folder))
 
     def _check_killed(self, name: str, folder: Path) -> None:
@@ -231,9 +236,8 @@ def main() -> int:
             campaign.run(name, round(share * given.count))
     for (name, outcome), count in sorted(campaign.outcomes.items()):
         print(f"{name:12} {outcome:26} {count:5}")
-    print(*campaign.failures, sep="\n", end="")
     total = sum(count for (_, outcome), count in campaign.outcomes.items() if outcome.startswith("killed"))
-    print(f"{total} kills, {len(campaign.failures)} failures")
+    print(*campaign.failures, f"{total} kills, {len(campaign.failures)} failures", sep="\n")
     return 1 if campaign.failures else 0
 
 
