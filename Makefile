@@ -19,7 +19,9 @@ demo: .venv/.installed  ## render data, train a small model, evaluate it, draw p
 test: .venv/.installed-dev  ## run the tests, and every benchmark once as a smoke test
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --benchmark-disable tests bench
 
-campaign: .venv/.installed-dev  ## minutes of damaged files for every reader; ARGS="--seed 1" for others
+campaign: .venv/.installed-dev  ## minutes of random kills, full disks and damaged files; ARGS="--seed 1" for others
+	OMP_NUM_THREADS=1 .venv/bin/python -m tests.campaign.kills $(ARGS)
+	OMP_NUM_THREADS=1 .venv/bin/python -m tests.campaign.full_disk $(ARGS)
 	OMP_NUM_THREADS=1 .venv/bin/python -m tests.campaign.files $(ARGS)
 
 # By hand, not in CI: some gigabytes. Its library also serves .venv, since the ABI is stable.

@@ -4,6 +4,7 @@ Nothing of this runs until it is turned on: `phase` gives back one and the same 
 exist only inside its block.
 """
 
+import errno
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -134,6 +135,8 @@ def trace(model: nn.Module, work: Callable[[], object], calls: int = 1, path: st
     if path is not None:
         with atomic_path(path) as temporary:
             profiler.export_chrome_trace(str(temporary))
+            if not temporary.is_file():  # all that it tells of a full disk
+                raise OSError(errno.EIO, "could not be written; is the disk full?")
     return _costs(profiler.key_averages(), named)
 
 

@@ -1,4 +1,4 @@
-"""The folder of a run: one training at a time, nothing lost at any moment, nothing left over, no foreign file hurt."""
+"""The folder of a run: one training at a time, nothing lost or left over at any moment, no foreign file touched."""
 
 import csv
 import os
