@@ -1,7 +1,10 @@
 """Tensor files: written atomically, read without unpickling, and the published checkpoints' layout."""
 
+import hashlib
+import json
 import math
 import re
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +22,7 @@ from encdiff.files import read_json, refuse_special, whole_number
 from encdiff.temporaries import atomic_path, disk_errors
 
 M = TypeVar("M", bound=torch.nn.Module)
+ATTEMPTS = 20  # to read two files that belong together
 
 UNET = "model.diffusion_model."
 EMA = "model_ema."
@@ -91,18 +95,42 @@ def build_fitting(build: Callable[[], M], shapes: Mapping[str, tuple[int, ...]],
     return build()
 
 
+def save_model(folder: Path, state: dict[str, Tensor], config: dict[str, Any]) -> None:
+    """`model.safetensors` and `config.json`, each whole or not at all; the first says which of the second it is of."""
+    save_tensors(folder / "model.safetensors", state, {"format": "pt", "config": fingerprint(config)})
+    with atomic_path(folder / "config.json") as temporary:
+        temporary.write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+
+
+def fingerprint(config: dict[str, Any]) -> str:
+    """Of a configuration as its file has it."""
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
+
+
 def load_model(build: Callable[[Any], M], config: str | Path, weights: str | Path) -> M:
-    """The module that `build` makes of the JSON `config`, filled from `weights`; see `build_fitting`."""
-    values = read_json(config)
-    shapes, _ = tensor_shapes(weights)
+    """The module that `build` makes of the JSON `config`, filled from `weights`, which must be of that configuration.
+
+    Weights are compared before anything large is built. A folder that is being written meanwhile is read again.
+    """
+    for attempt in range(ATTEMPTS):
+        values = read_json(config)
+        shapes, metadata = tensor_shapes(weights)
+        if metadata.get("config", fingerprint(values)) == fingerprint(values):
+            break
+        time.sleep(0.05 * (attempt < ATTEMPTS - 1))
     try:
         with torch.device("meta"):
             own = build(values).state_dict()
     except InputError as error:  # layers know no file
         raise error if str(error).startswith(str(config)) else InputError(f"{config}: {error}") from None
     _refuse_others(own, shapes, weights)
+    if metadata.get("config", fingerprint(values)) != fingerprint(values):
+        raise InputError(f"{weights}: of another configuration than {config}; both must be of one save_pretrained")
     model = build(values)
-    load_state(model, load_tensors(weights)[0], weights)
+    tensors, now = load_tensors(weights)
+    if now != metadata:
+        raise InputError(f"{weights}: was replaced while it was read; read it again")
+    load_state(model, tensors, weights)
     return model
 
 

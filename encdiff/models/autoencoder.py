@@ -6,7 +6,6 @@ quantiser of van den Oord et al., arXiv 1711.00937); `SpaceToDepth` has no param
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol
@@ -16,7 +15,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from encdiff.checkpoint import atomic_path, load_model, save_tensors
+from encdiff.checkpoint import load_model, save_model
 from encdiff.errors import InputError
 from encdiff.fields import Checked, Codes, Depth, Multiple, Width
 from encdiff.ops._triton import autocast_off
@@ -131,9 +130,7 @@ class VQAutoencoder(nn.Module):
         """Write `config.json` and `model.safetensors` into `folder`, each replaced in one piece."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        save_tensors(folder / "model.safetensors", self.state_dict(), {"format": "pt"})
-        with atomic_path(folder / "config.json") as temporary:
-            temporary.write_text(json.dumps(self.config, indent=2) + "\n")
+        save_model(folder, self.state_dict(), self.config)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> VQAutoencoder:

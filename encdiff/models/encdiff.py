@@ -1,6 +1,5 @@
 """EncDiff: an image encoder, an MLP bank and a diffusion U-Net that cross-attends to the concept tokens."""
 
-import json
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from encdiff.checkpoint import (
     load_state,
     locate,
     read_published,
-    save_tensors,
+    save_model,
     write_published,
 )
 from encdiff.diffusion import losses, samplers, schedules
@@ -305,9 +304,7 @@ class EncDiff(
         """
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
-        save_tensors(folder / "model.safetensors", self.state_dict(), {"format": "pt"})
-        with atomic_path(folder / "config.json") as temporary:
-            temporary.write_text(json.dumps(asdict(self.config), indent=2) + "\n")
+        save_model(folder, self.state_dict(), asdict(self.config))
         hub.pop("config", None)  # the base class passes it; ours is part of the model
         card = self.generate_model_card(**{"config": self.config} | (hub.pop("model_card_kwargs", None) or {}))
         with atomic_path(folder / "README.md") as temporary:
