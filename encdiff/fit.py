@@ -5,7 +5,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
-from contextlib import closing, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,6 +22,7 @@ from encdiff.data import Dataset, describe, to_float
 from encdiff.data.loader import Batches
 from encdiff.errors import InputError, Stopped
 from encdiff.runs import CsvLog, RunFolder, progress_bar
+from encdiff.temporaries import errors_of
 
 
 class Training(Protocol):
@@ -65,11 +66,11 @@ def fit(
         folder.begin()
         folder.write_config(_described(training, dataset))
         log = CsvLog(folder.path / "log.csv", ("step", *training.TERMS, "images_per_second", "seconds"), training.step)
-        events = closing(writer_class(folder.path / "tensorboard", training.step)) if writer_class else nullcontext()
-        with events as writer, Interrupt() as interrupt, _bar(config.steps, training.step) as bar:
+        shown = _Events(writer_class, folder.path / "tensorboard", training.step) if writer_class else nullcontext()
+        with shown as events, Interrupt() as interrupt, _bar(config.steps, training.step) as bar:
             if training.step >= config.steps:
                 bar.console.print(f"{folder.path}: is at its last step already")
-            _loop(training, batches, folder, _Recorder(training, log, bar, writer), interrupt, on_step)
+            _loop(training, batches, folder, _Recorder(training, log, bar, events), interrupt, on_step)
         _save(training, folder)
     if training.step < config.steps:
         raise Stopped(f"stopped after step {training.step}; saved {folder.checkpoint}, continue with --resume")
@@ -128,8 +129,8 @@ def diverged(step: int, state: str) -> InputError:
 class _Recorder:
     """Writes the terms of a step to the log, the bar and TensorBoard, and pictures to the last."""
 
-    def __init__(self, training: Training, log: CsvLog, bar: Progress, writer):
-        self.training, self.log, self.bar, self.writer = training, log, bar, writer
+    def __init__(self, training: Training, log: CsvLog, bar: Progress, events: "_Events | None"):
+        self.training, self.log, self.bar, self.events = training, log, bar, events
         self.began, self.since = time.monotonic(), training.step
 
     def __call__(self, terms: dict[str, Tensor]) -> None:
@@ -140,16 +141,39 @@ class _Recorder:
         row["images_per_second"] = (step - self.since) * self.training.config.batch_size / seconds
         self.log.write(step=step, **row, seconds=round(self.log.seconds + seconds, 2))
         self.bar.update(self.bar.task_ids[0], completed=step, loss=row["loss"], speed=row["images_per_second"])
-        if self.writer:
+        if self.events:
+            self.events.row(row, step)
+
+    def show(self, picture: Path | None) -> None:
+        if self.events and picture:
+            self.events.picture(picture, self.training.step)
+
+
+class _Events:
+    """What TensorBoard shows of a run in its folder; what an interrupted run wrote after `step` is hidden."""
+
+    def __init__(self, writer_class: type, folder: Path, step: int):
+        self.folder = folder
+        with errors_of(folder):
+            self.writer = writer_class(str(folder), purge_step=step + 1)
+
+    def __enter__(self) -> "_Events":
+        return self
+
+    def __exit__(self, *error) -> None:
+        with errors_of(self.folder):
+            self.writer.close()
+
+    def row(self, row: dict[str, float], step: int) -> None:
+        with errors_of(self.folder):
             for name, value in row.items():
                 self.writer.add_scalar(name, value, step)
             self.writer.flush()
 
-    def show(self, picture: Path | None) -> None:
-        if self.writer and picture:
-            with Image.open(picture) as image:
-                pixels = np.asarray(image.convert("RGB"))
-            self.writer.add_image(picture.stem.rpartition("-")[0], pixels, self.training.step, dataformats="HWC")
+    def picture(self, path: Path, step: int) -> None:
+        with Image.open(path) as image, errors_of(self.folder):
+            pixels = np.asarray(image.convert("RGB"))
+            self.writer.add_image(path.stem.rpartition("-")[0], pixels, step, dataformats="HWC")
             self.writer.flush()
 
 
@@ -184,10 +208,10 @@ def _bar(total: int, step: int) -> Progress:
     return bar
 
 
-def _summary_writer() -> Callable:
-    """What opens TensorBoard's writer in a folder, for what comes after a step; InputError without the package."""
+def _summary_writer() -> type:
+    """TensorBoard's writer; InputError without the package."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise InputError("tensorboard is not installed; pip install tensorboard, or leave out --tensorboard") from None
-    return lambda folder, step: SummaryWriter(str(folder), purge_step=step + 1)
+    return SummaryWriter
