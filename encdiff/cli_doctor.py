@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from encdiff.cli_support import choose_device, console, writable
+from encdiff.temporaries import atomic_path
 
 # Modules that load torch are imported inside the command, so that --help answers at once.
 
@@ -28,7 +29,8 @@ def doctor(
     with progress_bar("checking kernels") as report:
         found = run_doctor(on, kernels and [name.strip() for name in kernels.split(",")], report)
     if out:
-        out.write_text(json.dumps(found.to_dict(), indent=1) + "\n")
+        with atomic_path(out) as temporary:
+            temporary.write_text(json.dumps(found.to_dict(), indent=1) + "\n")
     console.print(str(found), markup=False, highlight=False, soft_wrap=True)
     if out:
         console.print(f"report: {out}")

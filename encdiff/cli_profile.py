@@ -9,6 +9,7 @@ import typer
 
 from encdiff.cli_support import choose_device, console
 from encdiff.errors import InputError
+from encdiff.temporaries import atomic_path
 
 # Modules that load torch are imported inside the command, so that --help answers at once.
 
@@ -66,7 +67,8 @@ def profile(
         for _ in range(4):  # compiled, or captured after three calls: what is shown is the steady state
             work()
     table = trace(model, work, calls, out / "trace.json").table()
-    (out / "table.txt").write_text(table + "\n")
+    with atomic_path(out / "table.txt") as temporary:
+        temporary.write_text(table + "\n")
     console.print(table, markup=False, highlight=False, soft_wrap=True)
     console.print(f"\ntrace: {out / 'trace.json'}\ntable: {out / 'table.txt'}")
 

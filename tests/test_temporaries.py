@@ -1,11 +1,13 @@
 """Files whole or not at all, from several threads and after kills; and what a full disk says."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -137,6 +139,16 @@ def test_errors_name_the_file_in_one_line(tmp_path):
     with pytest.raises(FileNotFoundError, match="none/a.txt"), atomic_path(tmp_path / "none" / "a.txt"):
         pass
     assert not list(tmp_path.iterdir())
+
+
+def test_every_file_is_written_by_way_of_a_temporary_one():
+    """But for the build, which imports nothing of the package."""
+    package = Path(temporaries.__file__).parent
+    written = re.compile(r"(\S+)\.write_(?:text|bytes)\(")
+    found = [(path.name, name) for path in package.rglob("*.py") for name in written.findall(path.read_text())]
+    assert len(found) > 5 and [(file, name) for file, name in found if name != "temporary"] == [
+        ("_build.py", "failure")
+    ]
 
 
 def test_a_full_disk_is_the_systems_error(tmp_path, monkeypatch):
