@@ -15,6 +15,7 @@ from _tiny import TINY
 
 from encdiff import EncDiff, temporaries
 from encdiff.checkpoint import atomic_path, load_tensors, save_tensors
+from encdiff.profiling import trace
 from encdiff.temporaries import clear, is_temporary
 
 DEAD = 2**22 + 1  # above every system's greatest process id
@@ -149,6 +150,20 @@ def test_every_file_is_written_by_way_of_a_temporary_one():
     assert len(found) > 5 and [(file, name) for file, name in found if name != "temporary"] == [
         ("_build.py", "failure")
     ]
+
+
+@pytest.mark.parametrize("written", [None, '{"traceEvents": [{"ph": "X"}, {"ph'])
+def test_a_trace_on_a_full_disk(tmp_path, monkeypatch, written):
+    """Its export says nothing."""
+
+    def export(_, path):
+        if written:
+            Path(path).write_text(written)
+
+    monkeypatch.setattr(torch.profiler.profile, "export_chrome_trace", export)
+    with pytest.raises(OSError, match="is the disk full.*x.json"):
+        trace(torch.nn.Linear(2, 2), lambda: torch.ones(2) + 1, 1, tmp_path / "x.json")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_full_disk_is_the_systems_error(tmp_path, monkeypatch):
