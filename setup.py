@@ -48,6 +48,7 @@ setup(
         "encdiff.csrc",
         "encdiff.data",
         "encdiff.diffusion",
+        "encdiff.health",
         "encdiff.kernels",
         "encdiff.metrics",
         "encdiff.models",

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from encdiff.cli_support import choose_device, writable
+from encdiff.temporaries import atomic_path
 from encdiff.terminal import progress_bar, say
 
 # Modules that load torch are imported inside the command, so that --help answers at once.
@@ -34,7 +35,8 @@ def doctor(
     with progress_bar("checking kernels") as report:
         found = run_doctor(on, kernels and [name.strip() for name in kernels.split(",")], report)
     if out:
-        out.write_text(json.dumps(found.to_dict(), indent=1) + "\n")
+        with atomic_path(out) as temporary:
+            temporary.write_text(json.dumps(found.to_dict(), indent=1) + "\n", "utf-8")
     say(str(found))
     if out:
         say(f"report: {out}")

@@ -9,6 +9,7 @@ import typer
 
 from encdiff.cli_support import choose_device
 from encdiff.errors import InputError
+from encdiff.temporaries import atomic_path
 from encdiff.terminal import say
 
 # Modules that load torch are imported inside the command, so that --help answers at once.
@@ -69,7 +70,8 @@ def profile(
         for _ in range(4):  # compiled, or captured after three calls: what is shown is the steady state
             work()
     table = trace(model, work, calls, out / "trace.json").table()
-    (out / "table.txt").write_text(table + "\n", "utf-8")
+    with atomic_path(out / "table.txt") as temporary:
+        temporary.write_text(table + "\n", "utf-8")
     say(table)
     say(f"\ntrace: {out / 'trace.json'}\ntable: {out / 'table.txt'}")
 

@@ -5,7 +5,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
-from contextlib import closing, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,6 +21,7 @@ from encdiff.data import Dataset, describe, to_float
 from encdiff.data.loader import Batches
 from encdiff.errors import InputError, Stopped
 from encdiff.runs import CsvLog, RunFolder
+from encdiff.temporaries import errors_of
 from encdiff.terminal import Tasks, progress_bar, say
 
 
@@ -66,11 +67,11 @@ def fit(
         folder.begin(finished)
         folder.write_config(_described(training, dataset))
         log = CsvLog(folder.path / "log.csv", ("step", *training.TERMS, "images_per_second", "seconds"), training.step)
-        events = closing(writer_class(folder.path / "tensorboard", training.step)) if writer_class else nullcontext()
+        shown = _Events(writer_class, folder.path / "tensorboard", training.step) if writer_class else nullcontext()
         if finished:
             say(f"{folder.path}: is at its last step already")
-        with events as writer, Interrupt() as interrupt, Tasks() as tasks:
-            _loop(training, batches, folder, _Recorder(training, log, tasks, writer), interrupt, on_step)
+        with shown as events, Interrupt() as interrupt, Tasks() as tasks:
+            _loop(training, batches, folder, _Recorder(training, log, tasks, events), interrupt, on_step)
         _save(training, folder)
     if training.step < config.steps:
         raise Stopped(f"stopped after step {training.step}; saved {folder.checkpoint}, continue with --resume")
@@ -129,8 +130,8 @@ def diverged(step: int, state: str) -> InputError:
 class _Recorder:
     """Writes the terms of a step to the log and TensorBoard, pictures to the latter; says how far the training is."""
 
-    def __init__(self, training: Training, log: CsvLog, tasks: Tasks, writer):
-        self.training, self.log, self.tasks, self.writer = training, log, tasks, writer
+    def __init__(self, training: Training, log: CsvLog, tasks: Tasks, events: "_Events | None"):
+        self.training, self.log, self.tasks, self.events = training, log, tasks, events
         self.began, self.since = time.monotonic(), training.step
         if training.step < training.config.steps:
             tasks("training", training.step, training.config.steps)
@@ -142,10 +143,8 @@ class _Recorder:
             raise diverged(step, f"the loss is {row['loss']}; the checkpoint is of an earlier step and whole")
         row["images_per_second"] = self._speed()
         self.log.write(step=step, **row, seconds=round(self.log.seconds + seconds, 2))
-        if self.writer:
-            for name, value in row.items():
-                self.writer.add_scalar(name, value, step)
-            self.writer.flush()
+        if self.events:
+            self.events.row(row, step)
 
     def tell(self, terms: dict[str, Tensor]) -> None:
         """Say how far it is, once a second and at the end: to read the loss waits for the device."""
@@ -157,10 +156,35 @@ class _Recorder:
         return (self.training.step - self.since) * self.training.config.batch_size / (time.monotonic() - self.began)
 
     def show(self, picture: Path | None) -> None:
-        if self.writer and picture:
-            with Image.open(picture) as image:
-                pixels = np.asarray(image.convert("RGB"))
-            self.writer.add_image(picture.stem.rpartition("-")[0], pixels, self.training.step, dataformats="HWC")
+        if self.events and picture:
+            self.events.picture(picture, self.training.step)
+
+
+class _Events:
+    """What TensorBoard shows of a run in its folder; what an interrupted run wrote after `step` is hidden."""
+
+    def __init__(self, writer_class: type, folder: Path, step: int):
+        self.folder = folder
+        with errors_of(folder):
+            self.writer = writer_class(str(folder), purge_step=step + 1)
+
+    def __enter__(self) -> "_Events":
+        return self
+
+    def __exit__(self, *error) -> None:
+        with errors_of(self.folder):
+            self.writer.close()
+
+    def row(self, row: dict[str, float], step: int) -> None:
+        with errors_of(self.folder):
+            for name, value in row.items():
+                self.writer.add_scalar(name, value, step)
+            self.writer.flush()
+
+    def picture(self, path: Path, step: int) -> None:
+        with Image.open(path) as image, errors_of(self.folder):
+            pixels = np.asarray(image.convert("RGB"))
+            self.writer.add_image(path.stem.rpartition("-")[0], pixels, step, dataformats="HWC")
             self.writer.flush()
 
 
@@ -185,10 +209,10 @@ class Interrupt:
         self.requested = True
 
 
-def _summary_writer() -> Callable:
-    """What opens TensorBoard's writer in a folder, for what comes after a step; InputError without the package."""
+def _summary_writer() -> type:
+    """TensorBoard's writer; InputError without the package."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise InputError("tensorboard is not installed; pip install tensorboard, or leave out --tensorboard") from None
-    return lambda folder, step: SummaryWriter(str(folder), purge_step=step + 1)
+    return SummaryWriter

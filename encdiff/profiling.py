@@ -4,7 +4,7 @@ Nothing of this runs until it is turned on: `phase` gives back one and the same 
 exist only inside its block.
 """
 
-import errno
+import json
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -15,6 +15,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, record_function
 
 from encdiff.checkpoint import atomic_path
+from encdiff.temporaries import disk_errors
 
 Range = Callable[[str], AbstractContextManager]
 _OFF = nullcontext()
@@ -133,10 +134,10 @@ def trace(model: nn.Module, work: Callable[[], object], calls: int = 1, path: st
         if on_gpu:
             torch.cuda.synchronize()
     if path is not None:
-        with atomic_path(path) as temporary:
+        with atomic_path(path) as temporary, disk_errors(ValueError, FileNotFoundError):
             profiler.export_chrome_trace(str(temporary))
-            if not temporary.is_file():  # all that it tells of a full disk
-                raise OSError(errno.EIO, "could not be written; is the disk full?")
+            if temporary.suffix != ".gz":
+                json.loads(temporary.read_bytes())  # on a full disk it is cut short or missing, without a word
     return _costs(profiler.key_averages(), named)
 
 

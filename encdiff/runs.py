@@ -17,7 +17,7 @@ from torch import Tensor
 from encdiff.checkpoint import atomic_path
 from encdiff.errors import InputError
 from encdiff.files import read_json, refuse_special, whole_number
-from encdiff.temporaries import clear, is_temporary
+from encdiff.temporaries import clear, errors_of, is_temporary
 
 log = logging.getLogger("encdiff.runs")
 
@@ -195,7 +195,7 @@ class CsvLog:
         self.seconds = float(kept[-1]["seconds"]) if kept else 0.0  # spent before this log began
 
     def write(self, **row: float) -> None:
-        with self.path.open("a", newline="") as file:
+        with errors_of(self.path), self.path.open("a", newline="") as file:
             csv.DictWriter(file, self.columns).writerow(row)
 
 

@@ -36,16 +36,24 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     folder = path.with_name(f".encdiff-{os.getpid()}-{threading.get_native_id()}-{next(_count)}-{_host()}")
     _writing.add(folder.name)
     try:
-        folder.mkdir()
-        yield folder / path.name
-        os.replace(folder / path.name, path)
-    except OSError as error:  # named after the file that was asked for
-        if error.errno is None:
-            raise OSError(f"{path}: {_one_line(error)}") from error
-        raise OSError(error.errno, _one_line(error.strerror), str(path)) from error
+        with errors_of(path):
+            folder.mkdir()
+            yield folder / path.name
+            os.replace(folder / path.name, path)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         _writing.discard(folder.name)
+
+
+@contextmanager
+def errors_of(path: str | Path) -> Iterator[None]:
+    """OSErrors of the block in one line that names `path`, the file that was asked for."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:
+            raise OSError(f"{path}: {_one_line(error)}") from error
+        raise OSError(error.errno, _one_line(error.strerror), str(path)) from error
 
 
 @contextmanager
@@ -71,10 +79,10 @@ def clear(folder: Path, alone: bool = False) -> None:
     with suppress(OSError), os.scandir(folder) as entries:
         for name in [entry.name for entry in entries if entry.name.startswith(".")]:
             if is_temporary(name) and not _is_written(name, alone):
-                remove(folder / name)
+                _remove(folder / name)
 
 
-def remove(path: Path) -> None:
+def _remove(path: Path) -> None:
     """Delete a file or a whole folder, if it is there and that is allowed."""
     with suppress(OSError):
         shutil.rmtree(path, ignore_errors=True) if path.is_dir() and not path.is_symlink() else path.unlink()
@@ -86,14 +94,14 @@ def _is_written(name: str, alone: bool) -> bool:
     if not found or (form and form["host"] != _host()):
         return not alone
     pid = int(found["pid"])
-    return name in _writing if pid == os.getpid() else is_alive(pid)  # a container gives the next process the same pid
+    return name in _writing if pid == os.getpid() else _is_alive(pid)  # a container gives the next process the same pid
 
 
 def _host() -> str:
     return f"{crc32(socket.gethostname().encode()):08x}"
 
 
-def is_alive(pid: int) -> bool:
+def _is_alive(pid: int) -> bool:
     """Whether a process of this machine runs."""
     try:
         os.kill(pid, 0)

@@ -2,6 +2,7 @@
 
 import ast
 import importlib.metadata
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -108,6 +109,13 @@ def test_breaches_are_found(tmp_path):
     bad = tmp_path / "noise.py"
     bad.write_text("def f():\n    from encdiff.models.unet import UNet\n    from encdiff import train, errors\n")
     assert breaches(bad, "ops") == {"models", "train"}
+
+
+def test_every_room_is_installed():
+    """A package that setup.py does not list is missing from a wheel alone."""
+    listed = set(re.findall(r'^ +"(encdiff[.\w]*)",$', (ROOT / "setup.py").read_text(), re.M))
+    rooms = {".".join(p.parent.relative_to(ROOT).parts) for p in (ROOT / "encdiff").rglob("__init__.py")}
+    assert rooms - {"encdiff.kernels"} <= listed | {"encdiff.pretrained"}, "add it to packages"
 
 
 def test_files_are_short():

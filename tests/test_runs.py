@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from encdiff.data import open_dataset
 from encdiff.errors import Stopped
 from encdiff.models.autoencoder import VQAutoencoder
 from encdiff.phases import once, score_once, steps_done
-from encdiff.runs import RunFolder
+from encdiff.runs import CsvLog, RunFolder
 from encdiff.train import TrainConfig, train
 from encdiff.train_autoencoder import AutoencoderTrainConfig, train_autoencoder
 
@@ -211,6 +212,14 @@ def test_where_nothing_can_be_locked_it_is_said(tmp_path, monkeypatch, caplog):
         folder.begin()
     assert "cannot be locked ([Errno 37] No locks available)" in caplog.text
     assert names(tmp_path / "run") == ["samples"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has a file that is always full")
+def test_a_row_that_cannot_be_written_names_the_log(tmp_path):
+    log = CsvLog(tmp_path / "log.csv", ("step", "seconds"))
+    log.path = Path("/dev/full")
+    with pytest.raises(OSError, match="No space left on device: '/dev/full'"):
+        log.write(step=1, seconds=1.0)
 
 
 @pytest.fixture

@@ -1,11 +1,13 @@
 """Files whole or not at all, from several threads and after kills; and what a full disk says."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from _tiny import TINY
 
 from encdiff import EncDiff, temporaries
 from encdiff.checkpoint import atomic_path, load_tensors, save_tensors
+from encdiff.profiling import trace
 from encdiff.temporaries import clear, is_temporary
 
 DEAD = 2**22 + 1  # above every system's greatest process id
@@ -136,6 +139,30 @@ def test_errors_name_the_file_in_one_line(tmp_path):
     assert str(error.value) == f"[Errno 28] No space left on device: '{tmp_path}/a.txt'"
     with pytest.raises(FileNotFoundError, match="none/a.txt"), atomic_path(tmp_path / "none" / "a.txt"):
         pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_file_is_written_by_way_of_a_temporary_one():
+    """But for the build, which imports nothing of the package."""
+    package = Path(temporaries.__file__).parent
+    written = re.compile(r"(\S+)\.write_(?:text|bytes)\(")
+    found = [(path.name, name) for path in package.rglob("*.py") for name in written.findall(path.read_text())]
+    assert len(found) > 5 and [(file, name) for file, name in found if name != "temporary"] == [
+        ("_build.py", "failure")
+    ]
+
+
+@pytest.mark.parametrize("written", [None, '{"traceEvents": [{"ph": "X"}, {"ph'])
+def test_a_trace_on_a_full_disk(tmp_path, monkeypatch, written):
+    """Its export says nothing."""
+
+    def export(_, path):
+        if written:
+            Path(path).write_text(written)
+
+    monkeypatch.setattr(torch.profiler.profile, "export_chrome_trace", export)
+    with pytest.raises(OSError, match="is the disk full.*x.json"):
+        trace(torch.nn.Linear(2, 2), lambda: torch.ones(2) + 1, 1, tmp_path / "x.json")
     assert not list(tmp_path.iterdir())
 
 

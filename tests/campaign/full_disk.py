@@ -18,6 +18,7 @@ import tempfile
 import traceback
 from collections import Counter
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -58,7 +59,8 @@ def model() -> EncDiff:
 
 def run(path: Path) -> None:
     config = TrainConfig(steps=2, batch_size=4, warmup=1, log_every=1, checkpoint_every=1, picture_every=1)
-    train(model(), open_dataset("procedural:2,1,1,1,1,1", TINY.image_size), path, config)
+    data, tensorboard = open_dataset("procedural:2,1,1,1,1,1", TINY.image_size), find_spec("tensorboard") is not None
+    train(model(), data, path, config, tensorboard=tensorboard)
 
 
 def profile(path: Path) -> None:
@@ -75,7 +77,7 @@ WRITERS: dict[str, tuple[Callable[[Path], None], str, int]] = {
     "picture": (lambda path: save_png(Image.fromarray(noise(200, 200, 3)), path), "x.png", 140),
     "metrics": (lambda path: write_metrics(path, {"x": noise(100_000).tolist()}), "x.json", 800),
     "profile": (profile, "x.json", 900),
-    "run": (run, "run", 8000),
+    "run": (run, "run", 11_000),
 }
 READERS: dict[str, Callable[[Path], object]] = {
     ".h5": lambda path: Shapes3D(path).images(np.arange(432)),
