@@ -154,6 +154,18 @@ def test_hdf5_attributes(tmp_path, value, words):
     assert read_names(h5(tmp_path / "x.h5"), "cyclic", "factor_names") == [(), tuple("abcdef")]
 
 
+def test_hdf5_attributes_of_a_type_that_the_library_cannot_read(tmp_path):
+    write_shapes3d(tmp_path / "x.h5", open_dataset("sprites:2,2,2,2,2", 8))
+    whole = (tmp_path / "x.h5").read_bytes()
+    place = whole.find(b"factor_names\0") + 16  # where the attribute's type begins
+    for kind in range(256):
+        (tmp_path / "x.h5").write_bytes(whole[:place] + bytes([kind]) + whole[place + 1 :])
+        try:
+            open_dataset(tmp_path / "x.h5")
+        except InputError as error:
+            assert "x.h5: " in str(error)
+
+
 @pytest.mark.parametrize("offset, value", [(8, 0), (8, 2**40), (208, 0), (208, 8), (208, 2**60), (208, 0xF00)])
 def test_hdf5_heaps_that_have_no_end(tmp_path, offset, value):
     """In which HDF5 would look for the end for ever."""
