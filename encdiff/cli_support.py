@@ -53,8 +53,10 @@ def rebuilt(run: Path, config):
 def begun_size(begun: dict, run: Path) -> int:
     """The size of the images that a run was begun with."""
     size = begun["fingerprint"].get("image_size")
-    if not isinstance(size, int) or size < 1:
-        raise InputError(f"{run}/config.json: names no image_size; is it the configuration of a training run?")
+    if not isinstance(size, int) or not 1 <= size <= 4096:
+        raise InputError(
+            f"{run}/config.json: names no image_size in 1..4096; is it the configuration of a training run?"
+        )
     return size
 
 

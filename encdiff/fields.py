@@ -30,6 +30,7 @@ class Range(NamedTuple):
 # Every number has an upper bound, so that none overflows, and what a file declares cannot be built for ever.
 Count = Annotated[int, Range(1, 2**31 - 1)]
 Natural = Annotated[int, Range(0, 2**31 - 1)]
+Batch = Annotated[int, Range(1, 2**16)]
 Seed = Annotated[int, Range(0, 2**63 - 1)]
 Width = Annotated[int, Range(1, 2**14)]  # of a layer, or a picture's side
 Depth = Annotated[int, Range(1, 64)]  # how often a layer is repeated

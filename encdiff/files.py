@@ -1,5 +1,6 @@
 """What every reader asks of a file before it believes it: that it is one, and declares no more than it holds."""
 
+import errno
 import json
 import re
 import stat
@@ -26,14 +27,14 @@ def refuse_special(path: str | Path) -> None:
 def damage(said: str) -> Iterator[None]:
     """What libraries raise on a damaged file, many kinds by kind of damage, as an InputError that begins with `said`.
 
-    OSErrors with a number are the system's own and stay as they are; the block must hold calls to libraries only.
+    Other OSErrors with a number are the system's own and stay as they are; the block must hold calls to libraries only.
     """
     try:
         yield
     except (InputError, KeyboardInterrupt):
         raise
     except Exception as error:
-        if isinstance(error, OSError) and error.errno:
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # EINVAL: a place that cannot be
             raise
         raise InputError(f"{said} ({type(error).__name__}: {str(error)[:300]}); copy it again") from error
 

@@ -16,7 +16,7 @@ from encdiff.data import Dataset, to_float
 from encdiff.data.loader import Batches
 from encdiff.engine import Graph, choose, float32_precision, unowned
 from encdiff.errors import InputError
-from encdiff.fields import Checked, Count, Fraction, Natural, NotNegative, Positive, Range, Seed
+from encdiff.fields import Batch, Checked, Count, Fraction, Natural, NotNegative, Positive, Range, Seed
 from encdiff.fit import fit
 from encdiff.masters import Masters
 from encdiff.models import EncDiff
@@ -32,7 +32,7 @@ class TrainConfig(Checked):
     """How to train; the defaults are the paper's recipe in its public configuration."""
 
     steps: Count = 100_000
-    batch_size: Count = 128
+    batch_size: Batch = 128
     learning_rate: Positive = 2.56e-4  # the paper's 2e-6 for each image of a batch
     warmup: Natural = 10_000  # steps of linear warm-up
     decay: Fraction = 0.0  # the last part of the steps, over which the rate falls to zero in a line; 0: constant

@@ -16,7 +16,7 @@ from encdiff.checkpoint import atomic_path, load_state
 from encdiff.data import Dataset, to_float, to_uint8
 from encdiff.data.loader import Batches
 from encdiff.errors import InputError
-from encdiff.fields import Checked, Count, Natural, NotNegative, Positive, Range, Seed
+from encdiff.fields import Batch, Checked, Count, Natural, NotNegative, Positive, Range, Seed
 from encdiff.fit import fit
 from encdiff.metrics.reconstruction import load_lpips
 from encdiff.models.autoencoder import VQAutoencoder
@@ -31,7 +31,7 @@ class AutoencoderTrainConfig(Checked):
     the codebook loss, which is the paper's: `VectorQuantizer` says how the published code differs."""
 
     steps: Count = 50_000
-    batch_size: Count = 32
+    batch_size: Batch = 32
     learning_rate: Positive = 1.44e-4  # the published 4.5e-6 for each image of a batch
     fit_codebook: bool = True  # begin with codes drawn from the first batch's latents, lest most never be used
     discriminator: bool = True

@@ -6,11 +6,14 @@ import signal
 import time
 
 import pytest
+
+from encdiff.errors import InputError
+
+pytest.importorskip("lmdb", reason="the optional package lmdb is not installed")
+
 from campaign import files
 from campaign.damage import damaged
 from campaign.readers import READERS, Reader
-
-from encdiff.errors import InputError
 
 
 def test_damaged_files_end_as_a_value_or_one_line():

@@ -132,6 +132,7 @@ def test_scores_of_wrong_types(tmp_path, change):
         (EncDiffConfig, dict(attention_levels=(10**30,))),
         (TrainConfig, dict(steps=10**30)),
         (TrainConfig, dict(seed=2**63)),
+        (TrainConfig, dict(batch_size=2**31 - 1)),
         (TrainConfig, dict(learning_rate=10**400)),
         (AutoencoderTrainConfig, dict(disc_layers=2**31)),
         (AutoencoderTrainConfig, dict(seed=2**70)),

@@ -142,15 +142,15 @@ def _open_h5(path: Path) -> tuple[h5py.Dataset, np.ndarray, tuple[tuple[str, ...
         missing = [key for key, value in (("images", images), ("labels", labels)) if value is None]
         if missing:
             raise InputError(f"{path}: an HDF5 file without {' and '.join(missing)}; must hold the 3dshapes schema")
-        return images, read_labels(path, labels), _names(path, labels)
+        return images, read_labels(path, labels), _names(path)
     except BaseException:
         file.close()  # else it stays open, and locked, as long as the error is kept
         raise
 
 
-def _names(path: Path, labels: h5py.Dataset) -> tuple[tuple[str, ...], ...]:
+def _names(path: Path) -> tuple[tuple[str, ...], ...]:
     """Factor names, cyclic ones and categories: those of Shapes3D unless the labels name theirs."""
-    named = read_names(path, NAMES, CYCLIC, CATEGORIES) if NAMES in labels.attrs else [()]
+    named = read_names(path, NAMES, CYCLIC, CATEGORIES)
     if not named[0]:
         return FACTOR_NAMES, ProceduralShapes3D.cyclic, ProceduralShapes3D.categories
     if len(set(named[0])) < len(named[0]) or not all(named[0]):
