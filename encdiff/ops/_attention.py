@@ -95,37 +95,29 @@ def products_out(a: Tensor, w: Tensor, b_o: Tensor | None, residual: Tensor | No
 
 
 class _Once(torch.autograd.Function):
-    """Its inputs, whose gradients have no derivative."""
+    """A tensor as it is, whose gradient has no derivative."""
 
     @staticmethod
-    def forward(ctx, name: str, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.name = name
-        return tuple(t.view_as(t) for t in tensors)
+    def forward(ctx, t: Tensor) -> Tensor:
+        return t.view_as(t)
 
     @staticmethod
-    def backward(ctx, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *(_Refused.apply(ctx.name, *gradients) if torch.is_grad_enabled() else gradients)
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        return _Refused.apply(gradient) if torch.is_grad_enabled() else gradient
 
 
 class _Refused(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, name: str, *gradients: Tensor) -> tuple[Tensor, ...]:
-        ctx.name = name
-        return tuple(g.view_as(g) for g in gradients)
+    def forward(ctx, gradient: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
 
-    @staticmethod
-    def backward(ctx, *gradients):
-        refusal(f"the gradient of {ctx.name}")(ctx, *gradients)
+    backward = staticmethod(refusal("the gradient of scaled_dot_product_attention"))
 
 
 def stock_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """PyTorch's fused attention of (B, heads, L, d) over (B, heads, N, d)."""
     if not torch.compiler.is_compiling():
-        asking = [has_gradient(t) for t in (q, k, v)]
-        q, k, v = (
-            _Once.apply("scaled_dot_product_attention", t)[0] if a else t
-            for t, a in zip((q, k, v), asking, strict=True)
-        )
+        q, k, v = (_Once.apply(t) if has_gradient(t) else t for t in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v)
 
 
