@@ -10,6 +10,8 @@ from torch import Tensor
 NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 FUSED_TYPES = tuple(NAMES)
 _INSTALLED = find_spec("triton") is not None
+# asked once: torch.compile of PyTorch 2.11 cannot trace the question
+_AUTOCAST = frozenset(d for d in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(d))
 
 
 def unavailable(x: Tensor, name: str = "x") -> list[str]:
@@ -36,13 +38,13 @@ def interpreted(x: Tensor, *_, **__) -> list[str]:
 def autocast_off(x: Tensor) -> AbstractContextManager:
     """Inside, autocast casts nothing where x is; on a device that has none, such as meta, there is nothing to leave."""
     device = x.device.type
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+    return torch.autocast(device, enabled=False) if device in _AUTOCAST else nullcontext()
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The type that autocast casts to where x is, None where it is off."""
     device = x.device.type
-    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    on = device in _AUTOCAST and torch.is_autocast_enabled(device)
     return torch.get_autocast_dtype(device) if on else None
 
 
