@@ -63,15 +63,17 @@ def fit(
         else:
             training.begin(to_float(batches.images(0)))
         training.prepare(batches)
-        finished = training.step >= config.steps
-        folder.begin(finished)
+        begun = training.step
+        folder.begin()
         folder.write_config(_described(training, dataset))
         log = CsvLog(folder.path / "log.csv", ("step", *training.TERMS, "images_per_second", "seconds"), training.step)
         shown = _Events(writer_class, folder.path / "tensorboard", training.step) if writer_class else nullcontext()
-        if finished:
+        if begun >= config.steps:
             say(f"{folder.path}: is at its last step already")
         with shown as events, Interrupt() as interrupt, Tasks() as tasks:
             _loop(training, batches, folder, _Recorder(training, log, tasks, events), interrupt, on_step)
+        if training.step > begun:
+            folder.forget_shown()
         _save(training, folder)
     if training.step < config.steps:
         raise Stopped(f"stopped after step {training.step}; saved {folder.checkpoint}, continue with --resume")
@@ -91,6 +93,7 @@ def _loop(training, batches, folder, recorder, interrupt, on_step) -> None:
         if step % config.picture_every == 0 or step == config.steps:  # before this step counts as done
             recorder.show(training.picture(to_float(dataset.images(shown)).to(training.device), folder.samples))
         if step % config.checkpoint_every == 0:
+            folder.forget_shown()
             _save(training, folder)
 
 

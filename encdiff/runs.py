@@ -71,20 +71,25 @@ class RunFolder:
         if foreign and self.overwrite:
             raise InputError(f"{self.path}: will not overwrite a folder that also holds {foreign[0]}")
 
-    def begin(self, finished: bool = False) -> None:
-        """Make the folder, or clear it of the run before; to be called once nothing can be refused any more.
-
-        Of a resumed run goes what shows the model, which changes; not so if the run is `finished`.
-        """
+    def begin(self) -> None:
+        """Make the folder, or clear it of the run before; to be called once nothing can be refused any more."""
         if not self._lock.held:
             self.path.mkdir(parents=True, exist_ok=True)
             self._take()
-        for name in self.OWN if not self.resume else () if finished else self.SHOWN:
-            path = self.path / name
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        if not self.resume:
+            self._remove(self.OWN)
         for folder in (self.path, self.samples, self.model, self.path / "pictures"):
             clear(folder, alone=True)
         self.samples.mkdir(exist_ok=True)
+
+    def forget_shown(self) -> None:
+        """Remove what shows the model as it was; to be called before another is saved."""
+        self._remove(self.SHOWN)
+
+    def _remove(self, names: tuple[str, ...]) -> None:
+        for name in names:
+            path = self.path / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
     @property
     def checkpoint(self) -> Path:

@@ -244,7 +244,7 @@ def test_a_first_stage_of_another_configuration_is_named(encdiff, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_finished_run_that_is_resumed_keeps_what_shows_it(encdiff, run, tmp_path):
+def test_a_resumed_run_keeps_what_shows_it_until_another_model_is_saved(encdiff, run, tmp_path, monkeypatch):
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
     shown = ["metrics.json", "importance.png", "pictures/swap.png"]
@@ -252,6 +252,9 @@ def test_a_finished_run_that_is_resumed_keeps_what_shows_it(encdiff, run, tmp_pa
     for name in shown:
         (copy / name).write_text("kept")
     assert encdiff("train", "--run", copy, "--resume")[0] == 0
+    with monkeypatch.context() as patch:  # stopped before its first step
+        patch.setattr("encdiff.fit._loop", lambda *_: None)
+        assert encdiff("train", "--run", copy, "--resume", "--steps", 3)[0] == 0
     assert [(copy / name).read_text() for name in shown] == ["kept"] * 3
     assert encdiff("train", "--run", copy, "--resume", "--steps", 3)[0] == 0
     assert not any((copy / name).exists() for name in shown)  # of the model before
