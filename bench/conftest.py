@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.utils.benchmark import Timer
 
 sys.path.append(str(Path(__file__).parent.parent))  # `bench` is found however pytest was started
 
 from bench.clock import CALLS, Run, host_seconds, in_turns, on_device, synchronize, turns, warm_up
 from bench.meter import launches, peak_memory
 from encdiff.engine import float32_precision
+from encdiff.health.machine import copy_rate, product_rate
 
 WARM_UP = 5  # seconds at most
 
@@ -56,23 +56,6 @@ def limits(device):
         return measured[dtype]
 
     return of
-
-
-def copy_rate(device, dtype) -> float:
-    source = torch.ones(2**26, device=device, dtype=dtype)  # 256 MiB of float32: past every cache
-    target = torch.empty_like(source)
-    return 2 * source.nbytes / seconds("target.copy_(source)", target=target, source=source)
-
-
-def product_rate(device, dtype) -> float:
-    n = 8192 if device.type == "cuda" else 1024
-    a = torch.randn(n, n, device=device, dtype=dtype)
-    return 2 * n**3 / seconds("a @ a", a=a)
-
-
-def seconds(statement: str, **names) -> float:
-    """The best of many: a limit is what the device can do, not what it did between other work."""
-    return min(Timer(statement, globals=names, num_threads=torch.get_num_threads()).blocked_autorange().times)
 
 
 @pytest.fixture(autouse=True)

@@ -158,7 +158,8 @@ def choose_form(channels: int, tokens: int, heads: int, width: int, size: int) -
     if not can_keep(channels, tokens, width, size):
         return "folded once"
     queries = layer_queries(channels)
-    return min("folded once", "kept", key=lambda r: predict(r, queries, channels, tokens, heads, size))
+    folded, kept = (predict(form, queries, channels, tokens, heads, size) for form in ("folded once", "kept"))
+    return "folded once" if folded <= kept else "kept"
 
 
 def layer_queries(channels: int) -> int:

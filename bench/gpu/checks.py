@@ -17,10 +17,9 @@ from bench.gpu.lab import Lab
 from encdiff import ops
 from encdiff.engine import float32_precision
 from encdiff.models import EncDiffConfig
+from encdiff.ops._check import LIMITS, relative_error
+from encdiff.ops._triton import NAMES
 from encdiff.ops.cross_attention_folded import cross_attention_folded, fold_matrices, keep
-
-# of one op: a few roundings of operands and results (2^-9 in bfloat16), sums in float32
-LIMITS = {torch.float32: 2e-5, torch.bfloat16: 1.5e-2, torch.float16: 2e-3}
 
 
 class Case(NamedTuple):
@@ -202,9 +201,9 @@ def check(case: Case, seed: int) -> dict:
     upstream = again.pop("upstream")
     exact = _results(case, {n: t.double() for n, t in rounded.items()}, "reference", upstream)
     exact.pop("upstream")
-    errors = {name: _error(actual[name], exact[name]) for name in exact}
+    errors = {name: relative_error(actual[name], exact[name].cpu()) for name in exact}
     unstable = [name for name in actual if not torch.equal(actual[name], again[name])]
-    limit = LIMITS[case.dtype]
+    limit = LIMITS[NAMES[case.dtype]]
     wrong = [f"{n} {e:.2g}" for n, e in errors.items() if not e <= limit]
     return {
         "case": case.name, "errors": errors, "limit": limit, "unstable": unstable, "wrong": wrong,
@@ -223,11 +222,6 @@ def _results(case: Case, inputs: dict[str, Tensor], impl, upstream=None) -> dict
         gradients = torch.autograd.grad(outputs, list(leaves.values()), given)
         results |= {f"d{name}": g for name, g in zip(leaves, gradients, strict=True)}
     return results | {"upstream": upstream}
-
-
-def _error(actual: Tensor, exact: Tensor) -> float:
-    difference, size = (actual.double() - exact).norm().item(), exact.norm().item()
-    return difference / size if size else difference
 
 
 def measure(lab: Lab, share: int, shares: int, batch: int) -> list[dict]:

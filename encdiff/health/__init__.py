@@ -1,6 +1,4 @@
-"""What this machine has and whether every kernel is right on it: `encdiff doctor`. Imports ops; only the command line
-imports it.
-"""
+"""What this machine has and whether every kernel is right on it: `encdiff doctor`. Imports ops and what lies below."""
 
 from encdiff.health.report import Report, doctor
 

@@ -1,14 +1,14 @@
 """Versions, processor, GPU, compilers and engines; the rates that kernels are held against."""
 
+import importlib
 import os
 import platform
 import subprocess
 import sys
-import time
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+from torch.utils.benchmark import Timer
 
 import encdiff
 from encdiff import _build
@@ -39,9 +39,10 @@ def describe(device: torch.device) -> dict[str, str]:
 
 
 def _version(name: str) -> str:
+    """By the module: builds of Triton are packaged under several names."""
     try:
-        return version(name)
-    except PackageNotFoundError:
+        return importlib.import_module(name).__version__
+    except ImportError:
         return "not installed"
 
 
@@ -100,27 +101,27 @@ def _no_cuda_half() -> str:
 
 
 def rates(device: torch.device) -> dict[str, float]:
-    """Bytes/s of a copy past every cache, FLOP/s of products: what a kernel can be held against."""
-    gpu = device.type == "cuda"
-    source = torch.ones(2**26 if gpu else 2**24, device=device)
-    target = torch.empty_like(source)
-    found = {"copy B/s": 2 * source.nbytes / _seconds(lambda: target.copy_(source), device)}
-    n = 4096 if gpu else 512
-    for name, dtype in (("bfloat16", torch.bfloat16), ("float32", torch.float32)):
-        a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-        found[f"products in {name} FLOP/s"] = 2 * n**3 / _seconds(lambda a=a, b=b: a @ b, device)
+    """What a kernel can be held against."""
+    found = {"copy B/s": copy_rate(device, torch.float32)}
+    for dtype in (torch.bfloat16, torch.float32):
+        found[f"products in {str(dtype).removeprefix('torch.')} FLOP/s"] = product_rate(device, dtype)
     return found
 
 
-def _seconds(run, device: torch.device, calls: int = 7) -> float:
-    """The least of some calls, each waited for: what the device can do."""
-    taken = []
-    for _ in range(calls + 2):
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        begin = time.perf_counter()
-        run()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        taken.append(time.perf_counter() - begin)
-    return min(taken[2:])
+def copy_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Bytes/s, past every cache."""
+    source = torch.ones(2**26, device=device, dtype=dtype)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / _seconds("target.copy_(source)", target=target, source=source)
+
+
+def product_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a large matrix product."""
+    n = 8192 if device.type == "cuda" else 1024
+    a = torch.randn(n, n, device=device, dtype=dtype)
+    return 2 * n**3 / _seconds("a @ a", a=a)
+
+
+def _seconds(statement: str, **names) -> float:
+    """The best of many: a limit is what the device can do, not what it did between other work."""
+    return min(Timer(statement, globals=names, num_threads=torch.get_num_threads()).blocked_autorange().times)

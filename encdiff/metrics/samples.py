@@ -18,28 +18,15 @@ def check_samples(
     least_codes: int = 1,
     least_factors: int = 1,
     factor_names: Sequence[str] = (),
+    settled: bool = True,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """`codes` as float64 (n, N), settled, and `factors` as int64 (n, F), which may come as integers or booleans.
+    """`codes` as float64 (n, N), and `factors` as int64 (n, F), which may come as integers or booleans.
 
-    `rows` ("train", "test") ends the arguments' names in messages. Raises InputError for other shapes or dtypes, codes
-    that are not finite, a constant factor, and a factor with more than n/2 values: then most values occur once, and
-    information, accuracies and gaps say how few samples there are, not what the codes hold.
+    `rows` ("train", "test") ends the arguments' names in messages. `settled`: not so for one part of several, which are
+    to be settled together. Raises InputError for other shapes or dtypes, codes that are not finite, a constant factor,
+    and a factor with more than n/2 values: then most values occur once, and information, accuracies and gaps say how
+    few samples there are, not what the codes hold.
     """
-    least = {"least_codes": least_codes, "least_factors": least_factors}
-    codes, factors = check_rows(codes, factors, rows=rows, factor_names=factor_names, **least)
-    return settle(codes)[0], factors
-
-
-def check_rows(
-    codes: np.ndarray,
-    factors: np.ndarray,
-    *,
-    rows: str = "",
-    least_codes: int = 1,
-    least_factors: int = 1,
-    factor_names: Sequence[str] = (),
-) -> tuple[np.ndarray, np.ndarray]:
-    """`check_samples` for one part of several, which are to be settled together."""
     names = [f"{word}_{rows}" if rows else word for word in ("codes", "factors")]
     factors = whole_numbers(factors)
     if factors.ndim != 2 or len(factors) < 2 or factors.shape[1] < least_factors or factors.dtype != np.int64:
@@ -53,7 +40,8 @@ def check_rows(
             raise InputError(f"{names[1]}: factor {label} is constant; each must take at least two values")
         if 2 * values > len(factors):
             raise InputError(f"{names[1]}: factor {label} has {values} values; {2 * values} samples or more are needed")
-    return check_codes(names[0], codes, len(factors), least_codes), factors
+    codes = check_codes(names[0], codes, len(factors), least_codes)
+    return settle(codes)[0] if settled else codes, factors
 
 
 def whole_numbers(factors: np.ndarray) -> np.ndarray:
@@ -65,8 +53,8 @@ def whole_numbers(factors: np.ndarray) -> np.ndarray:
 
 def check_split(codes_train, factors_train, codes_test, factors_test, **least: int) -> Split:
     """Both sets by `check_samples`; InputError unless they have the same dimensions and the test set no new value."""
-    x, y = check_rows(codes_train, factors_train, rows="train", **least)
-    x_test, y_test = check_rows(codes_test, factors_test, rows="test", **least)
+    x, y = check_samples(codes_train, factors_train, rows="train", settled=False, **least)
+    x_test, y_test = check_samples(codes_test, factors_test, rows="test", settled=False, **least)
     if x.shape[1] != x_test.shape[1] or y.shape[1] != y_test.shape[1]:
         raise InputError(f"test holds {x_test.shape[1]} codes and {y_test.shape[1]} factors; it must match train's")
     for k in range(y.shape[1]):

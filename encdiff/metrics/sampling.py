@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from encdiff.metrics.samples import check_rows, relabel
+from encdiff.metrics.samples import check_samples, relabel
 
 BATCH_ROWS = 65_536  # rows encoded at once: bounds memory, does not change the result
 
@@ -50,7 +50,7 @@ class Table:
     """
 
     def __init__(self, codes: np.ndarray, factors: np.ndarray):
-        self.codes, factors = check_rows(codes, factors, least_factors=2)
+        self.codes, factors = check_samples(codes, factors, least_factors=2, settled=False)
         self.labels, self.num_factors = relabel(factors)[0], factors.shape[1]
         self.order = [np.argsort(column, kind="stable") for column in self.labels.T]
         self.counts = [np.bincount(column) for column in self.labels.T]

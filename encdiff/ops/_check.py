@@ -98,7 +98,7 @@ def check(family: Family, variant: Variant, gradients: bool, device: torch.devic
     except Exception as error:  # whatever compiler and driver have to say is why it cannot be used
         said, lasting = " ".join(str(error).split())[:200], type(error).__name__ in LASTING or is_lost(device)
         return Finding(family.name, variant, gradients, {}, [f"{type(error).__name__}: {said}"], lasting)
-    errors = {name: _error(first[name], exact[name]) for name in exact}
+    errors = {name: relative_error(first[name], exact[name]) for name in exact}
     limits = {name: _limit(family, variant, first[name]) for name in exact}
     wrong = [f"{n} is off by {e:.2g}, at most {limits[n]:.2g}" for n, e in errors.items() if not e <= limits[n]]
     unstable = [n for n in first if any(not torch.equal(first[n], other[n]) for other in again)]
@@ -145,6 +145,7 @@ def _rounded(upstream: Tensor, variant: Variant) -> Tensor:
     return upstream.to(TYPES[variant[0]])
 
 
-def _error(actual: Tensor, exact: Tensor) -> float:
+def relative_error(actual: Tensor, exact: Tensor) -> float:
+    """||actual - exact|| / ||exact||, exact in float64 on the CPU."""
     difference, size = (actual.double().cpu() - exact).norm().item(), exact.norm().item()
     return difference / size if size else difference

@@ -59,8 +59,7 @@ def _constant(part):
 
 def is_asked(x: Tensor) -> bool:
     """Whether kernels are checked where x is: on a GPU, unless they are interpreted or the user says otherwise."""
-    environment = os.environ
-    return x.is_cuda and environment.get("ENCDIFF_SELF_CHECK") != "0" and environment.get("TRITON_INTERPRET") != "1"
+    return x.is_cuda and os.environ.get("ENCDIFF_SELF_CHECK") != "0" and os.environ.get("TRITON_INTERPRET") != "1"
 
 
 @torch.compiler.assume_constant_result  # no graph break: a compiler gets the verdict
@@ -212,9 +211,7 @@ def replace(device: int, findings: Iterable[Finding]) -> None:
 def keep(device: int, findings: Iterable[Finding]) -> None:
     """Add findings to the verdicts that are kept, or replace them; other processes may do so at the same time."""
     findings = [finding for finding in findings if finding.lasting]
-    if not findings:
-        return
-    if (path := file(device)) is None:
+    if not findings or (path := file(device)) is None:
         return
     try:
         with _locked(path), atomic_path(path) as temporary:
