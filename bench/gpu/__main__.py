@@ -16,12 +16,13 @@ import bench.gpu as package
 
 ROOT = Path(__file__).parents[2]
 CALLS = {  # the blocks of each, what is wanted most first
-    1: "beside,machine,step,profile,compiled,tiles,sampling,whole,ops",
-    2: "paper,beside,compiled,step,tiles,sampling,profile,doctor",
+    1: "beside,machine,step,profile,sampling,whole,ops,tiles,compiled,published",
+    2: "paper,beside,step,profile,compiled,published",
 }
+QUIET = {"machine", "step", "profile", "sampling", "whole", "ops", "published"}  # all else is stopped
 SECONDS = {  # of each block at most
-    "beside": 92, "machine": 8, "step": 30, "profile": 12, "compiled": 25, "tiles": 40, "sampling": 20, "whole": 20,
-    "ops": 20, "paper": 600, "doctor": 90,
+    "beside": 100, "machine": 8, "step": 40, "profile": 12, "compiled": 30, "tiles": 60, "sampling": 20, "whole": 25,
+    "ops": 25, "published": 30, "paper": 600, "doctor": 90,
 }  # fmt: skip
 FIRST_STAGE, TESTS = 55, 65  # seconds of two workers
 TAIL = 3  # seconds kept for packing
@@ -30,10 +31,12 @@ READING = 30  # seconds after a training for its codes and what is read off them
 LINES = 120  # of the summary at most
 MEASURES = {  # of blocks that are one function of the lab
     "machine": "machine.measure", "step": "steps.measure", "profile": "steps.measure_profile",
+    "published": "steps.measure_published",
     "whole": "sampling.check", "sampling": "sampling.measure", "ops": "operations.measure", "doctor": "doctor.measure",
 }  # fmt: skip
 LINES_OF = {  # what a block's result is in words
-    "right": "checks.lines", "machine": "machine.lines", "step": "steps.lines", "profile": "steps.profile_lines",
+    "right": "checks.lines", "machine": "machine.lines", "step": "steps.lines", "published": "steps.lines",
+    "profile": "steps.profile_lines",
     "whole": "sampling.check_lines", "compiled": "compiled.lines", "ops": "operations.lines",
     "sampling": "sampling.lines", "tiles": "tiles.lines", "paper": "paper.lines", "doctor": "doctor.lines",
 }  # fmt: skip
@@ -80,9 +83,10 @@ class Session:
         if "compiled" in has:
             self.start(*(f"peer {name}" for name in PEERS))
         self.start("build", *(f"right {n}/{len(shares)}" for n in shares))
-        if not (self.lab.out / "first_stage").exists():
-            self.start("first stage", seconds=3 if self.lab.cpu else FIRST_STAGE)
-        self.start("tests", seconds=TESTS + SECONDS["paper"] * ("paper" in has) / 2)
+        if "paper" in has:
+            if not (self.lab.out / "first_stage").exists():
+                self.start("first stage", seconds=3 if self.lab.cpu else FIRST_STAGE)
+            self.start("tests", seconds=TESTS + SECONDS["paper"] / 2)
         if "tiles" in has:
             self.start(*(f"tiles {n}/{len(shares)}" for n in shares))
 
@@ -102,6 +106,7 @@ class Session:
         for n, name in enumerate(self.blocks):
             most = AFTER_TRAINING if name == "beside" and "paper" in self.blocks[:n] else SECONDS[name]
             seconds = min(most, self.lab.left - TAIL)
+            self.pause(name in QUIET, "peer", "tiles")
             began = time.monotonic()
             try:
                 if seconds < 2:
@@ -116,6 +121,10 @@ class Session:
             if lines and "CUDA error" in lines[0] and self.blocks[n + 1 :]:
                 self.go_on_anew(self.blocks[n + 1 :])
         self.stop_workers()
+
+    def pause(self, paused: bool, *kinds: str) -> None:
+        for worker in (w for kind in kinds for w in self.of(kind).values()):
+            worker.pause(paused)
 
     def stop_workers(self) -> None:
         for worker in self.workers.values():
@@ -146,7 +155,7 @@ class Session:
         return self.describe(name, found)
 
     def block_beside(self, seconds: float) -> list[str]:
-        """Wait until the checks, tests and trainings are over and the compiled peers are ready; then all is quiet."""
+        """Wait until the checks, tests and trainings are over."""
         from bench.gpu import checks, workers
 
         end, found = time.monotonic() + seconds - 3, []
@@ -159,29 +168,28 @@ class Session:
             self.lab.save(name.replace(" ", "_"), result)
             lines = workers.test_lines(result) if name == "tests" else [json.dumps(result)[:300]]
             said += [f"{name}: {line}" for line in lines]
-        peers = self.of("peer")
-        while time.monotonic() < end and not all(worker.ready() for worker in peers.values()):
-            time.sleep(0.2)
-        for worker in self.of("tiles").values():
-            worker.pause()
-        return [*said, f"compiled peers ready: {', '.join(n for n, w in peers.items() if w.ready()) or 'none'}"]
+        ready = [name for name, worker in self.of("peer").items() if worker.ready()]
+        return [*said, f"compiled peers ready: {', '.join(ready) or 'none'}"]
 
     def block_tiles(self, seconds: float) -> list[str]:
         from bench.gpu import tiles
 
-        for worker in self.of("tiles").values():
-            worker.pause(False)
         compiled = [worker.wait(time.monotonic() + seconds / 3) for worker in self.of("tiles").values()]
         return [f"compiled ahead: {json.dumps(compiled)[:200]}", *self.done("tiles", tiles.measure(self.lab))]
 
     def block_compiled(self, seconds: float) -> list[str]:
         end, found = time.monotonic() + seconds, {}
-        for name, worker in sorted(
-            self.of("peer").items(), key=lambda item: not item[1].ready()
-        ):  # the ready ones first
+        peers = self.of("peer")
+        while peers and time.monotonic() < end:
+            name = next((n for n, worker in peers.items() if worker.ready()), None)
+            if name is None:
+                time.sleep(0.1)
+                continue
+            worker = peers.pop(name)
             worker.go()
-            found[name.removeprefix("peer ")] = worker.wait(min(end, time.monotonic() + 15))
+            found[name.removeprefix("peer ")] = worker.wait(min(end, time.monotonic() + 20))
             self.lab.save("compiled", found)
+        found |= {name.removeprefix("peer "): {"error": "not compiled in time"} for name in peers}
         return self.done("compiled", found)
 
     def block_paper(self, seconds: float) -> list[str]:

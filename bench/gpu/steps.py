@@ -13,7 +13,7 @@ from bench.baselines import fresh_model, published_twin
 from bench.clock import Run, called, captured, repeated
 from bench.cost import train_step_cost
 from bench.gpu.lab import Lab
-from bench.published import PublishedTraining
+from bench.published import Published, PublishedTraining
 from encdiff.engine import float32_precision
 from encdiff.train import TrainConfig, Training
 
@@ -43,10 +43,12 @@ def advance(training: Training, lab: Lab) -> Run:
 
 
 def published(
-    lab: Lab, latents: bool, attention: str = "einsum", compile: Callable = lambda f: f, fast=False, capturable=False
-):
+    lab: Lab, latents: bool, attention: str = "einsum", compile: Callable = lambda f: f, fast=False, capturable=False,
+    prepare: Callable[[Published], None] = lambda twin: None,
+) -> Run:  # fmt: skip
     """The published step, bf16 autocast; `latents`: with the first stage's work left out, as ours."""
     twin = published_twin(fresh_model(lab.config, lab.device).train(), attention)
+    prepare(twin)
     if latents:
         x0 = torch.randn(
             lab.batch, twin.first_stage_model.channels, *[lab.config.image_size // lab.config.downsampling] * 2
@@ -67,19 +69,31 @@ def published(
 
 
 def variants(lab: Lab) -> dict[str, Callable[[], float]]:
-    """name -> seconds of a step."""
+    """name -> seconds of a step of ours."""
     on, graph = lab.device, "eager" if lab.cpu else "graph"
-
-    def eager(run: Run) -> float:
-        return called(run, on, calls=6, warm_up=2)
 
     def steps(**options) -> float:
         return repeated(advance(ours(lab, **options), lab), on)
 
-    def ours_eager() -> float:
-        return eager(advance(ours(lab, masters=True, precision="bf16", engine="eager"), lab))
+    packed = {"masters": True, "precision": "bf16", "engine": graph}
+    return {
+        "ours graph, bf16 weights": lambda: steps(**packed),
+        "ours graph, bf16 weights, cudnn.benchmark": lambda: benchmarked(lambda: steps(**packed)),
+        "ours graph, bf16 weights, encoding": lambda: steps(**packed, latents=False),
+        "ours graph, autocast": lambda: steps(masters=False, precision="bf16", engine=graph),
+        "ours graph, tf32": lambda: steps(precision="tf32", engine=graph),
+        "ours graph, float32": lambda: steps(precision="float32", engine=graph),
+    }
 
-    def published_graph() -> float:
+
+def others(lab: Lab) -> dict[str, Callable[[], float]]:
+    """The published form, and ours without a graph: what the host decides, so all must be quiet."""
+    on = lab.device
+
+    def eager(run: Run) -> float:
+        return called(run, on, calls=6, warm_up=2)
+
+    def in_a_graph() -> float:
         run = published(lab, latents=True, capturable=True)
         if lab.cpu:
             return eager(run)
@@ -87,21 +101,13 @@ def variants(lab: Lab) -> dict[str, Callable[[], float]]:
         return repeated(graph.replay, on, warm_up=2)
 
     return {
-        "ours graph, bf16 weights": lambda: steps(masters=True, precision="bf16", engine=graph),
-        "ours graph, bf16 weights, cudnn.benchmark": lambda: benchmarked(
-            lambda: steps(masters=True, precision="bf16", engine=graph)
-        ),
-        "published": lambda: eager(published(lab, latents=False)),
+        "published, latents at hand, in a graph": in_a_graph,
         "published, latents at hand": lambda: eager(published(lab, latents=True)),
-        "published, latents at hand, in a graph": published_graph,
-        "ours graph, autocast": lambda: steps(masters=False, precision="bf16", engine=graph),
-        "ours graph, bf16 weights, encoding": lambda: steps(
-            masters=True, precision="bf16", engine=graph, latents=False
+        "published": lambda: eager(published(lab, latents=False)),
+        "ours eager, bf16 weights": lambda: eager(
+            advance(ours(lab, masters=True, precision="bf16", engine="eager"), lab)
         ),
-        "ours eager, bf16 weights": ours_eager,
-        "ours graph, tf32": lambda: steps(precision="tf32", engine=graph),
-        "ours graph, float32": lambda: steps(precision="float32", engine=graph),
-    }  # fmt: skip
+    }
 
 
 def benchmarked(run: Callable[[], float]) -> float:
@@ -113,12 +119,19 @@ def benchmarked(run: Callable[[], float]) -> float:
         torch.backends.cudnn.benchmark = False
 
 
-def measure(lab: Lab, names: tuple[str, ...] = ()) -> dict:
-    found = {"batch": lab.batch, "bound": train_step_cost(lab.config, lab.batch, torch.bfloat16, first_stage=False)}
+def measure(lab: Lab) -> dict:
+    bound = train_step_cost(lab.config, lab.batch, torch.bfloat16, first_stage=False)
+    return time_all(lab, "step", variants(lab), {"batch": lab.batch, "bound": bound})
+
+
+def measure_published(lab: Lab) -> dict:
+    return time_all(lab, "published", others(lab), {"batch": lab.batch})
+
+
+def time_all(lab: Lab, block: str, runs: dict[str, Callable[[], float]], found: dict) -> dict:
+    """`found` with the seconds of each, saved as they come."""
     found["seconds"] = {}
-    for name, run in variants(lab).items():
-        if names and name not in names:
-            continue
+    for name, run in runs.items():
         try:
             found["seconds"][name] = run()
         except Exception as error:
@@ -126,22 +139,17 @@ def measure(lab: Lab, names: tuple[str, ...] = ()) -> dict:
                 raise
             found["seconds"][name] = None
             found.setdefault("errors", {})[name] = f"{type(error).__name__}: {str(error).strip()[:400]}"
-        lab.save("step", found)
+        lab.save(block, found)
         if not lab.cpu:
             torch.cuda.empty_cache()
     return found
 
 
 def lines(found: dict) -> list[str]:
-    times = found["seconds"]
-    base = times.get("published")
-    said = []
-    for name, seconds in times.items():
-        ratio = f"{base / seconds:6.2f}x published" if base and seconds else ""
-        said.append(
-            f"{name:38} {1e3 * seconds:8.2f} ms {ratio}" if seconds else f"{name:38} FAILED {found['errors'][name]}"
-        )
-    return said
+    return [
+        f"{name:42} {1e3 * seconds:8.2f} ms" if seconds else f"{name:42} FAILED {found['errors'][name]}"
+        for name, seconds in found["seconds"].items()
+    ]
 
 
 # ---- what the graph is made of
@@ -210,8 +218,11 @@ def profile(lab: Lab, run: Run, replays: int = 3) -> dict:
 def measure_profile(lab: Lab) -> dict:
     engine = "eager" if lab.cpu else "graph"
     found = {}
-    training = ours(lab, masters=True, precision="bf16", engine=engine)
-    found["bf16 weights"] = profile(lab, advance(training, lab))
+    for name, tried in (("bf16 weights", False), ("bf16 weights, cudnn.benchmark", True)):
+        torch.backends.cudnn.benchmark = tried
+        found[name] = profile(lab, advance(ours(lab, masters=True, precision="bf16", engine=engine), lab))
+        lab.save("profile", found)
+    torch.backends.cudnn.benchmark = False
     return found
 
 
