@@ -107,7 +107,8 @@ def build(target: Path, cuda: bool = True) -> None:
         library = Path(folder, "library.so")
         runtime = [str(cuda_library(nvcc)), "-ldl", "-lrt", "-lpthread"] if nvcc else []
         objects = sorted(str(path) for path in Path(folder).glob("*.o"))
-        run([compiler, "-shared", "-o", str(library), *objects, f"-L{torch / 'lib'}", "-ltorch_cpu", *runtime])
+        needed = [f"-L{torch / 'lib'}", "-ltorch_cpu", *runtime, *standard_library(compiler)]
+        run([compiler, "-shared", "-o", str(library), *objects, *needed])
         os.replace(library, target)
 
 
@@ -163,6 +164,15 @@ def cuda_library(nvcc: str) -> Path:
         if (home / folder / "libcudart_static.a").exists():
             return home / folder / "libcudart_static.a"
     raise BuildError(f"no libcudart_static.a in {home}")
+
+
+def standard_library(compiler: str) -> list[str]:
+    """The C++ library that PyTorch has loaded, by name: some compilers would link a copy of their own into ours.
+
+    Two in one process crash where a message is formatted: in a segmentation fault in place of an exception.
+    """
+    found = run([compiler, "-print-file-name=libstdc++.so.6"]).strip()
+    return [found] if Path(found).is_absolute() else []
 
 
 def run(command: list[str]) -> str:
