@@ -1,5 +1,6 @@
 """What the benchmarks of whole models share: configurations, models with the same weights, and other libraries'."""
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -56,6 +57,18 @@ def diffusers_unet(config: EncDiffConfig) -> nn.Module:
         up_block_types=["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attending)],
     )
     return Positional(unet)
+
+
+class Rounded(nn.Module):
+    """The U-Net in bfloat16, without autocast."""
+
+    def __init__(self, unet: nn.Module):
+        super().__init__()
+        self.unet = copy.deepcopy(unet).to(torch.bfloat16).to(memory_format=torch.channels_last)
+
+    def forward(self, x: Tensor, t: Tensor, tokens: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return self.unet(x.bfloat16(), t, tokens.bfloat16())
 
 
 class Positional(nn.Module):

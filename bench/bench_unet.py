@@ -4,30 +4,17 @@
 a GPU. Outputs and the gradient of x_t are compared with the published form's before anything is timed.
 """
 
-import copy
 import functools
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from bench.baselines import PAPER, SMOKE, as_exact, compiled, diffusers_unet, fresh_model, published_twin
+from bench.baselines import PAPER, SMOKE, Rounded, as_exact, compiled, diffusers_unet, fresh_model, published_twin
 from bench.cases import DTYPE, GPU, PHASES, cases
 from bench.cost import unet_cost
 
 BATCH = 128 if GPU else 16
 CALLS = 4  # of thousands of kernels, in one graph
-
-
-class Rounded(nn.Module):
-    """The U-Net in bfloat16, without autocast."""
-
-    def __init__(self, unet: nn.Module):
-        super().__init__()
-        self.unet = copy.deepcopy(unet).to(torch.bfloat16).to(memory_format=torch.channels_last)
-
-    def forward(self, x: Tensor, t: Tensor, tokens: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
-            return self.unet(x.bfloat16(), t, tokens.bfloat16())
 
 
 IMPLS = {  # from our model and a compiler to a function of (x, t, tokens)

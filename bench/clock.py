@@ -92,8 +92,13 @@ def replayed(runs: Run | Sequence[Run], device: torch.device, calls: int = CALLS
 
 
 def captured(work: Run, warm_up: Sequence[Run] = ()) -> tuple[torch.cuda.CUDAGraph, object]:
-    """A CUDA graph of `work`, and its outputs, which the graph's memory holds."""
-    main, side = torch.cuda.current_stream(), torch.cuda.Stream()
+    """A CUDA graph of `work`, and its outputs, which the graph's memory holds.
+
+    On the current stream, or one of its own where that is the default one, of which none can be captured. What compiled
+    backward passes keep of the stream that they first ran on must not be the default one either.
+    """
+    main = torch.cuda.current_stream()
+    side = torch.cuda.Stream() if main == torch.cuda.default_stream() else main
     side.wait_stream(main)
     with torch.cuda.stream(side):
         for run in warm_up:
@@ -102,7 +107,7 @@ def captured(work: Run, warm_up: Sequence[Run] = ()) -> tuple[torch.cuda.CUDAGra
     main.wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     try:
-        with uncollected(), torch.cuda.graph(graph):
+        with uncollected(), torch.cuda.graph(graph, stream=side):
             outputs = work()
     except RuntimeError:
         _after_a_failed_capture(graph, main)

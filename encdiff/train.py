@@ -63,24 +63,28 @@ class TrainConfig(Checked):
 
 
 PAPER = TrainConfig()
+QUICKSTART = TrainConfig(  # docs/recipes.md
+    steps=3000,
+    batch_size=64,
+    learning_rate=2e-3,
+    warmup=100,
+    decay=0.3,
+    weight_decay=0.0,
+    betas=(0.9, 0.99),
+    gradient_clip=1.0,
+    timesteps="power",
+    picture_every=1000,
+)
+ROOM = replace(QUICKSTART, steps=10_000, batch_size=128, learning_rate=1.5e-3, ema=0.999, picture_every=5000)
 
 RECIPES: dict[str, TrainConfig] = {
     "shapes3d": PAPER,
     "mpi3d": PAPER,
     "cars3d": PAPER,
     "celeba": PAPER,
-    "quickstart": TrainConfig(  # docs/recipes.md
-        steps=3000,
-        batch_size=64,
-        learning_rate=2e-3,
-        warmup=100,
-        decay=0.3,
-        weight_decay=0.0,
-        betas=(0.9, 0.99),
-        gradient_clip=1.0,
-        timesteps="power",
-        picture_every=1000,
-    ),
+    "quickstart": QUICKSTART,
+    "room32": ROOM,
+    "room64": ROOM,
 }
 
 

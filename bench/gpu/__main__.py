@@ -16,27 +16,28 @@ import bench.gpu as package
 
 ROOT = Path(__file__).parents[2]
 CALLS = {  # the blocks of each, what is wanted most first
-    1: "beside,machine,step,profile,sampling,whole,ops,tiles,compiled,published",
-    2: "paper,beside,step,profile,compiled,published",
+    1: "beside,machine,step,profile,unet,sampling,whole,ops,tiles,compiled,published",
+    2: "paper,shipped,beside,machine,compiled,unet,sampling,step,tiles,profile,whole,doctor",
 }
-QUIET = {"machine", "step", "profile", "sampling", "whole", "ops", "published"}  # all else is stopped
+ASIDE = ("whole", "doctor")  # of a call with a training: in a process of their own, beside it
+QUIET = {"machine", "step", "profile", "unet", "sampling", "ops", "published"}  # all else is stopped
 SECONDS = {  # of each block at most
     "beside": 100, "machine": 8, "step": 40, "profile": 12, "compiled": 30, "tiles": 60, "sampling": 20, "whole": 25,
-    "ops": 25, "published": 30, "paper": 600, "doctor": 90,
+    "ops": 25, "published": 30, "unet": 15, "shipped": 90, "paper": 600, "doctor": 90,
 }  # fmt: skip
-FIRST_STAGE, TESTS = 55, 65  # seconds of two workers
+FIRST_STAGE, TESTS = 70, 100  # seconds of two workers
 TAIL = 3  # seconds kept for packing
 AFTER_TRAINING = 8  # seconds in which what ran beside it must end
 READING = 30  # seconds after a training for its codes and what is read off them
 LINES = 120  # of the summary at most
 MEASURES = {  # of blocks that are one function of the lab
     "machine": "machine.measure", "step": "steps.measure", "profile": "steps.measure_profile",
-    "published": "steps.measure_published",
+    "published": "steps.measure_published", "unet": "sampling.measure_unet",
     "whole": "sampling.check", "sampling": "sampling.measure", "ops": "operations.measure", "doctor": "doctor.measure",
 }  # fmt: skip
 LINES_OF = {  # what a block's result is in words
     "right": "checks.lines", "machine": "machine.lines", "step": "steps.lines", "published": "steps.lines",
-    "profile": "steps.profile_lines",
+    "profile": "steps.profile_lines", "unet": "steps.lines", "shipped": "shipped.lines",
     "whole": "sampling.check_lines", "compiled": "compiled.lines", "ops": "operations.lines",
     "sampling": "sampling.lines", "tiles": "tiles.lines", "paper": "paper.lines", "doctor": "doctor.lines",
 }  # fmt: skip
@@ -67,8 +68,8 @@ def commit() -> str:
 class Session:
     """One call: its workers, its blocks in order, its summary."""
 
-    def __init__(self, lab, blocks: list[str]):
-        self.lab, self.blocks, self.workers = lab, blocks, {}
+    def __init__(self, lab, blocks: list[str], peers: tuple[str, ...] = ()):
+        self.lab, self.blocks, self.peers, self.workers = lab, blocks, peers, {}
         self.said = lab.load("said") or {}  # of a process before this one: see `go_on_anew`
 
     def start_workers(self) -> None:
@@ -79,16 +80,30 @@ class Session:
             return
         has, shares = set(self.blocks), range(1 if self.lab.cpu else 5)
         if "paper" in has:
-            self.start("warm")
-        if "compiled" in has:
-            self.start(*(f"peer {name}" for name in PEERS))
-        self.start("build", *(f"right {n}/{len(shares)}" for n in shares))
-        if "paper" in has:
             if not (self.lab.out / "first_stage").exists():
                 self.start("first stage", seconds=3 if self.lab.cpu else FIRST_STAGE)
-            self.start("tests", seconds=TESTS + SECONDS["paper"] / 2)
-        if "tiles" in has:
+            self.start("warm")
+        if "shipped" in has:
+            self.start("shipped", seconds=self.seconds_of_shipped)
+        if "compiled" in has:
+            self.start(*(f"peer {name}" for name in PEERS if name in self.peers or not self.peers))
+        self.start("build", *(f"right {n}/{len(shares)}" for n in shares))
+        if "paper" not in has:
+            self.start_later()
+
+    def start_later(self) -> None:
+        """What a training leaves room for."""
+        shares = range(1 if self.lab.cpu else 5)
+        if "paper" in self.blocks:
+            self.start(*(f"aside {name}" for name in ASIDE if name in self.blocks))
+            self.start("tests", seconds=TESTS)
+        self.start(*(f"aside {name} ours" for name in ("unet", "sampling") if name in self.blocks))
+        if "tiles" in self.blocks:
             self.start(*(f"tiles {n}/{len(shares)}" for n in shares))
+
+    @property
+    def seconds_of_shipped(self) -> float:
+        return 2 if self.lab.cpu else SECONDS["shipped"] - 15
 
     def start(self, *names: str, seconds: float = 0) -> None:
         from bench.gpu import workers
@@ -106,7 +121,7 @@ class Session:
         for n, name in enumerate(self.blocks):
             most = AFTER_TRAINING if name == "beside" and "paper" in self.blocks[:n] else SECONDS[name]
             seconds = min(most, self.lab.left - TAIL)
-            self.pause(name in QUIET, "peer", "tiles")
+            self.pause(name in QUIET, "peer", "tiles", "aside")
             began = time.monotonic()
             try:
                 if seconds < 2:
@@ -137,8 +152,12 @@ class Session:
         os.execv(sys.executable, [sys.executable, "-m", "bench.gpu", str(self.lab.out), "--go-on", *left])
 
     def block(self, name: str, seconds: float) -> list[str]:
-        own = getattr(self, f"block_{name}", None)
-        return own(seconds) if own else self.done(name, named(MEASURES[name])(self.lab))
+        if own := getattr(self, f"block_{name}", None):
+            return own(seconds)
+        if worker := self.workers.get(f"aside {name}"):
+            found = worker.wait(time.monotonic() + seconds - 1)
+            return [found["error"]] if "error" in found else self.done(name, found)
+        return self.done(name, named(MEASURES[name])(self.lab))
 
     def partial(self, name: str) -> list[str]:
         """What a block that did not end has left."""
@@ -204,7 +223,17 @@ class Session:
                 print("warm:", json.dumps(warm.wait(time.monotonic() + 60))[:200], flush=True)
 
         end = time.monotonic() + (4 if self.lab.cpu else seconds - READING)
+        for worker in self.of("first").values():
+            self.lab.save("first_stage_steps", worker.wait(end - 60))
+        self.start_later()
         return self.done("paper", paper.measure(self.lab, end, ready, **changes))
+
+    def block_shipped(self, seconds: float) -> list[str]:
+        if "shipped" not in self.workers:
+            self.start("shipped", seconds=self.seconds_of_shipped)
+        worker = self.workers["shipped"]
+        worker.go()
+        return self.done("shipped", worker.wait(time.monotonic() + seconds - 1))
 
     def write_summary(self) -> None:
         self.lab.save("said", self.said)
@@ -236,6 +265,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--minutes", type=float, default=5.3, help="for everything together")
     parser.add_argument("--train", type=float, default=120, help="seconds of the block `paper`, from images to swaps")
+    parser.add_argument("--peers", help="these compiled peers alone, such as 'published step,ops'")
     parser.add_argument("--only", help="these blocks, such as right,step")
     parser.add_argument("--caches", type=Path, help="folder of what Triton and Inductor compiled; default OUT/caches")
     parser.add_argument("--cpu", action="store_true", help="go through the same code without a GPU, on a tiny model")
@@ -275,7 +305,7 @@ def main(arguments: list[str] | None = None) -> int:
         for name in ("said", "right", "tests", *SECONDS):  # of an earlier run into the same folder
             (out / f"{name}.json").unlink(missing_ok=True)
         (out / "tables.txt").unlink(missing_ok=True)
-    session = Session(lab, blocks)
+    session = Session(lab, blocks, tuple(given.peers.split(",")) if given.peers else ())
     session.run()
     pack(out, out / "results.tgz", "*.json", "*.png", "summary.md", "tables.txt", "parts/*.log", "parts/*.json")
     print((out / "summary.md").read_text())

@@ -93,7 +93,7 @@ def ops(lab: Lab, ready: Ready) -> dict:
 
 PEERS = {
     "published step": published_step,
-    "published step, by block": lambda lab, ready: published_step(lab, ready, by_block=True),
+    "published step by block": lambda lab, ready: published_step(lab, ready, by_block=True),
     "our step": our_step,
     "published U-Net": published_unet,
     "ops": ops,

@@ -33,9 +33,11 @@ from encdiff.train import TrainConfig, Training
 from encdiff.train_autoencoder import AutoencoderTrainConfig, AutoencoderTraining
 
 SMALL = (2, 2, 2, 2, 4, 3)  # the grid without a GPU
-# beside the paper's: a higher rate and a short warm-up, more noise, clipping; and a bank that begins with He's gain
+# beside the paper's: the clean latents as target, scalars of unit variance, a bank that begins with He's gain (what
+# docs/recipes.md found on small models); a higher rate and a short warm-up, more noise, clipping
+MODEL = {"prediction": "x0", "normalize_scalars": True, "bank_gain": 2.45}
 RECIPE = {
-    "steps": 10**6, "learning_rate": 5e-4, "warmup": 300, "betas": (0.9, 0.99), "weight_decay": 0.0,
+    "steps": 10**6, "learning_rate": 7e-4, "warmup": 300, "betas": (0.9, 0.99), "weight_decay": 0.0,
     "gradient_clip": 1.0, "timesteps": "power", "precision": "bf16",
 }  # fmt: skip
 DECAY = 0.3  # the last part of the time, over which the rate falls in a line
@@ -149,7 +151,7 @@ def measure(lab: Lab, end: float, ready: Callable[[], None], **changes) -> dict:
     `ready` is called when images and latents are made, and returns when training may begin.
     """
     torch.manual_seed(0)
-    room, model = Room(lab), EncDiff(replace(lab.config, bank_gain=2.45)).to(lab.device)
+    room, model = Room(lab), EncDiff(replace(lab.config, **MODEL)).to(lab.device)
     folder = lab.out / "first_stage"
     if folder.exists():
         stage = VQAutoencoder.from_pretrained(folder).to(lab.device)
@@ -167,7 +169,7 @@ def measure(lab: Lab, end: float, ready: Callable[[], None], **changes) -> dict:
     marks = [0.5] if lab.cpu else list(MARKS)
     began, log, scoring, encoding = time.monotonic(), [], [], 0.0
     found = {
-        "config": {k: str(v) for k, v in given.items()},
+        "config": {k: str(v) for k, v in (MODEL | given).items()},
         "prepare_s": encoded - prepared,
         "log": log,
         "seconds": seconds,
@@ -185,22 +187,21 @@ def measure(lab: Lab, end: float, ready: Callable[[], None], **changes) -> dict:
                 break
             if marks and now > marks[0] and (lab.cpu or seconds - now > 8):
                 mark, before = marks.pop(0), time.monotonic()
-                scoring.append(_score(lab, room, model, f"codes-{mark:.0f}"))
+                scoring.append(_score(lab, encode(model, room.pixels), f"{mark:.0f}"))
                 encoding += time.monotonic() - before
                 lab.save("paper", found)
     found |= {"steps": training.step, "images_per_s": training.step * config.batch_size / now}
     lab.save("paper", found)
     codes = encode(model, room.pixels)
-    np.save(lab.out / "codes.npy", codes)  # to be scored where there is time
+    last = _score(lab, codes, "final", jobs=6)
     found["counterfactual"] = counterfactual.measure(training.averaged_model(), room, codes, lab.out / "swaps.png")
     lab.save("paper", found)
-    for process, _ in scoring:
+    for process, _ in [*scoring, last]:  # the last goes on: what it finds lies beside the other results
         with suppress(subprocess.TimeoutExpired):
             process.wait(max(0.1, end + (60 if lab.cpu else 8) - time.monotonic()))
-        process.kill()
-    found["scores"] = {path.stem: json.loads(path.read_text()) for _, path in scoring if path.exists()}
-    for _, path in scoring:
-        path.unlink(missing_ok=True)
+    found["scores"] = {
+        path.stem.removeprefix("scores-"): json.loads(path.read_text()) for _, path in [*scoring, last] if path.exists()
+    }
     return found
 
 
@@ -213,18 +214,19 @@ def encode(model: EncDiff, pixels: Tensor, rows: int = 4096) -> np.ndarray:
     return codes.float().cpu().numpy()
 
 
-def _score(lab: Lab, room: Room, model: EncDiff, name: str) -> tuple[subprocess.Popen, Path]:
-    """Save the grid's codes and score them in a process of its own."""
-    codes, result = lab.out / f"{name}.npy", lab.out / f"scores-{name}.json"
-    np.save(codes, encode(model, room.pixels))
-    command = [sys.executable, "-m", "bench.gpu.paper", str(codes), str(result), *map(str, room.factor_sizes)]
+def _score(lab: Lab, codes: np.ndarray, name: str, jobs: int = 2) -> tuple[subprocess.Popen, Path]:
+    """Score codes of the whole grid in a process of its own, into OUT/scores-NAME.json."""
+    kept, result = lab.out / f"codes-{name}.npy", lab.out / f"scores-{name}.json"
+    np.save(kept, codes)
+    sizes = SMALL if lab.cpu else FACTOR_SIZES
+    command = [sys.executable, "-m", "bench.gpu.paper", str(kept), str(result), str(jobs), *map(str, sizes)]
     return subprocess.Popen(command, cwd=Path(__file__).parents[2]), result
 
 
-def score(codes: Path, result: Path, sizes: tuple[int, ...]) -> None:
+def score(codes: Path, result: Path, jobs: int, sizes: tuple[int, ...]) -> None:
     from encdiff.protocol import score_grid, settings_of
 
-    found = score_grid(np.load(codes).astype(np.float64), sizes, settings_of("paper"), n_jobs=2)
+    found = score_grid(np.load(codes).astype(np.float64), sizes, settings_of("paper"), n_jobs=jobs)
     part = result.with_suffix(".part")
     part.write_text(json.dumps({"factor_vae": found["factor_vae"], "dci": found["dci"]}, default=lambda a: a.tolist()))
     part.replace(result)
@@ -243,4 +245,4 @@ def lines(found: dict) -> list[str]:
 
 
 if __name__ == "__main__":
-    score(Path(sys.argv[1]), Path(sys.argv[2]), tuple(map(int, sys.argv[3:])))
+    score(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), tuple(map(int, sys.argv[4:])))

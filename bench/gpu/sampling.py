@@ -6,8 +6,8 @@ evaluations.
 
 import torch
 
-from bench.baselines import fresh_model, published_twin
-from bench.clock import called
+from bench.baselines import Rounded, fresh_model, published_twin
+from bench.clock import called, replayed
 from bench.cost import sampling_cost
 from bench.gpu.lab import Lab
 from bench.gpu.steps import advance, ours
@@ -61,39 +61,61 @@ def check_lines(found: dict) -> list[str]:
 
 
 @float32_precision(tf32=False)
-def measure(lab: Lab) -> dict:
+def measure(lab: Lab, ours_alone: bool = False) -> dict:
+    """Ours first, at both batches; then the published form, which the host slows."""
     steps = 3 if lab.cpu else 10
     found = {"steps": steps, "tf32": False, "seconds": {}, "bound": {}}
     model = fresh_model(lab.config, lab.device).eval()
-    twin = published_twin(model)
-    for batch in (lab.batch, 1):
-        scalars = torch.randn(batch, lab.config.concepts, device=lab.device)
-        x_T = torch.randn(batch, *model.latent_shape, device=lab.device)
-        engine = SamplingEngine(model, sampler="ddim", steps=steps)
-        bf16 = SamplingEngine(model, precision="bf16", sampler="ddim", steps=steps)
-
-        def published_bf16(scalars=scalars, x_T=x_T):
-            with torch.autocast(lab.device.type, torch.bfloat16):
-                return twin.sample(scalars, x_T, steps)
-
-        runs = {
-            "ours, bf16": lambda scalars=scalars, x_T=x_T, bf16=bf16: bf16(scalars, x_T=x_T),
-            "ours, float32": lambda scalars=scalars, x_T=x_T, engine=engine: engine(scalars, x_T=x_T),
-            "published, bf16 autocast": published_bf16,
-            "published, float32": lambda scalars=scalars, x_T=x_T: twin.sample(scalars, x_T, steps),
-        }
-        for name, run in runs.items():
-            try:
-                found["seconds"][f"{name}, B={batch}"] = called(run, lab.device, calls=3, warm_up=2) / steps
-            except Exception as error:
-                if type(error).__name__ == "Late":
-                    raise
-                found.setdefault("errors", {})[f"{name}, B={batch}"] = f"{type(error).__name__}: {error}"[:300]
-        found["bound"][batch] = sampling_cost(lab.config, batch, steps, torch.bfloat16)
-        lab.save("sampling", found)
+    twin = None if ours_alone else published_twin(model)
+    for kind in ("ours",) if ours_alone else ("ours", "published"):
+        for batch in (lab.batch, 1):
+            scalars = torch.randn(batch, lab.config.concepts, device=lab.device)
+            x_T = torch.randn(batch, *model.latent_shape, device=lab.device)
+            for precision in ("bf16", "float32"):
+                run = _ours(model, precision, steps) if kind == "ours" else _published(twin, precision, steps)
+                key = f"{kind}, {precision}, B={batch}"
+                found["seconds"][key] = called(lambda r=run, s=scalars, x=x_T: r(s, x), lab.device, 3, 2) / steps
+                lab.save("sampling", found)
+            found["bound"][batch] = sampling_cost(lab.config, batch, steps, torch.bfloat16)
     return found
 
 
+def _ours(model, precision: str, steps: int):
+    engine = SamplingEngine(model, precision=precision, sampler="ddim", steps=steps)
+    return lambda scalars, x_T: engine(scalars, x_T=x_T)
+
+
+def _published(twin, precision: str, steps: int):
+    def run(scalars, x_T):
+        with torch.autocast(scalars.device.type, torch.bfloat16, enabled=precision == "bf16"):
+            return twin.sample(scalars, x_T, steps)
+
+    return run
+
+
 def lines(found: dict) -> list[str]:
-    said = [f"{name:38} {1e3 * s:8.3f} ms an evaluation" for name, s in found["seconds"].items()]
-    return said + [f"{name}: {e}" for name, e in found.get("errors", {}).items()]
+    return [f"{name:38} {1e3 * s:8.3f} ms an evaluation" for name, s in found["seconds"].items()]
+
+
+def measure_unet(lab: Lab, ours_alone: bool = False) -> dict:
+    """One evaluation of the U-Net without gradients, bf16, in a graph; of the published form its own kernels."""
+    model = fresh_model(lab.config, lab.device).eval()
+    x = torch.randn(lab.batch, *model.latent_shape, device=lab.device)
+    t = torch.randint(1000, (lab.batch,), device=lab.device)
+    tokens = torch.randn(lab.batch, lab.config.concepts, lab.config.token_width, device=lab.device)
+    forms = {"U-Net forward, ours, bf16 weights": lambda: Rounded(model.unet)}
+    if not ours_alone:
+        for form in ("sdpa", "einsum"):
+            forms[f"U-Net forward, published, {form}"] = lambda form=form: published_twin(model, form).unet
+    found: dict[str, dict] = {"seconds": {}}
+    for name, make in forms.items():
+        unet = make()
+
+        @torch.no_grad()
+        def run(unet=unet):
+            with torch.autocast(lab.device.type, torch.bfloat16, cache_enabled=False):
+                return unet(x, t, tokens)
+
+        found["seconds"][name] = replayed(run, lab.device, calls=4)
+        lab.save("unet", found)
+    return found
