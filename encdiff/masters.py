@@ -1,7 +1,8 @@
 """Training in bfloat16 without autocast: float32 masters in flat buffers, and a bfloat16 copy that computes the loss.
 
 Autocast rounds every weight anew in every step and gives back float32 gradients: a thousand small launches. Here the
-optimiser's own launch writes the rounded copy, and gradients stay in bfloat16 until it reads them.
+optimiser's own launch writes the rounded copy, and gradients stay in bfloat16 until it reads them. Those of linear
+layers and convolutions the backward pass itself writes to where it reads them (`encdiff.ops._beside`).
 """
 
 import copy
@@ -15,6 +16,7 @@ from encdiff import ops
 from encdiff.errors import InputError
 from encdiff.models import EncDiff
 from encdiff.models.unet import UNet
+from encdiff.ops._beside import Beside, Sink, give
 from encdiff.runs import optimizer_state
 
 ALIGNMENT = 64  # elements between the beginnings of two weights: 128 bytes of bfloat16, as libraries like them
@@ -77,7 +79,7 @@ class Masters:
     must stay where they are: `check` says when they did not.
     """
 
-    def __init__(self, model: EncDiff, ema: UNet, betas: tuple[float, float], weight_decay: float):
+    def __init__(self, model: EncDiff, ema: UNet, betas: tuple[float, float], weight_decay: float, aside: bool = False):
         self.model, self.updates = model, 0
         self.constants = {"betas": betas, "weight_decay": weight_decay}
         self.compute, exact = _copy(model)
@@ -96,6 +98,7 @@ class Masters:
             if members:
                 averaged = [averages[id(p)] for p in members if id(p) in averages]
                 self.segments.append((Segment(members, averaged, dtype), indices))
+        self.beside = Beside(self.parameters[0].device if aside else None)
         self.computing = self._place()
         self.refresh()
         # what holds the parts of the model, and the parts
@@ -115,7 +118,12 @@ class Masters:
                     rounded = views[id(p)] if id(p) in views else p.detach().to(torch.bfloat16)
                     to._parameters[name] = nn.Parameter(rounded, p.requires_grad)
                 computing[id(p)] = to._parameters[name]
-        return [computing[id(p)] for p in self.parameters]
+        learning = [computing[id(p)] for p in self.parameters]
+        for segment, indices in self.segments:
+            for i, gradient in zip(indices, segment.gradients, strict=True):
+                if learning[i] is not self.parameters[i]:
+                    give(learning[i], Sink(self.beside, gradient))
+        return learning
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -149,19 +157,20 @@ class Masters:
             into.fill_(value)
 
     def zero_grad(self) -> None:
+        self.beside.begin()
         for p in self.computing:
             p.grad = None
 
     @torch.no_grad()
     def step(self, clip: float = 0.0) -> Tensor:
         """Clip the gradients' norm to `clip` (0: not), AdamW, average, round; returns the norm before, float32."""
+        self.beside.join()
         for segment, indices in self.segments:
-            given = [(v, self.computing[i].grad) for i, v in zip(indices, segment.gradients, strict=True)]
-            given = [(view, gradient) for view, gradient in given if gradient is not None]
-            if len(given) < len(indices):
-                segment.gradient.zero_()
-            if given:
-                torch._foreach_copy_(*map(list, zip(*given, strict=True)))
+            found = [(view, self.computing[i]) for i, view in zip(indices, segment.gradients, strict=True)]
+            if given := [(view, p.grad) for view, p in found if p.grad is not None]:
+                gather(*map(list, zip(*given, strict=True)), self.beside.written)
+            if missing := [v for v, p in found if p.grad is None and v.data_ptr() not in self.beside.written]:
+                torch._foreach_zero_(missing)
         self.zero_grad()  # their memory is free for what comes next
         norms = [segment.norm() for segment, _ in self.segments]
         norm = norms[0] if len(norms) == 1 else torch.hypot(*norms)
@@ -195,6 +204,18 @@ class Masters:
                     view.copy_(state[i][key]) if i in state else view.zero_()
         self.updates = steps.pop()
         self.refresh()
+
+
+def gather(into: list[Tensor], gradients: list[Tensor], written: set[int]) -> None:
+    """Gradients that came through `.grad`; added where a part of the weight's went into its sink."""
+    both = [view.data_ptr() in written for view in into]
+    if any(both):
+        rest = [gradient for gradient, twice in zip(gradients, both, strict=True) if twice]
+        torch._foreach_add_([view for view, twice in zip(into, both, strict=True) if twice], rest)
+        into = [view for view, twice in zip(into, both, strict=True) if not twice]
+        gradients = [gradient for gradient, twice in zip(gradients, both, strict=True) if not twice]
+    if into:
+        torch._foreach_copy_(into, gradients)
 
 
 def _copy(model: EncDiff) -> tuple[EncDiff, set[int]]:

@@ -97,7 +97,7 @@ class Training:
 
     TERMS = ("loss", "gradient_norm", "learning_rate")
 
-    def __init__(self, model: EncDiff, config: TrainConfig, masters: bool | None = None):
+    def __init__(self, model: EncDiff, config: TrainConfig, masters: bool | None = None, aside: bool = False):
         if masters and config.precision != "bf16":
             raise InputError(f"masters is True, needs precision 'bf16', but it is {config.precision!r}")
         # channels last: the faster layout of convolutions, on a CPU and a GPU
@@ -108,7 +108,8 @@ class Training:
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         engine, on_gpu = choose(config.engine, self.device), self.device.type == "cuda"
         if masters or (masters is None and config.precision == "bf16" and on_gpu):
-            self.optimizer, self.masters = None, Masters(model, self.ema, config.betas, config.weight_decay)
+            aside = aside and engine == "graph"
+            self.optimizer, self.masters = None, Masters(model, self.ema, config.betas, config.weight_decay, aside)
         else:
             self.optimizer, self.masters = self._adamw(), None
         self.computing = model if self.masters is None else self.masters.compute  # whose loss it is

@@ -93,9 +93,16 @@ def _output(x: Tensor, dtype: torch.dtype) -> Tensor:
 @torch.library.custom_op("encdiff::column_sum", mutates_args=())
 def column_sum(x: Tensor, dtype: torch.dtype) -> Tensor:
     """x (M, C), any strides -> (C,) of dtype."""
-    (M, C), y = x.shape, _output(x, dtype)
+    y = _output(x, dtype)
+    _sum(x, y)
+    return y
+
+
+def _sum(x: Tensor, y: Tensor) -> None:
+    M, C = x.shape
     if not x.numel():
-        return y.zero_()
+        y.zero_()
+        return
     x = x if x.stride(1) == 1 else x.contiguous()
     with torch.cuda.device_of(x):
         if (parts := shares(M, C)) > 1:
@@ -104,7 +111,6 @@ def column_sum(x: Tensor, dtype: torch.dtype) -> Tensor:
             x = left
         # more rows than ONCE are left where the columns alone make programs enough
         _launch(x, y, len(x), _all(len(x)) if len(x) <= ONCE else SHARES[False])
-    return y
 
 
 @column_sum.register_fake
@@ -122,6 +128,17 @@ def _autograd(ctx, dy):
 
 
 column_sum.register_autograd(_autograd, setup_context=_setup_context)
+
+
+@torch.library.custom_op("encdiff::column_sum_into", mutates_args=("y",))
+def column_sum_into(x: Tensor, y: Tensor) -> None:
+    """x (M, C), any strides, summed into y (C,), contiguous; without gradients."""
+    _sum(x, y)
+
+
+@column_sum_into.register_fake
+def _(x, y):
+    return None
 
 
 def gate_cases() -> Iterator[GateCase]:

@@ -26,12 +26,12 @@ def images_of(lab: Lab) -> Tensor:
     return torch.randint(256, (lab.batch, size, size, 3), dtype=torch.uint8, device=lab.device)
 
 
-def ours(lab: Lab, latents: bool = True, masters: bool | None = None, **options) -> Training:
+def ours(
+    lab: Lab, latents: bool = True, masters: bool | None = None, aside: bool = False, rate: float = RATE, **options
+) -> Training:
     """Our training, about to take a step; `options` are TrainConfig's."""
-    config = TrainConfig(batch_size=lab.batch, learning_rate=RATE, warmup=0, **options)
-    training = Training(
-        fresh_model(lab.config, lab.device).train(), config, **({} if masters is None else {"masters": masters})
-    )
+    config = TrainConfig(batch_size=lab.batch, learning_rate=rate, warmup=0, **options)
+    training = Training(fresh_model(lab.config, lab.device).train(), config, masters, aside)
     if latents:
         training.latents = torch.randn(lab.batch, *training.model.latent_shape, device=lab.device)
     return training
@@ -78,7 +78,7 @@ def variants(lab: Lab) -> dict[str, Callable[[], float]]:
     packed = {"masters": True, "precision": "bf16", "engine": graph}
     return {
         "ours graph, bf16 weights": lambda: steps(**packed),
-        "ours graph, bf16 weights, cudnn.benchmark": lambda: benchmarked(lambda: steps(**packed)),
+        "ours graph, bf16 weights, weights aside": lambda: steps(**packed, aside=True),
         "ours graph, bf16 weights, encoding": lambda: steps(**packed, latents=False),
         "ours graph, autocast": lambda: steps(masters=False, precision="bf16", engine=graph),
         "ours graph, tf32": lambda: steps(precision="tf32", engine=graph),
@@ -108,15 +108,6 @@ def others(lab: Lab) -> dict[str, Callable[[], float]]:
             advance(ours(lab, masters=True, precision="bf16", engine="eager"), lab)
         ),
     }
-
-
-def benchmarked(run: Callable[[], float]) -> float:
-    """With cuDNN's algorithms chosen by trial."""
-    torch.backends.cudnn.benchmark = True
-    try:
-        return run()
-    finally:
-        torch.backends.cudnn.benchmark = False
 
 
 def measure(lab: Lab) -> dict:
@@ -218,11 +209,10 @@ def profile(lab: Lab, run: Run, replays: int = 3) -> dict:
 def measure_profile(lab: Lab) -> dict:
     engine = "eager" if lab.cpu else "graph"
     found = {}
-    for name, tried in (("bf16 weights", False), ("bf16 weights, cudnn.benchmark", True)):
-        torch.backends.cudnn.benchmark = tried
-        found[name] = profile(lab, advance(ours(lab, masters=True, precision="bf16", engine=engine), lab))
+    for name, aside in (("bf16 weights", False), ("bf16 weights, weights aside", True)):
+        training = ours(lab, masters=True, aside=aside, precision="bf16", engine=engine)
+        found[name] = profile(lab, advance(training, lab))
         lab.save("profile", found)
-    torch.backends.cudnn.benchmark = False
     return found
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from encdiff import ops
 from encdiff.models.layers import Conv2d, Linear
+from encdiff.ops._beside import give, sink_of
 from encdiff.ops._dispatch import is_transformed
 from encdiff.ops.cross_attention_folded import Folded, Kept, cross_attention_folded, fold, fold_pays
 
@@ -201,6 +202,8 @@ def pointwise(x: Tensor, conv: nn.Conv2d) -> Tensor:
         return conv(x)
     weight = conv.weight  # as a matrix by a view whose gradient has the weight's own strides: fused AdamW asks for them
     weight = weight.flatten(1) if weight.stride(3) == 1 else weight.permute(0, 2, 3, 1).flatten(1)
+    if (sink := sink_of(conv.weight)) is not None:
+        give(weight, sink.as_matrix())
     y = ops.linear(x.flatten(2).transpose(1, 2), weight, conv.bias)
     return y.transpose(1, 2).unflatten(2, x.shape[2:])
 

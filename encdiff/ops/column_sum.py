@@ -112,6 +112,17 @@ def is_fused(x: Tensor, impl: str | None = None) -> bool:
     return forced == "triton" or not interpreted(x)
 
 
-def bias_gradient(rows: Tensor, dtype: torch.dtype) -> Tensor:
-    """`column_sum` where `is_fused` said so before the number of rows was known; a part of other ops, not recorded."""
-    return (column_sum_native if failed_sum(rows, dtype, *rows.shape) else column_sum_triton)(rows, dtype)
+def bias_gradient(rows: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+    """`column_sum`, of which `is_fused` has spoken before the number of rows was known; a part of other ops.
+
+    Not recorded. `out` (C,) of dtype is written, if given.
+    """
+    if _type_reasons(rows, dtype) or interpreted(rows) or failed_sum(rows, dtype, *rows.shape):
+        total = column_sum_native(rows, dtype)
+        return total if out is None else out.copy_(total)
+    if out is None:
+        return column_sum_triton(rows, dtype)
+    from encdiff.kernels.column_sum import column_sum_into
+
+    column_sum_into(rows, out)
+    return out

@@ -1,9 +1,11 @@
 """Linear layers and convolutions whose gradients of biases are taken by `column_sum`.
 
-PyTorch's own sum over rows is slow on a GPU for matrices as small as those of a training step. Nothing else differs
-from `F.linear` and `F.conv2d`, and wherever the kernel does not serve it is they that run.
+PyTorch's own sum over rows is slow on a GPU for matrices as small as those of a training step. Gradients of weights
+that have a sink (`encdiff.ops._beside`) go there. Nothing else differs from `F.linear` and `F.conv2d`, and where
+neither is asked for it is they that run.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
 
 import torch
@@ -11,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from encdiff.errors import InputError
+from encdiff.ops._beside import Sink, sink_of
 from encdiff.ops._dispatch import is_transformed
 from encdiff.ops._triton import autocast_dtype
 from encdiff.ops._types import check_floating, mixed
@@ -19,12 +22,15 @@ from encdiff.ops.column_sum import bias_gradient, is_fused
 Pair = tuple[int, int]
 
 
+Sinks = tuple[Sink | None, Sink | None]  # of weight and bias
+
+
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, sinks: Sinks) -> Tensor:
         wanted = ctx.needs_input_grad
         ctx.save_for_backward(x if wanted[1] else None, weight if wanted[0] else None)
-        ctx.bias_dtype = bias.dtype
+        ctx.bias_dtype, ctx.sinks = None if bias is None else bias.dtype, sinks
         return F.linear(x, weight, bias)
 
     @staticmethod
@@ -32,9 +38,32 @@ class _Linear(torch.autograd.Function):
         """dx = dy W; dW = dy^T x; db = the sum of dy over the rows."""
         (x, weight), wanted = ctx.saved_tensors, ctx.needs_input_grad
         rows = _matrix(dy)
+        with _aside(ctx.sinks, rows, x):
+            dw = _product(rows, x, ctx.sinks[0]) if wanted[1] else None
+            db = _sum(rows, ctx.bias_dtype, ctx.sinks[1]) if wanted[2] else None
         dx = (rows @ weight).view(*dy.shape[:-1], weight.shape[1]) if wanted[0] else None
-        dw = rows.mT @ _matrix(x) if wanted[1] else None
-        return dx, dw, bias_gradient(rows, ctx.bias_dtype) if wanted[2] else None
+        return dx, dw, db, None
+
+
+def _aside(sinks: Sinks, *inputs: Tensor | None) -> AbstractContextManager:
+    return nullcontext() if sinks[0] is None else sinks[0].beside.aside(*inputs)
+
+
+def _product(rows: Tensor, x: Tensor, sink: Sink | None) -> Tensor | None:
+    """dW = dy^T x, or None where it went into its sink."""
+    x = _matrix(x)
+    if sink is None:
+        return rows.mT @ x
+    sink.put(lambda into: torch.mm(rows.mT, x, out=into), lambda into: into.addmm_(rows.mT, x))
+    return None
+
+
+def _sum(rows: Tensor, dtype: torch.dtype, sink: Sink | None) -> Tensor | None:
+    """The gradient of a bias, or None where it went into its sink."""
+    if sink is None:
+        return bias_gradient(rows, dtype)
+    sink.put(lambda into: bias_gradient(rows, dtype, into), lambda into: into.add_(bias_gradient(rows, dtype)))
+    return None
 
 
 def _matrix(x: Tensor) -> Tensor:
@@ -44,24 +73,33 @@ def _matrix(x: Tensor) -> Tensor:
 
 class _Conv2d(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, stride: Pair, padding: Pair) -> Tensor:
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, strides: tuple[Pair, Pair], sinks: Sinks):
         ctx.save_for_backward(x, weight)
-        ctx.bias_dtype, ctx.stride, ctx.padding = bias.dtype, stride, padding
-        return F.conv2d(x, weight, bias, stride, padding)
+        ctx.bias_dtype, ctx.strides, ctx.sinks = None if bias is None else bias.dtype, strides, sinks
+        return F.conv2d(x, weight, bias, *strides)
 
     @staticmethod
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
-        (x, weight), wanted = ctx.saved_tensors, list(ctx.needs_input_grad[:3])
-        rows = _rows(dy) if wanted[2] else None
-        theirs = [*wanted[:2], wanted[2] and rows is None]
-        dx = dw = db = None
-        if any(theirs):
-            dx, dw, db = torch.ops.aten.convolution_backward(
-                dy, x, weight, [len(weight)], ctx.stride, ctx.padding, (1, 1), False, (0, 0), 1, theirs
+        (x, weight), (dx_wanted, dw_wanted, db_wanted) = ctx.saved_tensors, ctx.needs_input_grad[:3]
+
+        def gradients(*of: bool) -> list[Tensor | None]:
+            if not any(of):
+                return [None, None, None]
+            return torch.ops.aten.convolution_backward(
+                dy, x, weight, [len(weight)], *ctx.strides, (1, 1), False, (0, 0), 1, of
             )
-        if rows is not None:
-            db = bias_gradient(rows, ctx.bias_dtype)
-        return dx, dw, db, None, None
+
+        rows = _rows(dy) if db_wanted else None
+        if ctx.sinks[0] is None:
+            dx, dw, db = gradients(dx_wanted, dw_wanted, db_wanted and rows is None)
+            return dx, dw, bias_gradient(rows, ctx.bias_dtype) if rows is not None else db, None, None
+        with _aside(ctx.sinks, dy, x):
+            if dw_wanted:
+                dw = gradients(False, True, False)[1]
+                ctx.sinks[0].put(lambda into: into.copy_(dw), lambda into: into.add_(dw))
+            if db_wanted:
+                _sum(_matrix(dy.permute(0, 2, 3, 1)) if rows is None else rows, ctx.bias_dtype, ctx.sinks[1])
+        return gradients(dx_wanted, False, False)[0], None, None, None, None
 
 
 def _rows(dy: Tensor) -> Tensor | None:
@@ -89,9 +127,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, impl: str |
         InputError: tensors of different types outside autocast, or not of floating point.
     """
     _check_types(x, weight, bias)
-    if not _sums(x, bias, impl):
+    sinks = _sinks(x, weight, bias)
+    if sinks[0] is None and not _sums(x, bias, impl):
         return F.linear(x, weight, bias)
-    return _Linear.apply(*_cast(x, weight, bias))
+    return _Linear.apply(*_cast(x, weight, bias), sinks)
 
 
 def conv2d(
@@ -116,9 +155,10 @@ def conv2d(
     if x.ndim != 4:
         raise InputError(f"x is {tuple(x.shape)}, must be (B, I, H, W)")
     _check_types(x, weight, bias)
-    if not _sums(x, bias, impl):
+    sinks = _sinks(x, weight, bias)
+    if sinks[0] is None and not _sums(x, bias, impl):
         return F.conv2d(x, weight, bias, stride, padding)
-    return _Conv2d.apply(*_cast(x, weight, bias), _pair(stride), _pair(padding))
+    return _Conv2d.apply(*_cast(x, weight, bias), (_pair(stride), _pair(padding)), sinks)
 
 
 def _check_types(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -138,9 +178,21 @@ def _sums(x: Tensor, bias: Tensor | None, impl: str | None) -> bool:
     return not is_transformed(x, bias) and is_fused(x, impl)
 
 
-def _cast(*tensors: Tensor) -> tuple[Tensor, ...]:
+def _sinks(x: Tensor, weight: Tensor, bias: Tensor | None) -> Sinks:
+    """Where the gradients go, of both or of neither.
+
+    None where a compiler or torch.func is to see them, or autocast makes copies.
+    """
+    found = sink_of(weight), sink_of(bias)
+    if found[0] is None or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return None, None
+    alone = bias is not None and bias.requires_grad and found[1] is None
+    return (None, None) if alone or is_transformed(x, weight) or autocast_dtype(x) is not None else found
+
+
+def _cast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """As autocast would, where it is on; here, so that autograd sees it."""
     dtype = autocast_dtype(tensors[0])
     if dtype is None:
         return tensors
-    return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)
+    return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)

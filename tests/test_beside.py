@@ -1,0 +1,169 @@
+"""Gradients of weights that are written to a sink: those of autograd, wherever and whenever they are computed."""
+
+import pytest
+import torch
+from _place import DEVICE, GPU
+
+from encdiff import ops
+from encdiff.models.attention import pointwise
+from encdiff.models.layers import Conv2d, Linear
+from encdiff.ops import _beside
+from encdiff.ops._beside import Beside, Sink, give, sink_of
+
+pytestmark = pytest.mark.on_gpu
+
+LAYERS = {  # layer, input
+    "linear": (lambda: Linear(5, 7), (3, 4, 5)),
+    "linear without a bias": (lambda: Linear(16, 32, bias=False), (2, 16)),
+    "no row": (lambda: Linear(3, 4), (0, 3)),
+    "convolution": (lambda: Conv2d(4, 8, 3, padding=1), (2, 4, 6, 5)),
+    "down, without a bias": (lambda: Conv2d(3, 8, 4, 2, 1, bias=False), (2, 3, 8, 8)),
+    "no image": (lambda: Conv2d(3, 8, 3), (0, 3, 8, 8)),
+}
+
+
+def layer_and_input(name, dtype=torch.float32):
+    make, shape = LAYERS[name]
+    layer, x = make().to(DEVICE, dtype), torch.randn(shape, device=DEVICE, dtype=dtype)
+    if len(shape) == 4:
+        layer, x = layer.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
+    return layer, x
+
+
+def sunk(layer, beside):
+    """The gradients' places, filled with what must be overwritten."""
+    places = [torch.full_like(p, torch.nan) for p in layer.parameters()]
+    for p, place in zip(layer.parameters(), places, strict=True):
+        give(p, Sink(beside, place))
+    return places
+
+
+def gradients(run, layer, x, upstream=None):
+    """Of x and the parameters; and the upstream gradient."""
+    x = x.clone().requires_grad_()
+    y = run(x)
+    upstream = torch.randn_like(y) if upstream is None else upstream
+    y.backward(upstream)
+    found, layer_grads = x.grad, [p.grad for p in layer.parameters()]
+    layer.zero_grad(set_to_none=True)
+    return found, layer_grads, upstream
+
+
+def beside_here():
+    return Beside(torch.device(DEVICE) if GPU else None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", LAYERS)
+def test_sinks_get_what_autograd_would_give(name, dtype):
+    layer, x = layer_and_input(name, dtype)
+    dx, usual, upstream = gradients(layer, layer, x)
+    beside = beside_here()
+    places = sunk(layer, beside)
+    for _ in range(2):  # a second pass begins anew
+        beside.begin()
+        mine, left, _ = gradients(layer, layer, x, upstream)
+        beside.join()
+        assert left == [None] * len(places) and not beside.pending
+        torch.testing.assert_close(mine, dx)
+        for place, gradient in zip(places, usual, strict=True):
+            torch.testing.assert_close(place, gradient)
+
+
+def test_a_weight_used_twice_gets_the_sum():
+    layer, x = layer_and_input("linear")
+    square = Linear(5, 5).to(DEVICE)
+    twice = lambda x: square(square(x))  # noqa: E731
+    dx, usual, upstream = gradients(twice, square, x)
+    beside = beside_here()
+    places = sunk(square, beside)
+    mine, _, _ = gradients(twice, square, x, upstream)
+    beside.join()
+    for place, gradient in zip((mine, *places), (dx, *usual), strict=True):
+        torch.testing.assert_close(place, gradient)
+
+
+def test_a_pointwise_convolution_writes_through_its_matrix():
+    conv = Conv2d(4, 8, 1).to(DEVICE).to(memory_format=torch.channels_last)
+    x = torch.randn(2, 4, 3, 3, device=DEVICE).to(memory_format=torch.channels_last)
+    dx, usual, upstream = gradients(lambda x: pointwise(x, conv), conv, x)
+    beside = beside_here()
+    places = sunk(conv, beside)
+    mine, left, _ = gradients(lambda x: pointwise(x, conv), conv, x, upstream)
+    beside.join()
+    assert left == [None, None]
+    for place, gradient in zip((mine, *places), (dx, *usual), strict=True):
+        torch.testing.assert_close(place, gradient)
+
+
+def test_only_what_asks_for_a_gradient_is_written():
+    layer, x = layer_and_input("linear")
+    beside = beside_here()
+    weight, bias = sunk(layer, beside)
+    layer.bias.requires_grad_(False)
+    gradients(layer, layer, x)
+    beside.join()
+    assert weight.isfinite().all() and bias.isnan().all()
+    with torch.no_grad():
+        layer(x)
+    assert beside.written == {weight.data_ptr()}
+
+
+def test_where_sinks_do_not_serve_gradients_go_the_usual_way():
+    layer, x = layer_and_input("linear")
+    beside = beside_here()
+    places = sunk(layer, beside)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        _, usual, _ = gradients(layer, layer, x)
+    assert all(g is not None for g in usual) and all(place.isnan().all() for place in places)
+    grad = torch.func.grad(lambda w: ops.linear(x, w, layer.bias).sum())(layer.weight)
+    assert grad.isfinite().all() and places[0].isnan().all()
+    give(layer.bias, None)  # both or neither
+    _, usual, _ = gradients(layer, layer, x)
+    assert all(g is not None for g in usual) and not beside.written
+    assert sink_of(None) is None and sink_of(torch.zeros(1)) is None
+
+
+@pytest.mark.skipif(not GPU, reason="needs a GPU: streams and a CUDA graph")
+def test_in_a_cuda_graph_on_a_stream_of_its_own(monkeypatch):
+    """A chain long enough that inputs are let go before the end; its memory is used again meanwhile."""
+    monkeypatch.setattr(_beside, "PENDING", 3)
+    layers = [Linear(64, 64).to(DEVICE) for _ in range(12)]
+    beside = Beside(torch.device(DEVICE))
+    places = [sunk(layer, beside) for layer in layers]
+    x = torch.randn(4096, 64, device=DEVICE)
+
+    def work():
+        beside.begin()
+        h = x
+        for layer in layers:
+            h = torch.nn.functional.silu(layer(h))
+        h.square().sum().backward()
+        beside.join()
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            work()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    for _ in range(5):
+        x.normal_()
+        for layer_places in places:
+            for place in layer_places:
+                place.fill_(torch.nan)
+        graph.replay()
+        for layer in layers:
+            for p in layer.parameters():
+                give(p, None)
+        h = x
+        for layer in layers:
+            h = torch.nn.functional.silu(layer(h))
+        h.square().sum().backward()
+        for layer, layer_places in zip(layers, places, strict=True):
+            for p, place in zip(layer.parameters(), layer_places, strict=True):
+                torch.testing.assert_close(place, p.grad, rtol=1e-4, atol=1e-4 * p.grad.abs().max().item())
+                p.grad = None
