@@ -17,18 +17,18 @@ import bench.gpu as package
 ROOT = Path(__file__).parents[2]
 CALLS = {  # the blocks of each, what is wanted most first
     1: "beside,machine,step,profile,unet,sampling,whole,ops,tiles,compiled,published",
-    2: "paper,shipped,beside,machine,compiled,unet,sampling,step,tiles,profile,whole,doctor",
+    2: "paper,shipped,beside,machine,compiled,step,unet,sampling,tiles,profile,whole,doctor",
 }
 ASIDE = ("whole", "doctor")  # of a call with a training: in a process of their own, beside it
 QUIET = {"machine", "step", "profile", "unet", "sampling", "ops", "published"}  # all else is stopped
 SECONDS = {  # of each block at most
     "beside": 100, "machine": 8, "step": 40, "profile": 12, "compiled": 30, "tiles": 60, "sampling": 20, "whole": 25,
-    "ops": 25, "published": 30, "unet": 15, "shipped": 90, "paper": 600, "doctor": 90,
+    "ops": 25, "published": 30, "unet": 15, "shipped": 80, "paper": 600, "doctor": 90,
 }  # fmt: skip
-FIRST_STAGE, TESTS = 70, 100  # seconds of two workers
+FIRST_STAGE, TESTS = 55, 100  # seconds of two workers
 TAIL = 3  # seconds kept for packing
 AFTER_TRAINING = 8  # seconds in which what ran beside it must end
-READING = 30  # seconds after a training for its codes and what is read off them
+READING = 45  # seconds after a training for its codes and what is read off them
 LINES = 120  # of the summary at most
 MEASURES = {  # of blocks that are one function of the lab
     "machine": "machine.measure", "step": "steps.measure", "profile": "steps.measure_profile",

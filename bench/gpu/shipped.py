@@ -37,8 +37,8 @@ class Run(NamedTuple):
         t.rate = lambda: c.learning_rate * min(1.0, (t.step + 1) / c.warmup, (1 - done) / c.decay)
         with torch.cuda.stream(self.stream) if self.stream else nullcontext():
             terms = t.advance(*self.batches.batch(t.step))
-        if t.step % every == 0:
-            self.log.append([t.step, now, float(terms["loss"])])
+            if t.step % every == 0:
+                self.log.append([t.step, now, float(terms["loss"])])
 
 
 def begin(lab: Lab, preset: str, seed: int, data: dict[int, Dataset]) -> Run:

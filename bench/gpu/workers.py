@@ -173,7 +173,12 @@ def tests_for_a_gpu() -> list[str]:
     """The files of tests that run on a GPU or ask for one; those of whole steps first."""
     marks = "on_gpu", "needs_gpu"
     files = sorted(p for p in (ROOT / "tests").glob("test_*.py") if any(mark in p.read_text() for mark in marks))
-    return [str(p) for p in sorted(files, key=lambda p: p.stem not in ("test_masters", "test_engine"))]
+    return [
+        str(p)
+        for p in sorted(
+            files, key=lambda p: p.stem not in ("test_beside", "test_masters", "test_engine", "test_native")
+        )
+    ]
 
 
 def test_env() -> dict[str, str]:
