@@ -97,7 +97,7 @@ class Training:
 
     TERMS = ("loss", "gradient_norm", "learning_rate")
 
-    def __init__(self, model: EncDiff, config: TrainConfig, masters: bool | None = None, aside: bool = False):
+    def __init__(self, model: EncDiff, config: TrainConfig, masters: bool | None = None, aside: bool = True):
         if masters and config.precision != "bf16":
             raise InputError(f"masters is True, needs precision 'bf16', but it is {config.precision!r}")
         # channels last: the faster layout of convolutions, on a CPU and a GPU

@@ -252,7 +252,10 @@ def test_bad_input(change, message):
 
 @pytest.mark.parametrize(
     "impl, width",
-    [("native", 8), ("transposed", 8), ("sdpa", 8), ("reference", 8), ("triton", 8), ("triton", 5), ("by heads", 5)],
+    [
+        *(("native", 8), ("transposed", 8), ("sdpa", 8), ("reference", 8)),
+        *(pytest.param(*case, marks=pytest.mark.on_gpu) for case in (("triton", 8), ("triton", 5), ("by heads", 5))),
+    ],
 )
 def test_keys_and_values_at_hand(impl, width, monkeypatch):
     """As parts of one wider product of the tokens, as in the U-Net."""

@@ -202,7 +202,7 @@ def pointwise(x: Tensor, conv: nn.Conv2d) -> Tensor:
         return conv(x)
     weight = conv.weight  # as a matrix by a view whose gradient has the weight's own strides: fused AdamW asks for them
     weight = weight.flatten(1) if weight.stride(3) == 1 else weight.permute(0, 2, 3, 1).flatten(1)
-    if (sink := sink_of(conv.weight)) is not None:
+    if not torch.compiler.is_compiling() and (sink := sink_of(conv.weight)) is not None:
         give(weight, sink.as_matrix())
     y = ops.linear(x.flatten(2).transpose(1, 2), weight, conv.bias)
     return y.transpose(1, 2).unflatten(2, x.shape[2:])

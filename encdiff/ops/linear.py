@@ -183,9 +183,9 @@ def _sinks(x: Tensor, weight: Tensor, bias: Tensor | None) -> Sinks:
 
     None where a compiler or torch.func is to see them, or autocast makes copies.
     """
-    found = sink_of(weight), sink_of(bias)
-    if found[0] is None or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or sink_of(weight) is None:
         return None, None
+    found = sink_of(weight), sink_of(bias)
     alone = bias is not None and bias.requires_grad and found[1] is None
     return (None, None) if alone or is_transformed(x, weight) or autocast_dtype(x) is not None else found
 
