@@ -75,7 +75,8 @@ QUICKSTART = TrainConfig(  # docs/recipes.md
     timesteps="power",
     picture_every=1000,
 )
-ROOM = replace(QUICKSTART, steps=10_000, batch_size=128, learning_rate=1.5e-3, ema=0.999, picture_every=5000)
+ROOM32 = replace(QUICKSTART, steps=4000, learning_rate=1.5e-3)
+ROOM64 = replace(ROOM32, steps=5000, batch_size=128, ema=0.999)
 
 RECIPES: dict[str, TrainConfig] = {
     "shapes3d": PAPER,
@@ -83,8 +84,8 @@ RECIPES: dict[str, TrainConfig] = {
     "cars3d": PAPER,
     "celeba": PAPER,
     "quickstart": QUICKSTART,
-    "room32": ROOM,
-    "room64": ROOM,
+    "room32": ROOM32,
+    "room64": ROOM64,
 }
 
 

@@ -10,9 +10,10 @@ from typing import NamedTuple
 MAX_TOKENS, FEW_TOKENS = 128, 32
 FOLDED_TOKENS, FOLDED_CHANNELS = 32, {2: 256, 4: 64}
 
-# of the card that the model has in mind, H200-class: copy bandwidth in bytes/s, an attainable rate of 16-bit and of
-# float32 products in FLOP/s, seconds from one kernel to the next, the batch of the paper
-BANDWIDTH, RATE, LAUNCH, BATCH = 4.3e12, {2: 400e12, 4: 30e12}, 2e-6, 128
+# of the card that the model has in mind, an H200: copy bandwidth in bytes/s and seconds from one kernel of a graph to
+# the next as measured (docs/results/h200), an attainable rate of 16-bit and of float32 products in FLOP/s, the paper's
+# batch
+BANDWIDTH, RATE, LAUNCH, BATCH = 4.15e12, {2: 400e12, 4: 30e12}, 1e-6, 128
 CACHE_BANDWIDTH = 5.5e12  # bytes/s of what many programs read again
 
 

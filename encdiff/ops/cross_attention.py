@@ -47,6 +47,7 @@ from encdiff.ops.cross_attention_folded import (
     interpreted,
     triton_reasons,
 )
+from encdiff.ops.linear import linear
 
 
 def cross_attention_reference(
@@ -205,13 +206,13 @@ def _by_heads(x, k, v, w_q, w_o, b_o, *, heads, norm_weight, norm_bias, norm_eps
     from encdiff.kernels.cross_attention import cross_attention_heads as kernel
 
     width = w_q.shape[0] // heads
-    w_q, w_o = (fill_heads(w, heads, -width % 8) for w in (w_q, w_o.T))
     if width % 8:
+        w_q, w_o = fill_heads(w_q, heads, -width % 8), fill_heads(w_o.T, heads, -width % 8).T
         k, v = (F.pad(t.unflatten(-1, (heads, -1)), (0, -width % 8)).flatten(-2) for t in (k, v))
     h = layer_norm(x, norm_weight, norm_bias, norm_eps).to(k.dtype)
-    q, bias = F.linear(h, w_q).contiguous(), kernel_bias(token_bias, heads)
+    q, bias = linear(h, w_q).contiguous(), kernel_bias(token_bias, heads)
     a, _, p = kernel(q, k, v, bias, heads, width**-0.5, maps is not None)
-    y = project_out(a, w_o.T, b_o, x if residual else None).to(x.dtype)
+    y = project_out(a, w_o, b_o, x if residual else None).to(x.dtype)
     return y if maps is None else (y, (p if maps == "head" else p.mean(1)).to(x.dtype))
 
 
