@@ -62,7 +62,7 @@ class SamplerName(StrEnum):
 
 RunData = Annotated[str | None, typer.Option(help=DATA_HELP + " Default: what the run was trained on.")]
 NewData = Annotated[str | None, typer.Option(help=DATA_HELP + " Default: with --resume, the run's.")]
-RUN_HELP = "A run, a folder that save_pretrained wrote, or quickstart"
+RUN_HELP = "A run, a folder that save_pretrained wrote, room64 or quickstart"
 Run = Annotated[Path, typer.Argument(help=RUN_HELP + ".", show_default=False)]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto takes a GPU if there is one.")]
 Seed = Annotated[int, typer.Option(help="Of all that is random.", min=0)]
@@ -114,7 +114,8 @@ def train(
     run: Annotated[Path, typer.Option(help="The folder of the run: checkpoint, log, pictures, model.")],
     data: NewData = None,
     preset: Annotated[
-        str | None, typer.Option(help="quickstart, shapes3d, mpi3d, cars3d or celeba. Default: quickstart.")
+        str | None,
+        typer.Option(help="quickstart, room32, room64, shapes3d, mpi3d, cars3d or celeba. Default: quickstart."),
     ] = None,
     first_stage: Annotated[
         Path | None, typer.Option(help="The run of train-autoencoder that presets with VQ need. Default: none.")

@@ -129,7 +129,9 @@ def open_model(run: Path, data: str | None, device: str):
 
     folder = held(run)
     if not folder.is_dir():
-        raise InputError(f"{run}: no such folder; must be a run, a folder that save_pretrained wrote, or quickstart")
+        raise InputError(
+            f"{run}: no such folder; must be a run, a folder that save_pretrained wrote, room64 or quickstart"
+        )
     of_run = (folder / "checkpoint.safetensors").is_file()
     model = EncDiff.from_pretrained(folder / "model" if of_run else folder, device=choose_device(device))
     if data is None and (of_run or folder != run):

@@ -5,6 +5,7 @@ image into a target; the output's factors are those of the nearest true image. A
 that factor and the target's of all others.
 """
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -80,3 +81,22 @@ def write(path: Path, images: Tensor) -> None:
     """Rows of images (rows, columns, 3, S, S) as one PNG."""
     pixels = to_uint8(rearrange(images, "r c k h w -> 1 k (r h) (c w)"))[0]
     Image.fromarray(pixels.cpu().numpy()).save(path)
+
+
+def main(model: str, data: str, picture: str) -> None:
+    """`python -m bench.gpu.counterfactual MODEL procedural:5,5,5,4,4,5 swaps.png`: a model's rates on a CPU or GPU."""
+    import json
+
+    from encdiff import EncDiff
+    from encdiff.data import open_dataset
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    shown = EncDiff.from_pretrained(model, device=device).eval()
+    room = open_dataset(data, shown.config.image_size)
+    room.pixels = torch.from_numpy(room.images(np.arange(len(room)))).to(device)
+    codes = torch.cat([shown.encode(to_float(part)) for part in room.pixels.split(512)]).detach()
+    print(json.dumps(measure(shown, room, codes.float().cpu().numpy(), Path(picture)), indent=1))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -316,8 +316,8 @@ class EncDiff(
         """Read a model, in eval mode.
 
         Args:
-            name: a folder that `save_pretrained` wrote, `quickstart`, which comes with the package, or a model's name
-                on the Hub.
+            name: a folder that `save_pretrained` wrote, `room64` or `quickstart`, which come with the package, or the
+                name of a model on the Hub.
             device: where to put it.
             hub: for a model on the Hub: revision, cache_dir, force_download, token, local_files_only.
 
