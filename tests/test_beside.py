@@ -8,7 +8,7 @@ from encdiff import ops
 from encdiff.models.attention import pointwise
 from encdiff.models.layers import Conv2d, Linear
 from encdiff.ops import _beside
-from encdiff.ops._beside import Beside, Sink, give, sink_of
+from encdiff.ops._beside import Beside, Sink, adjoining, give, joined, sink_of
 
 pytestmark = pytest.mark.on_gpu
 
@@ -94,6 +94,55 @@ def test_a_pointwise_convolution_writes_through_its_matrix():
     assert left == [None, None]
     for place, gradient in zip((mine, *places), (dx, *usual), strict=True):
         torch.testing.assert_close(place, gradient)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("width", [8, 5])
+def test_attention_writes_its_projections(packed, width):
+    """Queries, keys and values as one product of what lies together, or each by itself where it does not."""
+    heads, inner, channels = 2, 2 * width, 16
+    shapes = [(inner, channels)] * 3 + [(channels, inner)]
+    sizes = [64 * -(-a * b // 64) + (0 if packed else 64) for a, b in shapes]  # whole multiples, if they are to adjoin
+    memory, room = (torch.randn(sum(sizes), device=DEVICE) / 4 for _ in range(2))
+    views = [[m.split(sizes)[i][: a * b].view(a, b) for i, (a, b) in enumerate(shapes)] for m in (memory, room)]
+    weights, places = [torch.nn.Parameter(w) for w in views[0]], views[1]
+    assert adjoining(weights[:3]) == (packed and width == 8)
+    x = torch.randn(2, 6, channels, device=DEVICE)
+
+    def run():
+        return ops.self_attention(x, *weights, heads=heads, residual=True, impl="triton")
+
+    y = run()
+    upstream = torch.randn_like(y)
+    usual = torch.autograd.grad(y, weights, upstream)
+    beside = beside_here()
+    for w, place in zip(weights, places, strict=True):
+        give(w, Sink(beside, place.fill_(torch.nan)))
+    run().backward(upstream)
+    beside.join()
+    for w, place, gradient in zip(weights, places, usual, strict=True):
+        torch.testing.assert_close(place if w.grad is None else w.grad, gradient, rtol=1e-5, atol=1e-5)
+    written = {place.data_ptr() for place in places} & beside.written
+    assert len(written) == (0 if width % 8 else 4 if packed else 1)
+    give(weights[1], None)
+    assert joined(*weights[:3]).data_ptr() != weights[0].data_ptr()
+
+
+def test_a_part_that_was_used_alone_before_is_added_to():
+    memory, room = torch.randn(3, 8, 8, device=DEVICE), torch.full((3, 8, 8), torch.nan, device=DEVICE)
+    beside, weights = beside_here(), [torch.nn.Parameter(w) for w in memory]
+    x = torch.randn(5, 8, device=DEVICE)
+
+    def run():
+        return ops.linear(x, weights[1]).sum() + ops.linear(x, joined(*weights)).square().sum()
+
+    usual = torch.autograd.grad(run(), weights)
+    for w, place in zip(weights, room, strict=True):
+        give(w, Sink(beside, place))
+    run().backward()
+    beside.join()
+    for place, gradient in zip(room, usual, strict=True):
+        torch.testing.assert_close(place, gradient, rtol=1e-5, atol=1e-5)
 
 
 def test_only_what_asks_for_a_gradient_is_written():

@@ -6,12 +6,15 @@ of the device idle, these gradients have a stream of their own, and the pass goe
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from encdiff.ops._dispatch import is_transformed
+from encdiff.ops._triton import autocast_dtype
 
 PENDING = 24  # pieces of work whose inputs are kept: more would only hold memory
 
@@ -55,25 +58,49 @@ class Beside:
 
 
 class Sink(NamedTuple):
-    """Where one weight's gradient goes: a view of its shape."""
+    """Where one weight's gradient goes: a view of its shape; or that of several, `parts` of it."""
 
     beside: Beside
     gradient: Tensor
+    parts: tuple[Tensor, ...] = ()
 
     def put(self, first: Callable[[Tensor], object], more: Callable[[Tensor], object]) -> None:
         """`first(gradient)` writes it, or `more(gradient)` adds to it where the weight was used before."""
-        if self.is_written():
-            more(self.gradient)
-        else:
-            self.beside.written.add(self.gradient.data_ptr())
-            first(self.gradient)
-
-    def is_written(self) -> bool:
-        return self.gradient.data_ptr() in self.beside.written
+        places = {part.data_ptr() for part in self.parts or (self.gradient,)}
+        before = places & self.beside.written
+        if before and before != places:  # a part was used alone before
+            for part in self.parts:
+                if part.data_ptr() not in before:
+                    part.zero_()
+        self.beside.written |= places
+        (more if before else first)(self.gradient)
 
     def as_matrix(self) -> "Sink":
         """Of a weight (O, I, 1, 1) that takes part as (O, I)."""
         return self._replace(gradient=self.gradient.view(self.gradient.shape[:2]))
+
+
+def joined(*weights: Tensor) -> Tensor:
+    """Weights (O, I) below each other: as they lie in memory, if they and their gradients' places do, else a copy."""
+    if torch.compiler.is_compiling() or any(sink_of(w) is None for w in weights):
+        return torch.cat(weights)
+    if is_transformed(*weights) or autocast_dtype(weights[0]) is not None:  # gradients go the usual way then
+        return torch.cat(weights)
+    gradients = [sink_of(w).gradient for w in weights]
+    if not (adjoining(weights) and adjoining(gradients)):
+        return torch.cat(weights)
+    shape, stride = (sum(map(len, weights)), weights[0].shape[1]), weights[0].stride()
+    # of the first alone as far as autograd sees; no gradient goes that way, it goes to the sink
+    both = (first.as_strided(shape, stride) for first in (weights[0], gradients[0]))
+    return give(next(both), Sink(sink_of(weights[0]).beside, next(both), tuple(gradients)))
+
+
+def adjoining(matrices: Sequence[Tensor]) -> bool:
+    """Whether each begins where the one before it ends, in one piece of memory."""
+    ends = [m.data_ptr() + m.numel() * m.element_size() for m in matrices]
+    one = len({(m.untyped_storage().data_ptr(), m.dtype, m.shape[1]) for m in matrices}) == 1
+    whole = all(m.ndim == 2 and m.is_contiguous() for m in matrices)
+    return one and whole and all(m.data_ptr() == end for m, end in zip(matrices[1:], ends, strict=False))
 
 
 def sink_of(weight: Tensor | None) -> Sink | None:

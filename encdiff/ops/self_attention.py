@@ -2,7 +2,6 @@
 
 from functools import cache
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -23,10 +22,12 @@ from encdiff.ops._attention import (
     stock_layer_norm,
     stock_project_out,
 )
+from encdiff.ops._beside import joined
 from encdiff.ops._dispatch import Implementation, Op, always
 from encdiff.ops._triton import NAMES, has_gradient
 from encdiff.ops._types import check_floating, mixed
 from encdiff.ops.cross_attention_folded import interpreted, triton_reasons
+from encdiff.ops.linear import linear
 
 FUSED_POSITIONS, FUSED_WIDTH = 1024, 32  # past them, wider heads above all, the stock kernels are at home
 
@@ -81,10 +82,13 @@ def self_attention_triton(
     from encdiff.kernels.self_attention import self_attention as fused
 
     dtype, width = product_dtype(x), w_q.shape[0] // heads
-    w_q, w_k, w_v, w_o = (fill_heads(w.to(dtype), heads, -width % 8) for w in (w_q, w_k, w_v, w_o.T))
+    w_q, w_k, w_v, w_o = (w.to(dtype) for w in (w_q, w_k, w_v, w_o))
+    if width % 8:
+        w_q, w_k, w_v = (fill_heads(w, heads, -width % 8) for w in (w_q, w_k, w_v))
+        w_o = fill_heads(w_o.T, heads, -width % 8).T
     h = layer_norm(x, norm_weight, norm_bias, norm_eps).to(dtype)
-    a, _ = fused(F.linear(h, torch.cat([w_q, w_k, w_v])), heads, width**-0.5)
-    return project_out(a, w_o.T, b_o, x if residual else None).to(x.dtype)
+    a, _ = fused(linear(h, joined(w_q, w_k, w_v)), heads, width**-0.5)
+    return project_out(a, w_o, b_o, x if residual else None).to(x.dtype)
 
 
 def _triton_reasons(x, w_q, *weights, heads, **options) -> list[str]:
