@@ -98,7 +98,7 @@ def captured(work: Run, warm_up: Sequence[Run] = ()) -> tuple[torch.cuda.CUDAGra
     backward passes keep of the stream that they first ran on must not be the default one either.
     """
     main = torch.cuda.current_stream()
-    side = torch.cuda.Stream() if main == torch.cuda.default_stream() else main
+    side = main if main.cuda_stream else torch.cuda.Stream()  # the default one is number 0
     side.wait_stream(main)
     with torch.cuda.stream(side):
         for run in warm_up:

@@ -33,8 +33,8 @@ class Device:
         self.now += seconds
 
     @contextmanager
-    def graph(self, graph):
-        self.captured, self.stream = graph.kernels, "capture"
+    def graph(self, graph, stream=None):
+        self.captured, self.stream, self.captured_on = graph.kernels, "capture", stream
         try:
             yield
             self.stream = "main"  # as PyTorch has it: not after a failure
@@ -79,7 +79,7 @@ class Generator:
 @pytest.fixture
 def gpu(monkeypatch) -> Device:
     device = Device()
-    stream = SimpleNamespace(wait_stream=lambda _: None, device_index=0)
+    stream = SimpleNamespace(wait_stream=lambda _: None, device_index=0, cuda_stream=0)
 
     @contextmanager
     def on(_):
@@ -120,6 +120,18 @@ def test_a_run_that_waits_for_the_device_is_timed_by_events(gpu):
     assert found["seconds"] == pytest.approx(0.5) and (found["timed"], found["calls"]) == ("events", 4)
     assert found["not_captured"] == "RuntimeError: called a synchronizing CUDA operation"
     assert gpu.mode == "default" and gpu.repaired == 0  # nothing was captured
+
+
+def test_a_capture_is_made_on_the_stream_that_is_current(gpu):
+    """But on one of its own where that is the default one, number 0."""
+    torch.cuda.current_stream().cuda_stream = 7
+    clock.captured(lambda: None)
+    assert gpu.captured_on is torch.cuda.current_stream()
+    torch.cuda.current_stream().cuda_stream = 0
+    own = SimpleNamespace(wait_stream=lambda _: None)
+    torch.cuda.Stream = lambda: own
+    clock.captured(lambda: None)
+    assert gpu.captured_on is own
 
 
 def test_after_a_capture_that_failed_stream_and_generator_are_as_before(gpu):

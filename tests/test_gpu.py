@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -10,11 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import load_file
 
 from bench.gpu import __main__ as gpu
-from bench.gpu import checks, paper, workers
+from bench.gpu import checks, curves, paper, shipped, workers
 from bench.gpu.lab import Lab
 from bench.gpu.steps import group_of
+from encdiff import EncDiff
 from encdiff.data.procedural import FACTOR_SIZES, SHAPES, factor_labels, render, view
 
 SET_BY_MAIN = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "ENCDIFF_COMMIT", "ENCDIFF_SELF_CHECK")
@@ -216,3 +220,37 @@ def test_the_whole_script_without_a_gpu(tmp_path):
     assert lines[-1] == "30 of 30 checks made, 0 wrong"
     for name in ("machine.json", "step.json", "sampling.json", "doctor.json", "results.tgz"):
         assert (out / name).exists(), name
+
+
+# ---- models for the package
+
+
+def test_models_for_the_package_are_trained_side_by_side_and_kept_in_half(lab, monkeypatch):
+    monkeypatch.setattr(shipped, "PLAN", (("room32", 3),))
+    waited = []
+    found = shipped.measure(lab, lambda: waited.append(1), 0.2)
+    run = found["runs"]["room32-3"]
+    assert waited == [1] and run["steps"] >= 2 and len(run["log"]) == run["steps"] - 1
+    folder = lab.out / "shipped" / "room32-3"
+    kinds = {t.dtype for t in load_file(folder / "model.safetensors").values()}
+    assert torch.float16 in kinds and torch.float32 not in kinds
+    model = EncDiff.from_pretrained(folder)
+    assert model.encode(torch.zeros(1, 3, 32, 32)).dtype == torch.float32
+    assert shipped.lines(found)[0].startswith(f"room32-3: {run['steps']} steps of 4 in 0 s, loss ")
+
+
+def test_curves_are_drawn_of_what_was_kept(tmp_path):
+    kept = gpu.ROOT / "docs/results/h200/run2"
+    for name in ("paper", "scores"):
+        shutil.copy(kept / f"{name}.json", tmp_path)
+    with Image.open(curves.draw(tmp_path)) as picture:
+        assert picture.width > 3 * picture.height and len(picture.convert("RGB").getcolors(2**20)) > 50
+
+
+def test_a_call_waits_for_what_ran_beside_its_training(lab):
+    session = Session(lab, ["whole"])
+    result = lab.out / f"{workers.slug_of('aside whole')}.json"
+    code = f"import json; json.dump({{'a - b': 0.5}}, open({str(result)!r}, 'w'))"
+    session.workers["aside whole"] = worker(lab, "aside whole", code)
+    session.run()
+    assert lab.load("whole") == {"a - b": 0.5} and session.said["whole"][1] == ["a - b: 0.5"]

@@ -37,9 +37,10 @@ def column_sum_reference(x, dtype):
     return x.to(torch.float64 if x.dtype == torch.float64 else torch.float32).sum(0).to(dtype)
 
 
-def column_sum_native(x, dtype):
+def column_sum_native(x, dtype, out=None):
     """PyTorch's sum."""
-    return x.sum(0, dtype=torch.promote_types(x.dtype, dtype)).to(dtype)
+    total = x.sum(0, dtype=torch.promote_types(x.dtype, dtype))
+    return total.to(dtype) if out is None else out.copy_(total)
 
 
 def column_sum_triton(x, dtype):
@@ -117,9 +118,8 @@ def bias_gradient(rows: Tensor, dtype: torch.dtype, out: Tensor | None = None) -
 
     Not recorded. `out` (C,) of dtype is written, if given.
     """
-    if _type_reasons(rows, dtype) or interpreted(rows) or failed_sum(rows, dtype, *rows.shape):
-        total = column_sum_native(rows, dtype)
-        return total if out is None else out.copy_(total)
+    if failed_sum(rows, dtype, *rows.shape):
+        return column_sum_native(rows, dtype, out)
     if out is None:
         return column_sum_triton(rows, dtype)
     from encdiff.kernels.column_sum import column_sum_into

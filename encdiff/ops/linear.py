@@ -7,6 +7,7 @@ neither is asked for it is they that run.
 
 from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,20 +18,43 @@ from encdiff.ops._beside import Sink, sink_of
 from encdiff.ops._dispatch import is_transformed
 from encdiff.ops._triton import autocast_dtype
 from encdiff.ops._types import check_floating, mixed
-from encdiff.ops.column_sum import bias_gradient, is_fused
+from encdiff.ops.column_sum import bias_gradient, column_sum_native, is_fused
 
 Pair = tuple[int, int]
 
 
-Sinks = tuple[Sink | None, Sink | None]  # of weight and bias
+class _Ways(NamedTuple):
+    """Where the gradients of weight and bias go, both or neither, and whether the kernel sums the bias's."""
+
+    weight: Sink | None
+    bias: Sink | None
+    fused: bool
+
+    def aside(self, *inputs: Tensor | None) -> AbstractContextManager:
+        return nullcontext() if self.weight is None else self.weight.beside.aside(*inputs)
+
+    def product(self, rows: Tensor, x: Tensor) -> Tensor | None:
+        """dW = dy^T x, or None where it went into its sink."""
+        if self.weight is None:
+            return rows.mT @ x
+        self.weight.put(lambda into: torch.mm(rows.mT, x, out=into), lambda into: into.addmm_(rows.mT, x))
+        return None
+
+    def sum(self, rows: Tensor, dtype: torch.dtype) -> Tensor | None:
+        """The gradient of a bias, or None where it went into its sink."""
+        total = bias_gradient if self.fused else column_sum_native
+        if self.bias is None:
+            return total(rows, dtype)
+        self.bias.put(lambda into: total(rows, dtype, into), lambda into: into.add_(total(rows, dtype)))
+        return None
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, sinks: Sinks) -> Tensor:
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, ways: _Ways) -> Tensor:
         wanted = ctx.needs_input_grad
         ctx.save_for_backward(x if wanted[1] else None, weight if wanted[0] else None)
-        ctx.bias_dtype, ctx.sinks = None if bias is None else bias.dtype, sinks
+        ctx.bias_dtype, ctx.ways = None if bias is None else bias.dtype, ways
         return F.linear(x, weight, bias)
 
     @staticmethod
@@ -38,32 +62,11 @@ class _Linear(torch.autograd.Function):
         """dx = dy W; dW = dy^T x; db = the sum of dy over the rows."""
         (x, weight), wanted = ctx.saved_tensors, ctx.needs_input_grad
         rows = _matrix(dy)
-        with _aside(ctx.sinks, rows, x):
-            dw = _product(rows, x, ctx.sinks[0]) if wanted[1] else None
-            db = _sum(rows, ctx.bias_dtype, ctx.sinks[1]) if wanted[2] else None
+        with ctx.ways.aside(rows, x):
+            dw = ctx.ways.product(rows, _matrix(x)) if wanted[1] else None
+            db = ctx.ways.sum(rows, ctx.bias_dtype) if wanted[2] else None
         dx = (rows @ weight).view(*dy.shape[:-1], weight.shape[1]) if wanted[0] else None
         return dx, dw, db, None
-
-
-def _aside(sinks: Sinks, *inputs: Tensor | None) -> AbstractContextManager:
-    return nullcontext() if sinks[0] is None else sinks[0].beside.aside(*inputs)
-
-
-def _product(rows: Tensor, x: Tensor, sink: Sink | None) -> Tensor | None:
-    """dW = dy^T x, or None where it went into its sink."""
-    x = _matrix(x)
-    if sink is None:
-        return rows.mT @ x
-    sink.put(lambda into: torch.mm(rows.mT, x, out=into), lambda into: into.addmm_(rows.mT, x))
-    return None
-
-
-def _sum(rows: Tensor, dtype: torch.dtype, sink: Sink | None) -> Tensor | None:
-    """The gradient of a bias, or None where it went into its sink."""
-    if sink is None:
-        return bias_gradient(rows, dtype)
-    sink.put(lambda into: bias_gradient(rows, dtype, into), lambda into: into.add_(bias_gradient(rows, dtype)))
-    return None
 
 
 def _matrix(x: Tensor) -> Tensor:
@@ -73,9 +76,9 @@ def _matrix(x: Tensor) -> Tensor:
 
 class _Conv2d(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, strides: tuple[Pair, Pair], sinks: Sinks):
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, strides: tuple[Pair, Pair], ways: _Ways):
         ctx.save_for_backward(x, weight)
-        ctx.bias_dtype, ctx.strides, ctx.sinks = None if bias is None else bias.dtype, strides, sinks
+        ctx.bias_dtype, ctx.strides, ctx.ways = None if bias is None else bias.dtype, strides, ways
         return F.conv2d(x, weight, bias, *strides)
 
     @staticmethod
@@ -89,16 +92,16 @@ class _Conv2d(torch.autograd.Function):
                 dy, x, weight, [len(weight)], *ctx.strides, (1, 1), False, (0, 0), 1, of
             )
 
-        rows = _rows(dy) if db_wanted else None
-        if ctx.sinks[0] is None:
+        ways, rows = ctx.ways, _rows(dy) if db_wanted and ctx.ways.fused else None
+        if ways.weight is None:
             dx, dw, db = gradients(dx_wanted, dw_wanted, db_wanted and rows is None)
-            return dx, dw, bias_gradient(rows, ctx.bias_dtype) if rows is not None else db, None, None
-        with _aside(ctx.sinks, dy, x):
+            return dx, dw, ways.sum(rows, ctx.bias_dtype) if rows is not None else db, None, None
+        with ways.aside(dy, x):
             if dw_wanted:
                 dw = gradients(False, True, False)[1]
-                ctx.sinks[0].put(lambda into: into.copy_(dw), lambda into: into.add_(dw))
+                ways.weight.put(lambda into: into.copy_(dw), lambda into: into.add_(dw))
             if db_wanted:
-                _sum(_matrix(dy.permute(0, 2, 3, 1)) if rows is None else rows, ctx.bias_dtype, ctx.sinks[1])
+                ways.sum(_matrix(dy.permute(0, 2, 3, 1)) if rows is None else rows, ctx.bias_dtype)
         return gradients(dx_wanted, False, False)[0], None, None, None, None
 
 
@@ -127,10 +130,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, impl: str |
         InputError: tensors of different types outside autocast, or not of floating point.
     """
     _check_types(x, weight, bias)
-    sinks = _sinks(x, weight, bias)
-    if sinks[0] is None and not _sums(x, bias, impl):
+    ways = _Ways(*_sinks(x, weight, bias), _sums(x, bias, impl))
+    if ways.weight is None and not ways.fused:
         return F.linear(x, weight, bias)
-    return _Linear.apply(*_cast(x, weight, bias), sinks)
+    return _Linear.apply(*_cast(x, weight, bias), ways)
 
 
 def conv2d(
@@ -155,10 +158,10 @@ def conv2d(
     if x.ndim != 4:
         raise InputError(f"x is {tuple(x.shape)}, must be (B, I, H, W)")
     _check_types(x, weight, bias)
-    sinks = _sinks(x, weight, bias)
-    if sinks[0] is None and not _sums(x, bias, impl):
+    ways = _Ways(*_sinks(x, weight, bias), _sums(x, bias, impl))
+    if ways.weight is None and not ways.fused:
         return F.conv2d(x, weight, bias, stride, padding)
-    return _Conv2d.apply(*_cast(x, weight, bias), (_pair(stride), _pair(padding)), sinks)
+    return _Conv2d.apply(*_cast(x, weight, bias), (_pair(stride), _pair(padding)), ways)
 
 
 def _check_types(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -178,7 +181,7 @@ def _sums(x: Tensor, bias: Tensor | None, impl: str | None) -> bool:
     return not is_transformed(x, bias) and is_fused(x, impl)
 
 
-def _sinks(x: Tensor, weight: Tensor, bias: Tensor | None) -> Sinks:
+def _sinks(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Sink | None, Sink | None]:
     """Where the gradients go, of both or of neither.
 
     None where a compiler or torch.func is to see them, or autocast makes copies.
