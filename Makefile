@@ -47,7 +47,7 @@ bench: .venv/.installed-dev  ## time ops and whole models on this machine; RESUL
 	.venv/bin/python -m pytest bench --benchmark-json="$(RESULT)" $(ARGS)
 	.venv/bin/python -m bench.report "$(RESULT)" --against bench/results
 
-gpu:  ## with an NVIDIA GPU, without network: check, time, train; OUT=folder ARGS="--call 1", then "--call 2": 5 min each
+gpu:  ## with an NVIDIA GPU, without network: check, time, train; OUT=folder ARGS="--call 1", then 2 and 3: 5 to 9 min each
 	@"$(PYTHON)" -m bench.gpu "$(OUT)" $(ARGS)
 
 clean:  ## remove both environments, builds and caches, but never a run

@@ -58,7 +58,7 @@ def test_without_a_gpu_it_says_so_in_one_line(tmp_path, capsys, monkeypatch):
     "arguments, message",
     [
         (["--only", "machine,speed"], "--only: no block 'speed', must be among beside, machine, "),
-        (["--call", "3"], "argument --call: invalid choice: "),
+        (["--call", "4"], "argument --call: invalid choice: "),
         (["--minutes", "few"], "argument --minutes: invalid float value: 'few'"),
     ],
 )

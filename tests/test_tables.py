@@ -1,12 +1,15 @@
 """What bench.gpu makes of a sweep of tiles: lines that the tables of kernels/ can hold."""
 
 import re
+import time
 
 import pytest
 from encdiff.kernels import _cross_attention_plan as plan
 from encdiff.kernels import self_attention as attention
 
-from bench.gpu.tables import text, written
+from bench.gpu import tiles
+from bench.gpu.lab import Lab, Late
+from bench.gpu.tables import taken, text, written
 from bench.gpu.tiles import lines
 
 FOLDED, SELF = plan.FoldedTile, attention.Tile
@@ -90,8 +93,8 @@ def test_self_attention_gets_a_tile_for_each_number_of_positions(last, monkeypat
     at_64 = {SELF(32, 16, 2): 1.0, SELF(64, 32, 2): 2.0}  # the first would be 256's, too: no 32 rows were timed there
     at_256 = {SELF(last, 32, 4): 3.0, SELF(64, 16, 8): 9.0}
     found = {"SELF bwd d=8 L=256": sweep(key, 256, 5, at_256), "SELF bwd d=16 L=64": sweep(key, 64, 5, at_64)}
-    tiles = pasted(text(found))[key]
-    monkeypatch.setitem(attention.TILES, key, tiles)
+    chosen = pasted(text(found))[key]
+    monkeypatch.setitem(attention.TILES, key, chosen)
     assert attention.choose_tile("bwd", 2, 16, 64) == SELF(64, 32, 2)
     assert attention.choose_tile("bwd", 2, 8, 256) == SELF(last, 32, 4)
     assert attention.choose_tile("bwd", 2, 8, 16) == before[0]
@@ -105,8 +108,8 @@ def test_one_tile_serves_two_shapes_and_more_positions_keep_theirs(monkeypatch):
         "SELF fwd d=32 L=16": sweep(key, 16, 5, {a: 2.0, b: 1.0}),
         "SELF fwd d=32 L=4": sweep(key, 4, 1, {a: 1.0, b: 2.0}),
     }
-    tiles = pasted(text(found))[key]
-    assert tiles == (b, *old[1:])
+    chosen = pasted(text(found))[key]
+    assert chosen == (b, *old[1:])
     assert "7.0 us of 6 layers" in comment(text(found), '("fwd", True, 32)')
 
 
@@ -120,3 +123,47 @@ def test_defaults_are_left_out_as_in_the_source():
     assert written(FOLDED(64, 1, 4, 2)) == "FoldedTile(64, 1, 4)"
     assert written(FOLDED(64, 1, 4, 1)) == "FoldedTile(64, 1, 4, 1)"
     assert written((SELF(16, 16, 1),)) == "(Tile(16, 16, 1),)"
+
+
+def test_the_best_of_a_sweep_are_taken_for_a_while():
+    fwd, dkv, dx = ((kernel, True, 64) for kernel in ("fwd", "dkv", "dx"))
+    found = {
+        "FOLDED fwd L=256": sweep(fwd, 256, 5, {FOLDED(128, 1, 8): 5.0, FOLDED(16, 1, 4): 9.0}),
+        "FOLDED dkv L=256": sweep(dkv, 256, 5, {FOLDED(64, 2, 4): 1.0}),  # doubtful
+        "FOLDED dx L=256": sweep(dx, 256, 5, {FOLDED(128, 1, 8): 9.8}),  # hardly faster
+    }
+    before = dict(plan.FOLDED_TILES)
+    with pytest.raises(KeyError), taken(found) as said:
+        assert plan.FOLDED_TILES == before | {fwd: FOLDED(128, 1, 8)}
+        assert said == ["FOLDED ('fwd', True, 64): FoldedTile(128, 1, 8), 50.0 to 25.0 us"]
+        raise KeyError
+    assert before == plan.FOLDED_TILES
+
+
+def test_a_sweep_that_ran_out_of_time_leaves_what_it_has(tmp_path, monkeypatch):
+    lab, timed = Lab(tmp_path, tmp_path, cpu=True, end=time.monotonic() + 60), []
+    tile, key = FOLDED(16, 1, 4), ("fwd", True, 64)
+    asked = tiles.Sweep("FOLDED fwd C=64 L=256", plan.FOLDED_TILES, key, [tile, FOLDED(64, 1, 4)], lambda: 0, 5, 256)
+    monkeypatch.setattr(tiles, "in_order", lambda lab: [asked])
+    monkeypatch.setattr(tiles, "candidates", lambda lab, sweep: sweep.candidates)
+
+    def replayed(run, device, **options):
+        timed.append(plan.FOLDED_TILES[key])
+        if len(timed) == 3:
+            raise Late("out of time")
+        return 1e-6 * len(timed)
+
+    monkeypatch.setattr(tiles, "replayed", replayed)
+    with pytest.raises(Late):
+        tiles.measure(lab)
+    assert lab.load("tiles")[asked.name]["us"] == {str(tuple(tile)): 2.0}
+    assert "the best of the others 10.0" in (tmp_path / "tables.txt").read_text()
+
+
+def test_what_the_sweep_brings_is_timed_and_checked(tmp_path):
+    lab = Lab(tmp_path, tmp_path, cpu=True, end=time.monotonic() + 60)
+    lab.save("tiles", {"FOLDED fwd L=256": sweep(("fwd", True, 64), 256, 5, {FOLDED(16, 1, 4): 1.0})})
+    found = tiles.measure_tuned(lab)
+    assert len(found["seconds"]) == 2 and len(found["changed"]) == 1 and all(r["ok"] for r in found["right"])
+    said = tiles.tuned_lines(found)
+    assert said[0].startswith("step with the tables as they are") and "0 wrong" in said[-1]

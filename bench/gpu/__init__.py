@@ -1,6 +1,6 @@
-"""All that a GPU can tell, in two short calls: `make gpu`, or
+"""All that a GPU can tell, in three short calls: `make gpu`, or
 
-    python3 -m bench.gpu OUT [--call 1|2] [--minutes 5] [--only NAME,NAME] [--caches DIR] [--cpu]
+    python3 -m bench.gpu OUT [--call 1|2|3] [--minutes 5] [--only NAME,NAME] [--caches DIR] [--cpu]
 
 No network, no pip, no install: the package is taken from the working tree with the Python that runs this. While the
 native engine is built, kernels are compiled and checked by many processes, and Inductor compiles what it has to,

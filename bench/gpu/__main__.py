@@ -18,12 +18,13 @@ ROOT = Path(__file__).parents[2]
 CALLS = {  # the blocks of each, what is wanted most first
     1: "beside,machine,step,profile,unet,sampling,whole,ops,tiles,compiled,published",
     2: "paper,shipped,beside,machine,compiled,step,unet,sampling,tiles,profile,whole,doctor",
+    3: "beside,machine,tiles,tuned,profile,ops,unet,sampling",
 }
 ASIDE = ("whole", "doctor")  # of a call with a training: in a process of their own, beside it
-QUIET = {"machine", "step", "profile", "unet", "sampling", "ops", "published"}  # all else is stopped
+QUIET = {"machine", "step", "profile", "unet", "sampling", "ops", "published", "tuned"}  # all else is stopped
 SECONDS = {  # of each block at most
-    "beside": 100, "machine": 8, "step": 40, "profile": 12, "compiled": 30, "tiles": 60, "sampling": 20, "whole": 25,
-    "ops": 25, "published": 30, "unet": 15, "shipped": 80, "paper": 600, "doctor": 90,
+    "beside": 100, "machine": 8, "step": 40, "profile": 12, "compiled": 30, "tiles": 150, "tuned": 45, "sampling": 20,
+    "whole": 25, "ops": 25, "published": 30, "unet": 15, "shipped": 80, "paper": 600, "doctor": 90,
 }  # fmt: skip
 FIRST_STAGE, TESTS = 55, 100  # seconds of two workers
 TAIL = 3  # seconds kept for packing
@@ -32,14 +33,15 @@ READING = 45  # seconds after a training for its codes and what is read off them
 LINES = 120  # of the summary at most
 MEASURES = {  # of blocks that are one function of the lab
     "machine": "machine.measure", "step": "steps.measure", "profile": "steps.measure_profile",
-    "published": "steps.measure_published", "unet": "sampling.measure_unet",
+    "published": "steps.measure_published", "tuned": "tiles.measure_tuned", "unet": "sampling.measure_unet",
     "whole": "sampling.check", "sampling": "sampling.measure", "ops": "operations.measure", "doctor": "doctor.measure",
 }  # fmt: skip
 LINES_OF = {  # what a block's result is in words
     "right": "checks.lines", "machine": "machine.lines", "step": "steps.lines", "published": "steps.lines",
     "profile": "steps.profile_lines", "unet": "steps.lines", "shipped": "shipped.lines",
     "whole": "sampling.check_lines", "compiled": "compiled.lines", "ops": "operations.lines",
-    "sampling": "sampling.lines", "tiles": "tiles.lines", "paper": "paper.lines", "doctor": "doctor.lines",
+    "sampling": "sampling.lines", "tiles": "tiles.lines", "tuned": "tiles.tuned_lines", "paper": "paper.lines",
+    "doctor": "doctor.lines",
 }  # fmt: skip
 
 
@@ -79,9 +81,9 @@ class Session:
         if "beside" not in self.blocks:
             return
         has, shares = set(self.blocks), range(1 if self.lab.cpu else 5)
-        if "paper" in has:
-            if not (self.lab.out / "first_stage").exists():
-                self.start("first stage", seconds=3 if self.lab.cpu else FIRST_STAGE)
+        if "paper" in has and not (self.lab.out / "first_stage").exists():
+            self.start("first stage", seconds=3 if self.lab.cpu else FIRST_STAGE)
+        if has & {"paper", "tuned"}:
             self.start("warm")
         if "shipped" in has:
             self.start("shipped", seconds=self.seconds_of_shipped)
@@ -261,7 +263,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=package.__doc__.splitlines()[0])
     parser.add_argument("out", type=Path, help="folder for the results")
     parser.add_argument(
-        "--call", type=int, default=1, choices=sorted(CALLS), help="which blocks: 1, checks and times; 2, a training"
+        "--call",
+        type=int,
+        default=1,
+        choices=sorted(CALLS),
+        help="which blocks: 1, checks and times; 2, trainings; 3, the sweep of tiles and what it brings",
     )
     parser.add_argument("--minutes", type=float, default=5.3, help="for everything together")
     parser.add_argument("--train", type=float, default=120, help="seconds of the block `paper`, from images to swaps")

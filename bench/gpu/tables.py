@@ -5,6 +5,8 @@ often as a U-Net has it, and only what was timed at every shape is chosen from.
 """
 
 from ast import literal_eval
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import product
 from typing import NamedTuple
 
@@ -34,21 +36,58 @@ class Shape(NamedTuple):
     now: float | None
 
 
-def text(found: dict) -> str:
-    """The tables of a result of `tiles.measure`, ready to paste."""
+def timed(found: dict) -> dict[tuple[str, tuple], list[Shape]]:
+    """(kind, key) -> its shapes, of a result of `tiles.measure`."""
     keys: dict[tuple, list[Shape]] = {}
     for name, r in found.items():
         times = {literal_eval(tile): us for tile, us in r["us"].items()}
         shape = Shape(r["positions"], r["layers"], times, r["now_us"])
         keys.setdefault((name.split()[0], literal_eval(r["key"])), []).append(shape)
-    said = [HEAD]
-    for kind, (table, title, file, tile) in TABLES.items():
-        of_kind = {key: sorted(shapes, key=lambda s: s.positions) for (k, key), shapes in keys.items() if k == kind}
+    return {key: sorted(shapes, key=lambda s: s.positions) for key, shapes in keys.items()}
+
+
+def choose(kind: str, key: tuple, shapes: list[Shape]) -> tuple[float, tuple] | None:
+    """(microseconds of all layers, entry) of the best, None if no tile was timed at every shape."""
+    table, _, _, tile = TABLES[kind]
+    return (tiles_of if kind == "SELF" else tile_of)(shapes, table[key], tile)
+
+
+def text(found: dict) -> str:
+    """The tables of a result of `tiles.measure`, ready to paste."""
+    keys, said = timed(found), [HEAD]
+    for kind, (_, title, file, _) in TABLES.items():
+        of_kind = {key: shapes for (k, key), shapes in keys.items() if k == kind}
         if of_kind:
-            choose = tiles_of if kind == "SELF" else tile_of
             said += [f"# {file}", f"{title}:"]
-            said += [line(kind, key, shapes, choose(shapes, table[key], tile)) for key, shapes in of_kind.items()]
+            said += [line(kind, key, shapes, choose(kind, key, shapes)) for key, shapes in of_kind.items()]
     return "\n".join(said) + "\n"
+
+
+@contextmanager
+def taken(found: dict, gain: float = 0.03) -> Iterator[list[str]]:
+    """Inside, the tables have the best of a sweep where that is faster by so much; what was changed, in words.
+
+    Without those of which compilers are known to make wrong gradients: they are to be looked at first.
+    """
+    before, said = [], []
+    for (kind, key), shapes in timed(found).items():
+        best, now = choose(kind, key, shapes), total([shape.now for shape in shapes], shapes)
+        if best is None or now is None or best[0] > (1 - gain) * now or is_doubtful(kind, key, best[1]):
+            continue
+        table = TABLES[kind][0]
+        before.append((table, key, table[key]))
+        table[key] = best[1]
+        said.append(f"{kind} {key}: {written(best[1])}, {now:.1f} to {best[0]:.1f} us")
+    try:
+        yield said
+    finally:
+        for table, key, entry in before:
+            table[key] = entry
+
+
+def is_doubtful(kind: str, key: tuple, entry: tuple) -> bool:
+    """Whether the kernel then has wgmma of an operand that it computed and transposed."""
+    return kind == "FOLDED" and key[0] == "dkv" and entry.GROUP > 1
 
 
 def line(kind: str, key: tuple, shapes: list[Shape], best: tuple[float, object] | None) -> str:
@@ -60,7 +99,7 @@ def line(kind: str, key: tuple, shapes: list[Shape], best: tuple[float, object] 
     if now is not None and now <= us:
         return f"    # {key}: as it is, {now:.1f} us of {layers} layers; the best of the others {us:.1f}"
     comment = f"{us:.1f} us of {layers} layers, now " + ("unknown" if now is None else f"{now:.1f}")
-    if kind == "FOLDED" and key[0] == "dkv" and entry.GROUP > 1:
+    if is_doubtful(kind, key, entry):
         comment += "; CHECK its gradients first: wgmma of a computed, transposed operand"
     return f"    {str(key).replace(chr(39), chr(34))}: {written(entry)},  # {comment}"
 

@@ -14,10 +14,11 @@ from encdiff.kernels import _cross_attention_plan as plan
 from encdiff.kernels import self_attention as attention
 from encdiff.kernels.cross_attention import cross_attention_folded, cross_attention_heads, cross_attention_kept
 
-from bench.clock import Run, replayed
-from bench.gpu import tables
+from bench.clock import Run, repeated, replayed
+from bench.gpu import checks, tables
 from bench.gpu.checks import layers
 from bench.gpu.lab import Lab
+from bench.gpu.steps import advance, ours
 
 
 class Sweep(NamedTuple):
@@ -159,22 +160,44 @@ def measure(lab: Lab) -> dict:
     found: dict[str, dict] = {}
     for sweep in in_order(lab):
         now = attempt(sweep, sweep.table[sweep.key], lambda s=sweep: replayed(s.run, lab.device, repeats=5))
-        times = {}
-        for tile in candidates(lab, sweep):
-            seconds = attempt(sweep, tile, lambda s=sweep: replayed(s.run, lab.device, calls=10, repeats=3))
-            if seconds is not None:
-                times[str(tuple(tile[0] if isinstance(tile[0], tuple) else tile))] = 1e6 * seconds
-        ranked = dict(sorted(times.items(), key=lambda item: item[1]))
-        found[sweep.name] = {
-            "now_us": None if now is None else 1e6 * now,
-            "key": str(sweep.key),
-            "us": ranked,
-            "layers": sweep.layers,
-            "positions": sweep.positions,
-        }
-        lab.save("tiles", found)
-        (lab.out / tables.FILE).write_text(tables.text(found))
+        times: dict[str, float] = {}
+        try:
+            for tile in candidates(lab, sweep):
+                seconds = attempt(sweep, tile, lambda s=sweep: replayed(s.run, lab.device, calls=10, repeats=3))
+                if seconds is not None:
+                    times[str(tuple(tile[0] if isinstance(tile[0], tuple) else tile))] = 1e6 * seconds
+        finally:  # what there is, also when time is up
+            found[sweep.name] = {
+                "now_us": None if now is None else 1e6 * now,
+                "key": str(sweep.key),
+                "us": dict(sorted(times.items(), key=lambda item: item[1])),
+                "layers": sweep.layers,
+                "positions": sweep.positions,
+            }
+            lab.save("tiles", found)
+            (lab.out / tables.FILE).write_text(tables.text(found))
     return found
+
+
+def measure_tuned(lab: Lab) -> dict:
+    """The step as it is and with the best of the sweep in the tables, and whether attention is right with them."""
+    found: dict = {"seconds": {}}
+
+    def step() -> float:
+        return repeated(advance(ours(lab, masters=True, precision="bf16"), lab), lab.device)
+
+    found["seconds"]["step with the tables as they are"] = step()
+    with tables.taken(lab.load("tiles") or {}) as found["changed"]:
+        of_attention = [c for c in checks.cases(lab, lab.batch) if "attention" in c.name]
+        found["right"] = [checks.check(case, seed=n) for n, case in enumerate(of_attention)]
+        lab.save("tuned", found)
+        found["seconds"]["step with the best of the sweep"] = step()
+    return found
+
+
+def tuned_lines(found: dict) -> list[str]:
+    said = [f"{name:42} {1e3 * seconds:8.2f} ms" for name, seconds in found["seconds"].items()]
+    return [*said, *found.get("changed", []), *checks.lines(found.get("right", []))]
 
 
 def lines(found: dict) -> list[str]:
