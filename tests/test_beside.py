@@ -1,5 +1,7 @@
 """Gradients of weights that are written to a sink: those of autograd, wherever and whenever they are computed."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from _place import DEVICE, GPU
@@ -171,6 +173,50 @@ def test_where_sinks_do_not_serve_gradients_go_the_usual_way():
     _, usual, _ = gradients(layer, layer, x)
     assert all(g is not None for g in usual) and not beside.written
     assert sink_of(None) is None and sink_of(torch.zeros(1)) is None
+
+
+@pytest.mark.on_cpu
+def test_inputs_are_let_go_once_they_are_many_or_large(monkeypatch):
+    said = []
+
+    class Stream:
+        device = None
+
+        def __init__(self, name="main"):
+            self.name = name
+
+        def wait_stream(self, other):
+            said.append(f"{self.name} waits for {other.name}")
+
+        def record_event(self):
+            said.append("event")
+            return len(said)
+
+        def wait_event(self, event):
+            said.append(f"{self.name} waits")
+
+    main = Stream()
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream("side"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: main)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(_beside, "PENDING", 3)
+    monkeypatch.setattr(_beside, "BYTES", 1000)
+    beside, small, large = Beside("any"), torch.zeros(10, device="cpu"), torch.zeros(200, device="cpu")
+
+    def put(*inputs):
+        said.clear()
+        with beside.aside(*inputs):
+            said.append("work")
+        return said.count("main waits"), len(beside.pending), beside.bytes
+
+    assert [put(small, None) for _ in range(4)] == [(0, 1, 40), (0, 2, 80), (0, 3, 120), (1, 3, 120)]
+    assert said == ["side waits for main", "work", "event", "main waits"]
+    assert put(large) == (1, 3, 880) and put(large) == (3, 1, 800) and put(large, large) == (2, 0, 0)
+    put(small)
+    said.clear()
+    beside.join()
+    beside.join()
+    assert said == ["main waits for side"] and not beside.pending and beside.bytes == 0
 
 
 @pytest.mark.skipif(not GPU, reason="needs a GPU: streams and a CUDA graph")

@@ -16,7 +16,7 @@ from torch import Tensor
 from encdiff.ops._dispatch import is_transformed
 from encdiff.ops._triton import autocast_dtype
 
-PENDING = 24  # pieces of work whose inputs are kept: more would only hold memory
+PENDING, BYTES = 24, 2**29  # pieces of work whose inputs are kept, and what these may take: more would only hold memory
 
 
 class Beside:
@@ -27,7 +27,8 @@ class Beside:
 
     def __init__(self, device: torch.device | None = None):
         self.stream = None if device is None else torch.cuda.Stream(device)
-        self.pending: deque[tuple[torch.cuda.Event, tuple[Tensor | None, ...]]] = deque()
+        self.pending: deque[tuple[torch.cuda.Event, tuple[Tensor, ...]]] = deque()
+        self.bytes = 0  # of what is pending
         self.written: set[int] = set()  # addresses of gradients
 
     def begin(self) -> None:
@@ -45,16 +46,23 @@ class Beside:
         self.stream.wait_stream(main)
         with torch.cuda.stream(self.stream):
             yield
-        self.pending.append((self.stream.record_event(), inputs))
-        if len(self.pending) > PENDING:
+        kept = tuple(t for t in inputs if t is not None)
+        self.pending.append((self.stream.record_event(), kept))
+        self.bytes += _bytes(kept)
+        while len(self.pending) > PENDING or self.bytes > BYTES:
             main.wait_event(self.pending[0][0])  # from here on the memory of its inputs may serve again
-            self.pending.popleft()
+            self.bytes -= _bytes(self.pending.popleft()[1])
 
     def join(self) -> None:
         """What is queued from here on waits for all that was put aside."""
         if self.pending:
             torch.cuda.current_stream(self.stream.device).wait_stream(self.stream)
             self.pending.clear()
+            self.bytes = 0
+
+
+def _bytes(tensors: Sequence[Tensor]) -> int:
+    return sum(t.nbytes for t in tensors)
 
 
 class Sink(NamedTuple):
