@@ -171,8 +171,9 @@ def standard_library(compiler: str) -> list[str]:
 
     Two in one process crash where a message is formatted: in a segmentation fault in place of an exception.
     """
-    found = run([compiler, "-print-file-name=libstdc++.so.6"]).strip()
-    return [found] if Path(found).is_absolute() else []
+    asked = [compiler, "-print-file-name=libstdc++.so.6"]
+    found = Path(subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip())
+    return [str(found)] if found.is_absolute() and found.is_file() else []
 
 
 def run(command: list[str]) -> str:

@@ -127,7 +127,7 @@ def test_attention_writes_its_projections(packed, width):
     written = {place.data_ptr() for place in places} & beside.written
     assert len(written) == (0 if width % 8 else 4 if packed else 1)
     give(weights[1], None)
-    assert joined(*weights[:3]).data_ptr() != weights[0].data_ptr()
+    assert joined(x, *weights[:3]).data_ptr() != weights[0].data_ptr()
 
 
 def test_a_part_that_was_used_alone_before_is_added_to():
@@ -136,7 +136,7 @@ def test_a_part_that_was_used_alone_before_is_added_to():
     x = torch.randn(5, 8, device=DEVICE)
 
     def run():
-        return ops.linear(x, weights[1]).sum() + ops.linear(x, joined(*weights)).square().sum()
+        return ops.linear(x, weights[1]).sum() + ops.linear(x, joined(x, *weights)).square().sum()
 
     usual = torch.autograd.grad(run(), weights)
     for w, place in zip(weights, room, strict=True):
@@ -212,7 +212,8 @@ def test_inputs_are_let_go_once_they_are_many_or_large(monkeypatch):
     assert [put(small, None) for _ in range(4)] == [(0, 1, 40), (0, 2, 80), (0, 3, 120), (1, 3, 120)]
     assert said == ["side waits for main", "work", "event", "main waits"]
     assert put(large) == (1, 3, 880) and put(large) == (3, 1, 800) and put(large, large) == (2, 0, 0)
-    put(small)
+    with pytest.raises(ValueError), beside.aside(small):
+        raise ValueError
     said.clear()
     beside.join()
     beside.join()

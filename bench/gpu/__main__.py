@@ -29,6 +29,7 @@ SECONDS = {  # of each block at most
 FIRST_STAGE, TESTS = 55, 100  # seconds of two workers
 TAIL = 3  # seconds kept for packing
 AFTER_TRAINING = 8  # seconds in which what ran beside it must end
+LEARNING = 40  # seconds of a training at least, from its images on
 READING = 45  # seconds after a training for its codes and what is read off them
 LINES = 120  # of the summary at most
 MEASURES = {  # of blocks that are one function of the lab
@@ -207,8 +208,11 @@ class Session:
                 time.sleep(0.1)
                 continue
             worker = peers.pop(name)
+            self.pause(True, "peer", "tiles", "aside")
+            worker.pause(False)
             worker.go()
             found[name.removeprefix("peer ")] = worker.wait(min(end, time.monotonic() + 20))
+            self.pause(False, "peer", "tiles", "aside")
             self.lab.save("compiled", found)
         found |= {name.removeprefix("peer "): {"error": "not compiled in time"} for name in peers}
         return self.done("compiled", found)
@@ -226,7 +230,7 @@ class Session:
 
         end = time.monotonic() + (4 if self.lab.cpu else seconds - READING)
         for worker in self.of("first").values():
-            self.lab.save("first_stage_steps", worker.wait(end - 60))
+            self.lab.save("first_stage_steps", worker.wait(end if self.lab.cpu else end - LEARNING))
         self.start_later()
         return self.done("paper", paper.measure(self.lab, end, ready, **changes))
 
@@ -269,8 +273,10 @@ def main(arguments: list[str] | None = None) -> int:
         choices=sorted(CALLS),
         help="which blocks: 1, checks and times; 2, trainings; 3, the sweep of tiles and what it brings",
     )
-    parser.add_argument("--minutes", type=float, default=5.3, help="for everything together")
-    parser.add_argument("--train", type=float, default=120, help="seconds of the block `paper`, from images to swaps")
+    parser.add_argument("--minutes", type=float, help="for everything together; default: 5.5, of call 2 8.6")
+    parser.add_argument(
+        "--train", type=float, default=375, help="seconds of the block `paper`, from its first stage on"
+    )
     parser.add_argument("--peers", help="these compiled peers alone, such as 'published step,ops'")
     parser.add_argument("--only", help="these blocks, such as right,step")
     parser.add_argument("--caches", type=Path, help="folder of what Triton and Inductor compiled; default OUT/caches")
@@ -303,7 +309,8 @@ def main(arguments: list[str] | None = None) -> int:
 
     out.mkdir(parents=True, exist_ok=True)
     SECONDS["paper"] = given.train
-    lab = Lab(out, caches, given.cpu, time.monotonic() + 60 * given.minutes)
+    minutes = given.minutes or (8.6 if given.call == 2 else 5.5)
+    lab = Lab(out, caches, given.cpu, time.monotonic() + 60 * minutes)
     if given.worker:
         workers.work(lab, given.worker, given.seconds)
         return 0

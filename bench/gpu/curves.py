@@ -1,4 +1,4 @@
-"""`python -m bench.gpu.curves FOLDER`: paper.png of a training's paper.json and scores.json.
+"""`python -m bench.gpu.curves FOLDER`: paper.png of a training's paper.json and scores.
 
 Loss and scores against seconds of training, and which scalar tells which factor at the end.
 """
@@ -16,8 +16,16 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 
+def scores_of(folder: Path) -> dict[str, dict]:
+    """Seconds of training, or "final" -> scores: of scores.json, or of the files that the block `paper` leaves."""
+    if (folder / "scores.json").exists():
+        return json.loads((folder / "scores.json").read_text())
+    found = {path.stem.removeprefix("scores-"): json.loads(path.read_text()) for path in folder.glob("scores-*.json")}
+    return dict(sorted(found.items(), key=lambda item: (item[0] == "final", item[0].zfill(9))))
+
+
 def draw(folder: Path) -> Path:
-    found, scores = (json.loads((folder / f"{name}.json").read_text()) for name in ("paper", "scores"))
+    found, scores = json.loads((folder / "paper.json").read_text()), scores_of(folder)
     seconds, loss = np.array(found["log"])[:, 1], np.array(found["log"])[:, 2]
     at = {float(name) if name != "final" else found["seconds"]: s for name, s in scores.items()}
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 3.6), layout="constrained")

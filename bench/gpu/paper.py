@@ -153,6 +153,8 @@ def measure(lab: Lab, end: float, ready: Callable[[], None], **changes) -> dict:
     torch.manual_seed(0)
     room, model = Room(lab), EncDiff(replace(lab.config, **MODEL)).to(lab.device)
     folder = lab.out / "first_stage"
+    if not (folder.exists() or lab.cpu):
+        raise FileNotFoundError("no first stage: it had too little time, --train is to be longer")
     if folder.exists():
         stage = VQAutoencoder.from_pretrained(folder).to(lab.device)
         model.first_stage_model.load_state_dict(stage.state_dict())

@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from bench.gpu.lab import Lab
@@ -84,8 +85,10 @@ def measure(lab: Lab, ready, seconds: float) -> dict:
 
 def halve(path) -> None:
     """Weights in float16: half the file; what is not floating point stays."""
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
     tensors = {n: t.half() if t.is_floating_point() else t for n, t in load_file(path).items()}
-    save_file(tensors, path)
+    save_file(tensors, path, metadata)
 
 
 def lines(found: dict) -> list[str]:

@@ -107,7 +107,7 @@ QUICKSTART = EncDiffConfig(
     groups=8,
     prediction="x0",
 )
-# sharper, as 8x8x48 and 16x16x48 latents: the first half an hour on one core, the second a minute on a GPU
+# sharper, as 8x8x48 and 16x16x48 latents: the first 23 minutes on one core, the second a minute on a GPU
 ROOM32 = replace(QUICKSTART, concepts=20, patch=4, width=48, multipliers=(1, 2), attention_levels=(0, 1), groups=16)
 ROOM64 = replace(ROOM32, image_size=64, encoder_width=64, width=64, multipliers=(1, 2, 2), attention_levels=(0, 1, 2))
 

@@ -44,11 +44,13 @@ class Beside:
             return
         main = torch.cuda.current_stream(self.stream.device)
         self.stream.wait_stream(main)
-        with torch.cuda.stream(self.stream):
-            yield
         kept = tuple(t for t in inputs if t is not None)
-        self.pending.append((self.stream.record_event(), kept))
-        self.bytes += _bytes(kept)
+        try:
+            with torch.cuda.stream(self.stream):
+                yield
+        finally:  # what was queued before an error is waited for, too
+            self.pending.append((self.stream.record_event(), kept))
+            self.bytes += _bytes(kept)
         while len(self.pending) > PENDING or self.bytes > BYTES:
             main.wait_event(self.pending[0][0])  # from here on the memory of its inputs may serve again
             self.bytes -= _bytes(self.pending.popleft()[1])
@@ -88,19 +90,31 @@ class Sink(NamedTuple):
         return self._replace(gradient=self.gradient.view(self.gradient.shape[:2]))
 
 
-def joined(*weights: Tensor) -> Tensor:
-    """Weights (O, I) below each other: as they lie in memory, if they and their gradients' places do, else a copy."""
-    if torch.compiler.is_compiling() or any(sink_of(w) is None for w in weights):
-        return torch.cat(weights)
-    if is_transformed(*weights) or autocast_dtype(weights[0]) is not None:  # gradients go the usual way then
-        return torch.cat(weights)
-    gradients = [sink_of(w).gradient for w in weights]
-    if not (adjoining(weights) and adjoining(gradients)):
+def sinks_of(x: Tensor, *weights: Tensor) -> tuple[Sink, ...] | None:
+    """Where the gradients of these weights go in a product with x; None: the usual way, through autograd.
+
+    That is theirs where one has no sink, and where a compiler or torch.func is to see them, or autocast makes copies.
+    """
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or any(sink_of(w) is None for w in weights):
+        return None
+    if is_transformed(x, *weights) or autocast_dtype(x) is not None:
+        return None
+    return tuple(map(sink_of, weights))
+
+
+def joined(x: Tensor, *weights: Tensor) -> Tensor:
+    """Weights (O, I) below each other, for `ops.linear` of x: as they lie in memory, or a copy.
+
+    As they lie where their gradients' places do so, too: the view is of the first weight alone as far as autograd sees,
+    and no gradient may go that way.
+    """
+    sinks = sinks_of(x, *weights)
+    if sinks is None or not (adjoining(weights) and adjoining([sink.gradient for sink in sinks])):
         return torch.cat(weights)
     shape, stride = (sum(map(len, weights)), weights[0].shape[1]), weights[0].stride()
-    # of the first alone as far as autograd sees; no gradient goes that way, it goes to the sink
-    both = (first.as_strided(shape, stride) for first in (weights[0], gradients[0]))
-    return give(next(both), Sink(sink_of(weights[0]).beside, next(both), tuple(gradients)))
+    gradient = sinks[0].gradient.as_strided(shape, stride)
+    sink = Sink(sinks[0].beside, gradient, tuple(sink.gradient for sink in sinks))
+    return give(weights[0].as_strided(shape, stride), sink)
 
 
 def adjoining(matrices: Sequence[Tensor]) -> bool:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from encdiff.errors import InputError
-from encdiff.ops._beside import Sink, sink_of
+from encdiff.ops._beside import Sink, sinks_of
 from encdiff.ops._dispatch import is_transformed
 from encdiff.ops._triton import autocast_dtype
 from encdiff.ops._types import check_floating, mixed
@@ -130,7 +130,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, impl: str |
         InputError: tensors of different types outside autocast, or not of floating point.
     """
     _check_types(x, weight, bias)
-    ways = _Ways(*_sinks(x, weight, bias), _sums(x, bias, impl))
+    ways = _ways(x, weight, bias, impl)
     if ways.weight is None and not ways.fused:
         return F.linear(x, weight, bias)
     return _Linear.apply(*_cast(x, weight, bias), ways)
@@ -158,7 +158,7 @@ def conv2d(
     if x.ndim != 4:
         raise InputError(f"x is {tuple(x.shape)}, must be (B, I, H, W)")
     _check_types(x, weight, bias)
-    ways = _Ways(*_sinks(x, weight, bias), _sums(x, bias, impl))
+    ways = _ways(x, weight, bias, impl)
     if ways.weight is None and not ways.fused:
         return F.conv2d(x, weight, bias, stride, padding)
     return _Conv2d.apply(*_cast(x, weight, bias), (_pair(stride), _pair(padding)), ways)
@@ -181,16 +181,10 @@ def _sums(x: Tensor, bias: Tensor | None, impl: str | None) -> bool:
     return not is_transformed(x, bias) and is_fused(x, impl)
 
 
-def _sinks(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Sink | None, Sink | None]:
-    """Where the gradients go, of both or of neither.
-
-    None where a compiler or torch.func is to see them, or autocast makes copies.
-    """
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or sink_of(weight) is None:
-        return None, None
-    found = sink_of(weight), sink_of(bias)
-    alone = bias is not None and bias.requires_grad and found[1] is None
-    return (None, None) if alone or is_transformed(x, weight) or autocast_dtype(x) is not None else found
+def _ways(x: Tensor, weight: Tensor, bias: Tensor | None, impl: str | None) -> _Ways:
+    learning = (weight,) if bias is None or not bias.requires_grad else (weight, bias)
+    sinks = sinks_of(x, *learning) or ()
+    return _Ways(*sinks, *[None] * (2 - len(sinks)), _sums(x, bias, impl))
 
 
 def _cast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:

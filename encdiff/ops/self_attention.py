@@ -87,7 +87,7 @@ def self_attention_triton(
         w_q, w_k, w_v = (fill_heads(w, heads, -width % 8) for w in (w_q, w_k, w_v))
         w_o = fill_heads(w_o.T, heads, -width % 8).T
     h = layer_norm(x, norm_weight, norm_bias, norm_eps).to(dtype)
-    a, _ = fused(linear(h, joined(w_q, w_k, w_v)), heads, width**-0.5)
+    a, _ = fused(linear(h, joined(h, w_q, w_k, w_v)), heads, width**-0.5)
     return project_out(a, w_o, b_o, x if residual else None).to(x.dtype)
 
 
