@@ -31,6 +31,7 @@ from encdiff.cli_support import (
     results,
     resumed,
     save_picture,
+    told_of_precision,
     writable,
 )
 from encdiff.errors import InputError, Stopped
@@ -123,7 +124,7 @@ def train(
     steps: Annotated[int | None, typer.Option(help="Default: the preset's.", min=1)] = None,
     batch_size: Annotated[int | None, typer.Option(help="Default: the preset's.", min=1)] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Default: the preset's, by the batch size.")] = None,
-    precision: Annotated[Precision | None, typer.Option(help="Default: the preset's.")] = None,
+    precision: Annotated[Precision | None, typer.Option(help="Default: float32; on a GPU bf16 is much faster.")] = None,
     engine: Annotated[
         Engine | None, typer.Option(help="How a step runs. Default: auto, graph on a GPU, else eager.")
     ] = None,
@@ -163,7 +164,7 @@ def train(
     if not resume:
         load_first_stage(model, first_stage)
     dataset = open_data(data, model_config.image_size)
-    model.to(choose_device(device))
+    model.to(told_of_precision(choose_device(device), recipe.precision))
     run_training(model, dataset, run, recipe, resume=resume, overwrite=overwrite, tensorboard=tensorboard)
     say(f"model: {run / 'model'}\nnext:  encdiff {'evaluate' if dataset.factor_names else 'swap'} {run}")
 

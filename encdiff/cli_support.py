@@ -107,6 +107,13 @@ def choose_device(name: str) -> str:
     return name
 
 
+def told_of_precision(device: str, precision: str) -> str:
+    """The device; where it is a GPU that is to train in float32, the user is told of what is faster."""
+    if device.startswith("cuda") and precision != "bf16":
+        say(f"precision {precision}: on a GPU --precision bf16 is three times as fast and more (docs/performance.md)")
+    return device
+
+
 def open_data(data: str | None, image_size: int | None):
     from encdiff.data import open_dataset
     from encdiff.terminal import progress_bar

@@ -14,6 +14,7 @@ from _tiny import TINY
 from PIL import Image
 
 from encdiff import EncDiff, __version__, cli
+from encdiff.cli_support import told_of_precision
 from encdiff.data import open_dataset
 from encdiff.models.autoencoder import VQAutoencoder
 from encdiff.train import TrainConfig, train
@@ -269,3 +270,13 @@ def test_every_file_of_scores_has_a_plot_of_its_own(encdiff, tmp_path):
         assert encdiff("evaluate", tmp_path / "codes.npz", "--metrics", "dci", *options)[0] == 0
     assert len(list(tmp_path.glob("*importance.png"))) == 1 + len(outs)
     assert (tmp_path / "importance.png").is_file()
+
+
+@pytest.mark.parametrize("precision, device, told", [
+    ("float32", "cuda:1", True), ("tf32", "cuda", True), ("bf16", "cuda", False), ("float32", "cpu", False),
+])  # fmt: skip
+def test_a_training_in_float32_on_a_gpu_is_told_what_is_faster(precision, device, told, capsys):
+    assert told_of_precision(device, precision) == device
+    captured = capsys.readouterr()
+    text = captured.out + captured.err
+    assert ("--precision bf16 is three times as fast" in text and text.count("\n") == 1) if told else text == ""
