@@ -152,8 +152,11 @@ def held(run: Path) -> Path:
 
 
 def results(run: Path) -> Path:
-    """Where to write what is made of a run: into it, but beside the other runs if it comes with the package."""
-    return run if held(run) == run else Path("runs") / run
+    """Where to write what is made of a run: into it; of a model that comes with the package into a folder of its own.
+
+    Not `runs/NAME`, which may be a run of the user's.
+    """
+    return run if held(run) == run else Path("runs") / "packaged" / run
 
 
 def draw_images(dataset, indices: list[int] | None, count: int, seed: int, model):

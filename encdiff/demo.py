@@ -35,8 +35,8 @@ SHOWN = "room64"  # of the models that come with the package
 def demo(run: Path, seed: int, device: str, *, data: str = DATA, protocol: str = "paper", **changes) -> dict[str, dict]:
     """Show a model that comes with the package, then train one and show that.
 
-    Pictures of the first go to `room64/pictures` beside the run's folder, and so does the data; scores and pictures
-    of the other go into the run's folder, where an earlier run is replaced.
+    Pictures of the first go to `packaged/room64/pictures` beside the run's folder, and so does the data; scores and
+    pictures of the other go into the run's folder, where an earlier run is replaced.
 
     `changes` go to the recipe. Returns the scores, as `evaluate_model` does.
     """
@@ -49,7 +49,7 @@ def demo(run: Path, seed: int, device: str, *, data: str = DATA, protocol: str =
         say(f"{text} ({time.monotonic() - began:.0f} s)", "bold")
 
     begin(f"1/5 {SHOWN}, which comes with the package: its scores were stored with it, the pictures are drawn now")
-    shown = run.parent / SHOWN / "pictures"
+    shown = run.parent / "packaged" / SHOWN / "pictures"
     shown.mkdir(parents=True, exist_ok=True)
     pretrained, stored = EncDiff.from_pretrained(SHOWN, device=device), stored_scores(SHOWN)
     console.print(format_table(stored))

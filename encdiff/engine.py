@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Literal
@@ -131,8 +132,18 @@ class SamplingEngine:
     def __init__(self, model: EncDiff, precision: Literal["float32", "bf16"] = "float32", **options):
         if precision not in ("float32", "bf16"):
             raise InputError(f"precision is {precision!r}, must be float32 or bf16")
-        if unknown := {"x_T", "token_bias", "progress"} & options.keys():
-            raise InputError(f"{min(unknown)} is no option of the engine; x_T and token_bias are given to its calls")
+        known = inspect.signature(EncDiff.sample).parameters.keys() - {
+            "self",
+            "scalars",
+            "x_T",
+            "token_bias",
+            "progress",
+        }
+        if unknown := options.keys() - known:
+            raise InputError(
+                f"{min(unknown)} is no option of the engine, must be among {', '.join(sorted(known))}; "
+                "x_T and token_bias are given to its calls"
+            )
         self.model, self.options = _rounded(model) if precision == "bf16" else model, options
         self.graphs: dict[tuple, Graph] = {}
 

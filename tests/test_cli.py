@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from _tiny import TINY
 from PIL import Image
 
 from encdiff import EncDiff, __version__, cli
-from encdiff.cli_support import told_of_precision
+from encdiff.cli_support import results, told_of_precision
 from encdiff.data import open_dataset
 from encdiff.models.autoencoder import VQAutoencoder
 from encdiff.train import TrainConfig, train
@@ -280,3 +281,12 @@ def test_a_training_in_float32_on_a_gpu_is_told_what_is_faster(precision, device
     captured = capsys.readouterr()
     text = captured.out + captured.err
     assert ("--precision bf16 is three times as fast" in text and text.count("\n") == 1) if told else text == ""
+
+
+def test_what_is_made_of_a_packaged_model_is_not_put_into_a_run_of_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs/room64").mkdir(parents=True)
+    assert results(Path("room64")) == Path("runs/packaged/room64")
+    assert results(Path("runs/room64")) == Path("runs/room64")
+    (tmp_path / "room64").mkdir()  # a folder of that name comes first
+    assert results(Path("room64")) == Path("room64")

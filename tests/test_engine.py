@@ -231,6 +231,8 @@ def test_a_sampling_engine_in_bfloat16_rounds_the_unet_alone(model):
 
 
 def test_a_sampling_engine_refuses_what_belongs_to_its_calls():
+    with pytest.raises(InputError, match="foo is no option of the engine, must be among eta, gate, .*, steps; x_T"):
+        SamplingEngine(EncDiff(TINY), foo=3)
     with pytest.raises(InputError, match="x_T is no option of the engine"):
         SamplingEngine(EncDiff(TINY), x_T=torch.zeros(1))
 

@@ -83,20 +83,32 @@ def write(path: Path, images: Tensor) -> None:
     Image.fromarray(pixels.cpu().numpy()).save(path)
 
 
-def main(model: str, data: str, picture: str) -> None:
-    """`python -m bench.gpu.counterfactual MODEL procedural:5,5,5,4,4,5 swaps.png`: a model's rates on a CPU or GPU."""
+def main(arguments: list[str] | None = None) -> None:
+    """`python -m bench.gpu.counterfactual MODEL`: a model's rates, on a GPU if there is one."""
+    import argparse
     import json
 
     from encdiff import EncDiff
     from encdiff.data import open_dataset
 
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu.counterfactual", description=main.__doc__)
+    parser.add_argument("model", help="room64, quickstart, or a folder that save_pretrained wrote, such as RUN/model")
+    parser.add_argument("--data", default="procedural:5,5,5,4,4,5", help="the grid; the rates are of what it holds")
+    parser.add_argument("--pairs", type=int, default=128, help="minutes on a CPU for 128")
+    parser.add_argument(
+        "--out", type=Path, default=Path("swaps.png"),
+        help="picture, a pair a column: source, target, reconstruction, then each factor in turn swapped",
+    )  # fmt: skip
+    given = parser.parse_args(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    shown = EncDiff.from_pretrained(model, device=device).eval()
-    room = open_dataset(data, shown.config.image_size)
+    shown = EncDiff.from_pretrained(given.model, device=device).eval()
+    room = open_dataset(given.data, shown.config.image_size)
     room.pixels = torch.from_numpy(room.images(np.arange(len(room)))).to(device)
     codes = torch.cat([shown.encode(to_float(part)) for part in room.pixels.split(512)]).detach()
-    print(json.dumps(measure(shown, room, codes.float().cpu().numpy(), Path(picture)), indent=1))
+    found = measure(shown, room, codes.float().cpu().numpy(), given.out, given.pairs)
+    print(json.dumps(found, indent=1))
+    print(f"picture: {given.out}", file=sys.stderr)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()
