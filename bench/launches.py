@@ -61,7 +61,7 @@ GROUPS = {
     "copies": {"clone", "copy_", "cat", "stack", "slice_backward", "select_backward"},
     "fills": {"zeros", "zeros_like", "ones_like", "new_zeros", "fill_", "zero_", "full", "full_like", "zero"},
     "adds": {"add", "add_"},
-    "sums": {"sum", "column_sum", "column_sum_into"},
+    "sums": {"sum", "column_sum"},
     "activations": {"silu", "silu_backward", "relu", "relu_", "threshold_backward", "elu", "elu_backward"},
 }
 GROUP_OF = {op: group for group, ops in GROUPS.items() for op in ops}
@@ -125,7 +125,7 @@ def _costs(name: str, args: tuple, inputs: list[Tensor], outputs: list[Tensor]) 
         yield from _convolution(op, args, outputs)
         return
     moved = sum(map(_bytes, inputs)) + sum(map(_bytes, outputs))
-    launches = _column_sum(args[0]) if op.startswith("column_sum") else KERNELS.get(name, 1)
+    launches = _column_sum(args[0]) if op == "column_sum" else KERNELS.get(name, 1)
     if op.startswith("_foreach") or op.startswith("_fused"):
         launches *= -(-len(args[0]) // 30)  # so many tensors fit a kernel's arguments
     yield _group(name, op, inputs, outputs), Cost(launches, moved)

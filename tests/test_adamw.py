@@ -3,6 +3,7 @@ from functools import partial
 
 import pytest
 import torch
+from _place import interpreted
 
 from encdiff import ops
 from encdiff.errors import InputError
@@ -47,6 +48,7 @@ def by_torch(made, gradients, scale, weight_decay):
     return {"master": p.detach(), "average": average, **optimizer.state[p]}
 
 
+@pytest.mark.on_gpu
 @pytest.mark.parametrize("impl", ["triton", "reference"])
 @pytest.mark.parametrize("case", CASES)
 def test_against_torchs_own_in_float64(case, impl):
@@ -81,6 +83,7 @@ def test_one_step_by_hand():
     assert made["weights"].item() == torch.tensor(1.005).bfloat16().item()
 
 
+@pytest.mark.on_gpu
 def test_nothing_beyond_the_average_is_written():
     n, k = 1029, 1001
     wide = {name: torch.full((n + 100,), 7.0) for name in ("master", "exp_avg", "exp_avg_sq", "average")}
@@ -91,6 +94,7 @@ def test_nothing_beyond_the_average_is_written():
         assert (t[end:] == 7).all() and (t[:end] != 7).all(), name
 
 
+@pytest.mark.on_gpu
 def test_a_gradient_that_is_not_finite_is_seen():
     made, g = buffers(4, 2, torch.float32, True), torch.tensor([math.nan, 1.0, math.inf, 1.0])
     adamw(gradient=g, schedule=schedule(1), impl="triton", **made)
@@ -98,6 +102,7 @@ def test_a_gradient_that_is_not_finite_is_seen():
     assert made["average"].isfinite().tolist() == [False, True]
 
 
+@pytest.mark.on_gpu
 def test_opcheck():
     from encdiff.kernels import adamw as kernels
 
@@ -108,6 +113,7 @@ def test_opcheck():
         torch.library.opcheck(kernels.adamw, (*inputs, *options), test_utils=("test_schema", "test_faketensor"))
 
 
+@interpreted
 def test_dispatch_says_why(monkeypatch):
     made = buffers(4, 2, torch.float32, True)
     inputs = {"gradient": torch.ones(4), "schedule": schedule(1), **made}

@@ -4,6 +4,7 @@ import json
 import pytest
 import torch
 from _golden import draw, fill, load, relative_error
+from _place import interpreted
 
 from encdiff import ops
 from encdiff.errors import InputError
@@ -164,6 +165,7 @@ def test_joined_products_are_those_of_the_layers(variant, checkpoint, monkeypatc
         torch.testing.assert_close(joined[name], expected, rtol=1e-9, atol=1e-11, msg=name)
 
 
+@interpreted
 def test_joined_products_of_the_kernels(monkeypatch):
     """As a GPU runs them, interpreted: against the references in float64."""
     unet = drawn()

@@ -117,7 +117,10 @@ def _work(lab: Lab, name: str, seconds: float, ready) -> dict | list:
         os.nice(5)
         aside = replace(lab, out=lab.out / "parts" / slug_of(rest))
         aside.out.mkdir(exist_ok=True)
-        return (named(MEASURES[name])(aside, ours_alone=True) and {}) if ours else named(MEASURES[name])(aside)
+        if not ours:
+            return named(MEASURES[name])(aside)
+        named(MEASURES[name])(aside, ours_alone=True)
+        return {}
     if kind == "shipped":
         from bench.gpu import shipped
 
@@ -173,12 +176,8 @@ def tests_for_a_gpu() -> list[str]:
     """The files of tests that run on a GPU or ask for one; those of whole steps first."""
     marks = "on_gpu", "needs_gpu"
     files = sorted(p for p in (ROOT / "tests").glob("test_*.py") if any(mark in p.read_text() for mark in marks))
-    return [
-        str(p)
-        for p in sorted(
-            files, key=lambda p: p.stem not in ("test_beside", "test_masters", "test_engine", "test_native")
-        )
-    ]
+    first = "test_beside", "test_masters", "test_engine", "test_native"
+    return [str(p) for p in sorted(files, key=lambda p: p.stem not in first)]
 
 
 def test_env() -> dict[str, str]:
