@@ -34,7 +34,7 @@ lint: .venv/.installed-dev  ## check style and formatting
 
 gate: .venv/.installed-dev  ## compile every kernel for three generations of GPU and check its machine code
 	.venv/bin/python -W ignore -m encdiff.kernels._gate
-	.venv/bin/python -m encdiff._build --check
+	.venv/bin/python -m encdiff.ops._build --check
 
 sanitize: .venv/.installed-dev  ## the native library's tests under the address and undefined-behaviour sanitizers
 	ENCDIFF_SANITIZE=1 ASAN_OPTIONS=detect_leaks=0 \
@@ -55,7 +55,7 @@ clean:  ## remove both environments, builds and caches, but never a run
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch comes first and by its exact version, so that nothing else chooses one; it also brings setuptools for the build.
-.venv/.installed: pyproject.toml setup.py constraints.txt encdiff/__init__.py encdiff/_build.py $(wildcard csrc/*)
+.venv/.installed: pyproject.toml setup.py constraints.txt encdiff/__init__.py encdiff/ops/_build.py $(wildcard csrc/*)
 	.venv/bin/python -m pip --version 2>/dev/null || { "$(PYTHON)" -c '$(CHECK_PYTHON)' && "$(PYTHON)" -m venv .venv; }
 	$(PIP) torch==2.13.0
 	$(PIP) --no-build-isolation -e .
@@ -66,7 +66,7 @@ clean:  ## remove both environments, builds and caches, but never a run
 	touch $@
 
 # triton 3.6, which torch 2.11 names, cannot interpret beside numpy 2.4; constraints.txt is that of torch 2.13.
-.venv-oldest/.installed: pyproject.toml setup.py encdiff/__init__.py encdiff/_build.py $(wildcard csrc/*)
+.venv-oldest/.installed: pyproject.toml setup.py encdiff/__init__.py encdiff/ops/_build.py $(wildcard csrc/*)
 	.venv-oldest/bin/python -m pip --version 2>/dev/null || \
 	{ "$(PYTHON)" -c '$(CHECK_PYTHON)' && "$(PYTHON)" -m venv .venv-oldest; }
 	$(PIP_OLDEST) "setuptools>=77" torch==2.11.0 "numpy<2.4"

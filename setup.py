@@ -11,11 +11,11 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-native = runpy.run_path(str(Path(__file__).parent / "encdiff" / "_build.py"), run_name="encdiff._build")
+native = runpy.run_path(str(Path(__file__).parent / "encdiff/ops/_build.py"), run_name="encdiff.ops._build")
 
 
 class BuildNative(build_ext):
-    """Hands the extension to `encdiff._build`; where that cannot build it, the install goes on without."""
+    """Hands the extension to `encdiff.ops._build`; where that cannot build it, the install goes on without."""
 
     def build_extension(self, ext: Extension) -> None:
         try:
@@ -45,21 +45,30 @@ def extensions() -> list[Extension]:
 setup(
     packages=[
         "encdiff",
+        "encdiff.cli",
         "encdiff.csrc",
         "encdiff.data",
         "encdiff.diffusion",
+        "encdiff.engine",
+        "encdiff.evaluation",
+        "encdiff.experiments",
+        "encdiff.files",
         "encdiff.health",
         "encdiff.kernels",
         "encdiff.metrics",
         "encdiff.models",
         "encdiff.ops",
+        "encdiff.pictures",
+        "encdiff.pretrained",
         "encdiff.pretrained.quickstart",
         "encdiff.pretrained.quickstart.run",
         "encdiff.pretrained.room64",
         "encdiff.pretrained.room64.run",
+        "encdiff.training",
     ],
     package_dir={"encdiff.kernels": "kernels", "encdiff.csrc": "csrc"},
     package_data={
+        "encdiff": ["py.typed"],
         "encdiff.csrc": ["*.cpp", "*.cu", "*.h"],
         "encdiff.pretrained.quickstart": ["*"],
         "encdiff.pretrained.quickstart.run": ["*"],

@@ -18,7 +18,7 @@ from bench.baselines import PAPER, SMOKE, as_exact, compiled, diffusers_unet, fr
 from bench.cases import DTYPE, GPU, cases
 from bench.cost import train_step_cost
 from bench.published import PublishedTraining
-from encdiff.train import TrainConfig, Training
+from encdiff.training import TrainConfig, Training
 
 BATCHES = (128, 1024) if GPU else (16,)
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bf16"}

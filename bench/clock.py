@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from encdiff.engine import uncollected
+from encdiff.engine.graph import uncollected
 
 Run = Callable[[], object]
 CALLS = 20  # in one graph, at least

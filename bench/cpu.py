@@ -22,7 +22,7 @@ from bench.clock import warm_up
 from bench.published import PublishedTraining
 from encdiff.data import to_float
 from encdiff.models import EncDiff
-from encdiff.train import TrainConfig, Training
+from encdiff.training import TrainConfig, Training
 
 BATCH = 16
 SETTLING, ROUNDS = 300.0, 5  # seconds of warming up at most, rounds at least

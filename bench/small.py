@@ -12,7 +12,7 @@ import torch
 from bench.baselines import SMOKE, fresh_model
 from encdiff.ops.cross_attention import cross_attention
 from encdiff.ops.self_attention import self_attention
-from encdiff.train import TrainConfig, Training
+from encdiff.training import TrainConfig, Training
 
 SHAPES = [(3, 256, 64, 20), (2, 63, 128, 20), (2, 17, 256, 20), (1, 5, 320, 77)]  # batch, queries, channels, tokens
 

@@ -1,16 +1,25 @@
 """EncDiff: disentangled concepts from images by a diffusion model that cross-attends to concept tokens."""
 
-from typing import TYPE_CHECKING
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["PRESETS", "EncDiff", "EncDiffConfig", "InputError", "SamplingEngine", "doctor", "explain", "use_impl"]
 
 if TYPE_CHECKING:
+    from encdiff import ops
+    from encdiff.data import open_dataset, to_float
     from encdiff.engine import SamplingEngine
     from encdiff.errors import InputError
+    from encdiff.evaluation import evaluate
     from encdiff.health import doctor
     from encdiff.models import PRESETS, EncDiff, EncDiffConfig
     from encdiff.ops import explain, use_impl
+    from encdiff.training import TrainConfig, train
+
+__all__ = [
+    "PRESETS", "EncDiff", "EncDiffConfig", "InputError", "SamplingEngine", "TrainConfig", "doctor", "evaluate",
+    "explain", "open_dataset", "ops", "to_float", "train", "use_impl",
+]  # fmt: skip
 
 _HOMES = {
     "PRESETS": "encdiff.models",
@@ -18,20 +27,25 @@ _HOMES = {
     "EncDiffConfig": "encdiff.models",
     "InputError": "encdiff.errors",
     "SamplingEngine": "encdiff.engine",
+    "TrainConfig": "encdiff.training",
     "doctor": "encdiff.health",
+    "evaluate": "encdiff.evaluation",
     "explain": "encdiff.ops",
+    "open_dataset": "encdiff.data",
+    "to_float": "encdiff.data",
+    "train": "encdiff.training",
     "use_impl": "encdiff.ops",
 }
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     """Import public names when they are first asked for: `import encdiff` alone loads neither torch nor a kernel."""
+    if name == "ops":
+        return import_module("encdiff.ops")
     if name in _HOMES:
-        from importlib import import_module
-
         return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'encdiff' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOMES])
+    return sorted([*globals(), *__all__])

@@ -14,8 +14,7 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, record_function
 
-from encdiff.checkpoint import atomic_path
-from encdiff.temporaries import disk_errors
+from encdiff.files.temporaries import atomic_path, disk_errors
 
 Range = Callable[[str], AbstractContextManager]
 _OFF = nullcontext()

@@ -7,13 +7,13 @@ import torch
 from _tiny import TINY
 
 from encdiff import EncDiff, EncDiffConfig, InputError
-from encdiff.ablations import ABLATIONS, ablate, ablated
-from encdiff.checkpoint import load_tensors
 from encdiff.data import describe, open_dataset, to_float
 from encdiff.errors import Stopped
+from encdiff.experiments.ablations import ABLATIONS, ablate, ablated
+from encdiff.files.checkpoint import load_tensors
 from encdiff.models import PRESETS
-from encdiff.train import RECIPES, TrainConfig, train
-from encdiff.visualize import swap_grid, traversal
+from encdiff.pictures import swap_grid, traversal
+from encdiff.training import RECIPES, TrainConfig, train
 
 VECTORS, ADAGN = replace(TINY, concept_width=5), replace(TINY, conditioning="adagn")
 
@@ -142,8 +142,8 @@ def small(monkeypatch):
     """The preset `quickstart` and its recipe small enough for a test, scores that are made up; the data."""
     monkeypatch.setitem(PRESETS, "quickstart", TINY)
     monkeypatch.setitem(RECIPES, "quickstart", TrainConfig(steps=3, batch_size=4, warmup=1, checkpoint_every=2))
-    monkeypatch.setattr("encdiff.phases.evaluate_model", made_up)
-    monkeypatch.setattr("encdiff.train.Training.picture", lambda *_: None)  # most of the time of so short a run
+    monkeypatch.setattr("encdiff.experiments.phases.evaluate_model", made_up)
+    monkeypatch.setattr("encdiff.training.step.Training.picture", lambda *_: None)  # most of the time of so short a run
     return open_dataset("procedural:2,2,2,2,2,2", TINY.image_size)
 
 
@@ -173,8 +173,8 @@ def test_the_table_grows_and_finished_runs_are_not_repeated(small, tmp_path, mon
     for row in rows:
         assert row["steps"] == 3 and row["ms_per_step"] > 0 and 0 <= row["scores"]["DCI disentanglement"] <= 1
 
-    monkeypatch.setattr("encdiff.phases.evaluate_model", None)  # every score is there already
-    monkeypatch.setattr("encdiff.phases.train", None)
+    monkeypatch.setattr("encdiff.experiments.phases.evaluate_model", None)  # every score is there already
+    monkeypatch.setattr("encdiff.experiments.phases.train", None)
     assert ablate(small, tmp_path, only=["unchanged"], **options) == rows
     table = (tmp_path / "ablations.md").read_text()
     lines = [line.split(" | ") for line in table.splitlines() if line.startswith("|")]
@@ -189,7 +189,7 @@ def test_an_interrupted_run_goes_on(small, tmp_path, monkeypatch):
         train(*args, **options, on_step=lambda training: training.step == 2 and signal.raise_signal(signal.SIGINT))
 
     with monkeypatch.context() as patch, pytest.raises(Stopped, match="the same command continues"):
-        patch.setattr("encdiff.phases.train", interrupted)
+        patch.setattr("encdiff.experiments.phases.train", interrupted)
         ablate(small, tmp_path / "a", only=["adagn"], protocol="quick", say=str)
     assert load_tensors(tmp_path / "a" / "adagn-seed0" / "checkpoint.safetensors")[1]["step"] == "2"
     assert not (tmp_path / "a" / "ablations.md").exists()

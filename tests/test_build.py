@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from encdiff import _build
+from encdiff.ops import _build
 
 FAKE_COMPILER = """#!/bin/sh
 echo "$@" >> "{log}"
@@ -30,7 +30,7 @@ STABLE_ABI = {
 STABLE_NAME = re.compile(
     r"\b(?:(?:STABLE_|STD_)?TORCH_\w+|aoti_torch_\w+|torch_[a-z]\w*(?=\()|torch::\w+(?:::\w+)*)|(?<=<)torch/[\w/]+\.h"
 )
-FIND = "from encdiff import _build; print(_build.find_or_build(False))"
+FIND = "from encdiff.ops import _build; print(_build.find_or_build(False))"
 
 
 @pytest.fixture
@@ -164,7 +164,7 @@ def test_without_a_home_folder_every_op_is_served(home, tmp_path):
 def test_the_build_says_in_one_line_that_there_is_no_place_for_it():
     code = (
         NO_HOME
-        + "from encdiff import _build; _build.installed = lambda: None; sys.argv[1:] = []; sys.exit(_build.main())"
+        + "from encdiff.ops import _build; _build.installed = lambda: None; sys.argv[1:] = []; sys.exit(_build.main())"
     )
     command = [sys.executable, "-c", code]
     environment = without("HOME", "XDG_CACHE_HOME", ENCDIFF_CUDA="0")
@@ -213,9 +213,10 @@ def test_architectures_are_those_nvcc_knows(monkeypatch):
 def test_a_library_of_other_sources_is_not_taken(tmp_path, monkeypatch):
     package, sources = tmp_path / "encdiff", tmp_path / "csrc"
     package.mkdir(), sources.mkdir()
-    (package / "_build.py").write_text("one")
+    (package / "ops").mkdir()
+    (package / "ops/_build.py").write_text("one")
     (sources / "noise.cpp").write_text("two")
-    monkeypatch.setattr(_build, "__file__", str(package / "_build.py"))
+    monkeypatch.setattr(_build, "__file__", str(package / "ops/_build.py"))
     assert _build.installed() is None
     (package / "_C.abi3.so").write_bytes(b"\0encdiff-sources:" + _build.fingerprint().encode() + b"\0")
     assert _build.installed() == package / "_C.abi3.so"

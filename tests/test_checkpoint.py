@@ -12,7 +12,8 @@ from _tiny import TINY
 from huggingface_hub.errors import OfflineModeIsEnabled
 
 from encdiff import EncDiff, InputError
-from encdiff.checkpoint import atomic_path, load_tensors, save_tensors
+from encdiff.files.checkpoint import load_tensors, save_tensors
+from encdiff.files.temporaries import atomic_path
 
 
 @pytest.fixture
@@ -167,7 +168,7 @@ def test_a_full_disk_keeps_the_older_model(model, tmp_path, monkeypatch):
     def full(tensors, path, metadata=None):
         raise OSError(28, "No space left on device", str(path))
 
-    monkeypatch.setattr("encdiff.checkpoint.save_file", full)
+    monkeypatch.setattr("encdiff.files.checkpoint.save_file", full)
     with pytest.raises(OSError, match="No space left on device: .*model/model.safetensors"):
         model.save_pretrained(tmp_path / "model")
     assert {p.name: p.read_bytes() for p in (tmp_path / "model").iterdir()} == before
@@ -175,7 +176,9 @@ def test_a_full_disk_keeps_the_older_model(model, tmp_path, monkeypatch):
 
 def test_bad_model_folders(model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("encdiff.checkpoint.hf_hub_download", Mock(side_effect=OfflineModeIsEnabled("no network")))
+    monkeypatch.setattr(
+        "encdiff.files.checkpoint.hf_hub_download", Mock(side_effect=OfflineModeIsEnabled("no network"))
+    )
     with pytest.raises(InputError, match=r"neither a folder here nor a model that the Hub gave \(no network\)"):
         EncDiff.from_pretrained("owner/model")
     folder = tmp_path / "model"

@@ -14,11 +14,12 @@ import torch
 from _tiny import TINY
 from PIL import Image
 
-from encdiff import EncDiff, __version__, cli
-from encdiff.cli_support import results, told_of_precision
+from encdiff import EncDiff, __version__
+from encdiff.cli import app as cli
+from encdiff.cli.support import results, told_of_precision
 from encdiff.data import open_dataset
 from encdiff.models.autoencoder import VQAutoencoder
-from encdiff.train import TrainConfig, train
+from encdiff.training import TrainConfig, train
 
 DATA = "procedural:2,2,2,2,2,2"
 
@@ -71,7 +72,7 @@ def test_help_names_every_command(encdiff):
 def test_help_does_not_load_torch():
     code = """
 import sys
-from encdiff import cli
+from encdiff.cli import app as cli
 sys.argv = ["encdiff", "--help"]
 try:
     cli.main()
@@ -193,13 +194,13 @@ def test_errors_of_the_disk_are_one_line(encdiff, run, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device", "pictures/swap.png")
 
-    monkeypatch.setattr("encdiff.visualize.save_png", full)
+    monkeypatch.setattr("encdiff.pictures.save_png", full)
     code, text = encdiff("swap", run, "--steps", 1, "--pairs", 1)
     assert code == 2 and "No space left on device" in text and "Traceback" not in text
 
 
 def test_a_bug_shows_its_traceback(encdiff, run, monkeypatch):
-    monkeypatch.setattr("encdiff.visualize.save_png", lambda *_: 1 / 0)
+    monkeypatch.setattr("encdiff.pictures.save_png", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         encdiff("swap", run, "--steps", 1, "--pairs", 1)
 
@@ -207,7 +208,7 @@ def test_a_bug_shows_its_traceback(encdiff, run, monkeypatch):
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_signals_save_and_exit_0(tmp_path, signum):
     folder = tmp_path / "run"
-    command = [sys.executable, "-m", "encdiff.cli", "train", "--run", str(folder), "--data", DATA, "--batch-size", "2"]
+    command = [sys.executable, "-m", "encdiff", "train", "--run", str(folder), "--data", DATA, "--batch-size", "2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
     deadline = time.monotonic() + 60
@@ -255,7 +256,7 @@ def test_a_resumed_run_keeps_what_shows_it_until_another_model_is_saved(encdiff,
         (copy / name).write_text("kept")
     assert encdiff("train", "--run", copy, "--resume")[0] == 0
     with monkeypatch.context() as patch:  # stopped before its first step
-        patch.setattr("encdiff.fit._loop", lambda *_: None)
+        patch.setattr("encdiff.training.loop._loop", lambda *_: None)
         assert encdiff("train", "--run", copy, "--resume", "--steps", 3)[0] == 0
     assert [(copy / name).read_text() for name in shown] == ["kept"] * 3
     assert encdiff("train", "--run", copy, "--resume", "--steps", 3)[0] == 0

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from encdiff.cli_data import data_app
+from encdiff.cli.data import data_app
 from encdiff.data import describe, open_dataset
 from encdiff.errors import InputError
 

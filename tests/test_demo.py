@@ -2,8 +2,8 @@ import json
 
 import pytest
 
-from encdiff.demo import demo
 from encdiff.errors import InputError
+from encdiff.experiments.demo import demo
 
 
 def test_the_whole_way(tmp_path, capsys):

@@ -151,7 +151,7 @@ def test_autocast_leaves_the_target_exact(model, images):
     seen = []
     original = ops.q_sample
     with pytest.MonkeyPatch.context() as patch, torch.autocast("cpu", torch.bfloat16):
-        patch.setattr("encdiff.models.encdiff.ops.q_sample", lambda *a, **k: seen.append(original(*a, **k)) or seen[0])
+        patch.setattr("encdiff.models.core.ops.q_sample", lambda *a, **k: seen.append(original(*a, **k)) or seen[0])
         noise = torch.randn(4, *model.latent_shape)
         model.loss(images, noise=noise)
     assert torch.equal(seen[0][1], noise)

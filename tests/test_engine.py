@@ -14,7 +14,8 @@ from bench.clock import captured
 from encdiff import EncDiff, InputError, SamplingEngine
 from encdiff.data import open_dataset
 from encdiff.engine import Graph, choose
-from encdiff.train import Training, lerp, train
+from encdiff.training import Training, train
+from encdiff.training.step import lerp
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph needs a GPU")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

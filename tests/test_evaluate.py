@@ -1,15 +1,19 @@
 import io
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from _tiny import TINY
 from PIL import Image
 from rich.console import Console
 
+from encdiff import EncDiff, open_dataset
 from encdiff.data import Dataset, describe
 from encdiff.errors import InputError
-from encdiff.evaluate import encode_dataset, evaluate, evaluate_codes, format_table, plot_importance, write_metrics
+from encdiff.evaluation import encode_dataset, evaluate, evaluate_codes, format_table, plot_importance, write_metrics
+from encdiff.evaluation.vectors import as_scalars
 
 QUICK = dict(
     factor_vae_variance=300, factor_vae_train=200, factor_vae_eval=100, factor_vae_batch=32, dci_train=80, dci_test=40
@@ -233,3 +237,16 @@ def test_bad_files_of_codes(tmp_path, arrays, message):
     np.savez(path, **arrays)
     with pytest.raises(InputError, match=message):
         evaluate_codes(path)
+
+
+@pytest.mark.parametrize("width", [1, 2])
+def test_a_model_is_asked_in_eval_mode_and_left_as_it_was(width):
+    """In training mode a batch norm would make a code depend on its batch."""
+    data = open_dataset("procedural:3,2,2,2,2,2", 16)
+    model = EncDiff(replace(TINY, concept_width=width))
+    options = {"metrics": ["dci"], "n_jobs": 1, "dci_train": 80, "dci_test": 40}
+    encode = as_scalars(model.eval(), data).encode
+    expected = evaluate(lambda images: encode(images), data, **options)
+    found = evaluate(model.train(), data, **options, batch_size=5)
+    assert model.training and found["dci"] == expected["dci"]
+    assert ("principal" in found["protocol"]["code"]) == (width > 1)

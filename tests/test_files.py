@@ -7,15 +7,13 @@ import socket
 import pytest
 
 from encdiff import EncDiffConfig, InputError
-from encdiff.cli_support import Commands, begun_size, factor_groups
-from encdiff.evaluate import evaluate_codes
-from encdiff.files import read_json, read_text, refuse_special, whole_number
+from encdiff.cli.support import Commands, begun_size, factor_groups
+from encdiff.evaluation import evaluate_codes, read_scores
+from encdiff.files.reading import read_json, read_text, refuse_special, whole_number
 from encdiff.metrics.reconstruction import load_lpips
 from encdiff.models.config import BLOCKS
-from encdiff.results import read_scores
-from encdiff.runs import last_row, read_config
-from encdiff.train import TrainConfig
-from encdiff.train_autoencoder import AutoencoderTrainConfig
+from encdiff.training import AutoencoderTrainConfig, TrainConfig
+from encdiff.training.runs import last_row, read_config
 
 BAD_JSON = {
     "deep": "[" * 100_000,

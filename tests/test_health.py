@@ -11,7 +11,7 @@ from _place import interpreted
 from typer.testing import CliRunner
 
 import encdiff
-from encdiff.cli import app
+from encdiff.cli.app import app
 from encdiff.errors import InputError
 from encdiff.health import Report, kernels, report
 from encdiff.ops._check import Finding

@@ -18,7 +18,8 @@ from encdiff.data.hdf5 import read_names
 from encdiff.data.npz import open_zip, read_array
 from encdiff.data.shapes3d import Shapes3D, write_shapes3d
 from encdiff.errors import InputError
-from encdiff.evaluate import evaluate_codes, read_codes
+from encdiff.evaluation import evaluate_codes
+from encdiff.evaluation.codes import read_codes
 
 IMAGES = np.arange(32 * 8 * 8 * 3, dtype=np.uint8).reshape(32, 8, 8, 3)
 VALUES = np.stack(np.unravel_index(np.arange(32), (2,) * 5), axis=1)

@@ -9,12 +9,12 @@ import torch
 from _tiny import TINY
 
 from encdiff import EncDiff, InputError
-from encdiff.checkpoint import load_state, load_tensors, save_tensors, step_of, tensor_shapes
-from encdiff.cli_support import rebuilt
+from encdiff.cli.support import rebuilt
+from encdiff.experiments.phases import seconds_per_step, steps_done
+from encdiff.files.checkpoint import load_state, load_tensors, save_tensors, step_of, tensor_shapes
 from encdiff.models.autoencoder import VQAutoencoder
-from encdiff.phases import seconds_per_step, steps_done
-from encdiff.runs import CsvLog, last_row, optimizer_state
-from encdiff.train import TrainConfig, Training
+from encdiff.training import TrainConfig, Training
+from encdiff.training.runs import CsvLog, last_row, optimizer_state
 
 COLUMNS = ("step", "loss", "seconds")
 
@@ -95,7 +95,7 @@ def test_negative_variances_and_too_large_doubles(folder):
 def test_a_model_that_does_not_fit_its_weights_is_never_built(folder, change, monkeypatch):
     """On meta alone: within seconds and without memory."""
     (folder / "config.json").write_text(json.dumps(asdict(TINY) | change))
-    monkeypatch.setattr("encdiff.checkpoint.load_tensors", lambda *_: pytest.fail("the weights were read"))
+    monkeypatch.setattr("encdiff.files.checkpoint.load_tensors", lambda *_: pytest.fail("the weights were read"))
     began = time.monotonic()
     with pytest.raises(InputError, match=r"model\.safetensors: does not fit this configuration"):
         EncDiff.from_pretrained(folder)

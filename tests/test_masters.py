@@ -7,11 +7,11 @@ from _tiny import TINY
 from test_train import CONFIG, rows, stop_after
 
 from encdiff import EncDiff, InputError, ops
-from encdiff.checkpoint import load_tensors
 from encdiff.data import open_dataset
 from encdiff.errors import Stopped
+from encdiff.files.checkpoint import load_tensors
 from encdiff.ops._beside import give
-from encdiff.train import Training, train
+from encdiff.training import Training, train
 
 BF16 = replace(CONFIG, precision="bf16", steps=100)
 GPU = torch.cuda.is_available()
@@ -172,7 +172,7 @@ def test_frozen_parameters_stay_and_are_rounded_too():
 
 @pytest.mark.parametrize("stop", [3, 4])
 def test_a_resumed_run_equals_an_unbroken_one_to_the_bit(tmp_path, stop, monkeypatch):
-    monkeypatch.setattr("encdiff.train.Training", partial(Training, masters=True))
+    monkeypatch.setattr("encdiff.training.step.Training", partial(Training, masters=True))
     data, config = open_dataset("procedural:2,2,2,2,2,2", TINY.image_size), replace(BF16, steps=6)
     torch.manual_seed(0)
     train(EncDiff(TINY).cpu(), data, tmp_path / "whole", config)  # a GPU's libraries may sum in another order

@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from encdiff import EncDiff, InputError, checkpoint
+from encdiff import EncDiff, InputError
+from encdiff.files import checkpoint
 
 
 def test_weights_of_another_configuration_are_refused(tmp_path, model, monkeypatch):

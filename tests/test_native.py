@@ -10,9 +10,9 @@ import pytest
 import torch
 from scipy import stats
 
-from encdiff import _build, ops
+from encdiff import ops
 from encdiff.diffusion.schedules import alphas_cumprod, make_betas
-from encdiff.ops import _native, philox
+from encdiff.ops import _build, _native, philox
 from encdiff.ops.noise import TARGETS, q_sample, step
 
 if not any(map(shutil.which, ("c++", "g++", "clang++"))) and _build.installed() is None:

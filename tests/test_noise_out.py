@@ -6,8 +6,9 @@ import shutil
 import pytest
 import torch
 
-from encdiff import _build, ops
+from encdiff import ops
 from encdiff.diffusion.schedules import alphas_cumprod, make_betas
+from encdiff.ops import _build
 from encdiff.ops.noise import TARGETS, q_sample, step
 
 if not any(map(shutil.which, ("c++", "g++", "clang++"))) and _build.installed() is None:

@@ -8,12 +8,12 @@ import torch
 
 from bench.gpu.counterfactual import nearest
 from encdiff import EncDiff, InputError
-from encdiff.checkpoint import PRETRAINED, locate
 from encdiff.data import open_dataset, to_float
+from encdiff.evaluation.protocol import score_rows, settings_of
+from encdiff.files.checkpoint import PRETRAINED, locate
 from encdiff.models import EncDiffConfig
 from encdiff.models.sample import SAMPLERS
-from encdiff.protocol import score_rows, settings_of
-from encdiff.visualize import concept_groups
+from encdiff.pictures import concept_groups
 
 
 @pytest.fixture(scope="module", params=["quickstart", "room64"])
@@ -85,7 +85,7 @@ def test_swapped_factors_arrive_alone(model, room):
 
 
 def test_a_name_that_is_nothing_is_refused_without_a_network(monkeypatch):
-    monkeypatch.setattr("encdiff.checkpoint.hf_hub_download", lambda *_, **__: pytest.fail("asked the Hub"))
+    monkeypatch.setattr("encdiff.files.checkpoint.hf_hub_download", lambda *_, **__: pytest.fail("asked the Hub"))
     for name in ("quickstrat", "./model", "/no/such", "runs/seed0/modle"):
         with pytest.raises(InputError, match=rf"{name}: no such folder; must be one, .* \(quickstart, room64\)"):
             EncDiff.from_pretrained(name)

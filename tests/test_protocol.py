@@ -3,10 +3,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from encdiff import protocol as module
 from encdiff.errors import InputError
+from encdiff.evaluation import protocol as module
+from encdiff.evaluation.protocol import Protocol, score_grid, score_rows, settings_of, summarize
 from encdiff.metrics import METRICS
-from encdiff.protocol import Protocol, score_grid, score_rows, settings_of, summarize
 
 GOLDEN = np.load(Path(__file__).parent / "golden/metrics.npz")
 SIZES = (3, 4, 5)

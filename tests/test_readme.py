@@ -20,7 +20,7 @@ def test_the_python_example_runs_as_printed(tmp_path, monkeypatch):
 def test_every_command_exists():
     from typer.main import get_command
 
-    from encdiff.cli import app
+    from encdiff.cli.app import app
 
     commands = get_command(app).commands
     known = {*commands, *(f"data {name}" for name in commands["data"].commands)}
@@ -31,7 +31,7 @@ def test_every_command_exists():
 def test_every_option_in_a_document_is_one_of_its_command():
     from typer.main import get_command
 
-    from encdiff.cli import app
+    from encdiff.cli.app import app
 
     commands = get_command(app).commands
     commands |= {f"data {name}": command for name, command in commands["data"].commands.items()}

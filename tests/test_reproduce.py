@@ -7,14 +7,15 @@ import pytest
 import torch
 from _tiny import TINY
 
-from encdiff import InputError, cli
-from encdiff import reproduce as module
-from encdiff.checkpoint import load_tensors
+from encdiff import InputError
+from encdiff.cli import app as cli
 from encdiff.data import Dataset, describe
 from encdiff.errors import Stopped
-from encdiff.phases import continuable, mean_and_range, once, score_attributes, scores
-from encdiff.reproduce import PUBLISHED, format_results, reproduce
-from encdiff.train import train
+from encdiff.experiments import reproduce as module
+from encdiff.experiments.phases import continuable, mean_and_range, once, score_attributes, scores
+from encdiff.experiments.reproduce import PUBLISHED, format_results, reproduce
+from encdiff.files.checkpoint import load_tensors
+from encdiff.training import train
 
 
 def made_up(model, dataset, *, protocol, baseline) -> dict:
@@ -30,8 +31,8 @@ def small(monkeypatch):
     """`--quick` smaller still, and scores that are made up."""
     monkeypatch.setattr(module, "QUICK_MODEL", module.QUICK_MODEL | dict(image_size=32, vq_multipliers=(1, 1, 1)))
     monkeypatch.setattr(module, "QUICK_RECIPE", dict(steps=3, batch_size=2, warmup=1, checkpoint_every=2))
-    monkeypatch.setattr("encdiff.phases.evaluate_model", made_up)
-    monkeypatch.setattr("encdiff.train.Training.picture", lambda *_: None)  # most of the time of so short a run
+    monkeypatch.setattr("encdiff.experiments.phases.evaluate_model", made_up)
+    monkeypatch.setattr("encdiff.training.step.Training.picture", lambda *_: None)  # most of the time of so short a run
 
 
 def test_the_whole_way_once(small, tmp_path, monkeypatch):
@@ -56,8 +57,8 @@ def test_the_whole_way_once(small, tmp_path, monkeypatch):
     assert not torch.equal(first["cond_stage_model.encoder.0.weight"], other["cond_stage_model.encoder.0.weight"])
 
     monkeypatch.setattr(module, "train_autoencoder", None)  # a phase that is done is not begun again
-    monkeypatch.setattr("encdiff.phases.train", None)
-    monkeypatch.setattr("encdiff.phases.evaluate_model", None)
+    monkeypatch.setattr("encdiff.experiments.phases.train", None)
+    monkeypatch.setattr("encdiff.experiments.phases.evaluate_model", None)
     assert reproduce("mpi3d", out, quick=True, seeds=2, say=str) == results
     with pytest.raises(InputError, match="seed0: was begun with batch_size 2, cannot be resumed with 4"):
         reproduce("mpi3d", out, quick=True, seeds=2, batch_size=4, say=str)
@@ -71,7 +72,7 @@ def test_what_was_interrupted_goes_on(small, tmp_path, monkeypatch):
 
     out = tmp_path / "out"
     with monkeypatch.context() as patch, pytest.raises(Stopped, match="kept, the same command continues"):
-        patch.setattr("encdiff.phases.train", interrupted)
+        patch.setattr("encdiff.experiments.phases.train", interrupted)
         reproduce("cars3d", out, quick=True, seeds=1, say=str)
     assert load_tensors(out / "seed0" / "checkpoint.safetensors")[1]["step"] == "1"
     monkeypatch.setattr(module, "train_autoencoder", None)
@@ -143,7 +144,9 @@ def test_tad_of_attributes_and_fid(monkeypatch, tmp_path):
 
     assert scores(score_attributes(Colours(1, 1), Folder()))["TAD"] == "faces has no attributes"
 
-    monkeypatch.setattr("encdiff.phases.inception_features", lambda device: lambda x: x.mean((1, 2), dtype=np.float64))
+    monkeypatch.setattr(
+        "encdiff.experiments.phases.inception_features", lambda device: lambda x: x.mean((1, 2), dtype=np.float64)
+    )
     fid = score_attributes(Colours(1, 1), Faces())["fid"]
     assert fid["fid"] == pytest.approx(3 * 10**2) and fid["images"] == 300  # the means differ, the covariances do not
 

@@ -16,14 +16,13 @@ from _tiny import TINY
 from PIL import Image
 
 from encdiff import EncDiff, InputError
-from encdiff.checkpoint import load_tensors
 from encdiff.data import open_dataset
 from encdiff.errors import Stopped
+from encdiff.experiments.phases import once, score_once, steps_done
+from encdiff.files.checkpoint import load_tensors
 from encdiff.models.autoencoder import VQAutoencoder
-from encdiff.phases import once, score_once, steps_done
-from encdiff.runs import CsvLog, RunFolder
-from encdiff.train import TrainConfig, train
-from encdiff.train_autoencoder import AutoencoderTrainConfig, train_autoencoder
+from encdiff.training import AutoencoderTrainConfig, TrainConfig, train, train_autoencoder
+from encdiff.training.runs import CsvLog, RunFolder
 
 CONFIG = TrainConfig(steps=3, batch_size=8, warmup=1, log_every=1, checkpoint_every=1, picture_every=1)
 FILES = ["checkpoint.safetensors", "config.json", "log.csv", "model", "samples"]
@@ -94,7 +93,9 @@ def train_first_stage(dataset, run, **options) -> None:
 
 @pytest.mark.parametrize("work", [train_model, train_first_stage])
 def test_killed_between_any_two_files_a_run_loses_nothing(work, dataset, tmp_path, monkeypatch):
-    monkeypatch.setattr("encdiff.train.swap_grid", lambda *_, **__: Image.new("RGB", (2, 2)))  # quickly drawn
+    monkeypatch.setattr(
+        "encdiff.pictures.concepts.swap_grid", lambda *_, **__: Image.new("RGB", (2, 2))
+    )  # quickly drawn
     work(dataset, tmp_path / "whole")
     whole, run, moment = state(tmp_path / "whole"), tmp_path / "run", 0
     assert len(whole[-1]) == 2
@@ -167,7 +168,7 @@ def test_two_begin_in_a_new_folder_and_one_is_refused(dataset, tmp_path):
 
 def test_the_lock_of_a_killed_process_is_lifted(tmp_path):
     code = (
-        "import sys, time; from encdiff.runs import RunFolder\n"
+        "import sys, time; from encdiff.training.runs import RunFolder\n"
         "with RunFolder(sys.argv[1]) as folder:\n folder.begin(); print('holds', flush=True); time.sleep(600)"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "run")]
@@ -247,7 +248,7 @@ def test_scores_of_data_under_another_name_are_kept(tmp_path, monkeypatch):
     train(fresh(), room, tmp_path / "run", replace(CONFIG, steps=1))
     first = score_once(tmp_path / "run", room, protocol="quick")
     room.name = "room.h5"
-    monkeypatch.setattr("encdiff.phases.evaluate_model", None)
+    monkeypatch.setattr("encdiff.experiments.phases.evaluate_model", None)
     assert score_once(tmp_path / "run", room, protocol="quick") == first
 
 

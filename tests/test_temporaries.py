@@ -13,10 +13,11 @@ import pytest
 import torch
 from _tiny import TINY
 
-from encdiff import EncDiff, temporaries
-from encdiff.checkpoint import atomic_path, load_tensors, save_tensors
+from encdiff import EncDiff
+from encdiff.files import temporaries
+from encdiff.files.checkpoint import load_tensors, save_tensors
+from encdiff.files.temporaries import atomic_path, clear, is_temporary
 from encdiff.profiling import trace
-from encdiff.temporaries import clear, is_temporary
 
 DEAD = 2**22 + 1  # above every system's greatest process id
 HERE = temporaries._host()
@@ -144,7 +145,7 @@ def test_errors_name_the_file_in_one_line(tmp_path):
 
 def test_every_file_is_written_by_way_of_a_temporary_one():
     """But for the build, which imports nothing of the package."""
-    package = Path(temporaries.__file__).parent
+    package = Path(temporaries.__file__).parents[1]
     written = re.compile(r"(\S+)\.write_(?:text|bytes)\(")
     found = [(path.name, name) for path in package.rglob("*.py") for name in written.findall(path.read_text())]
     assert len(found) > 5 and [(file, name) for file, name in found if name != "temporary"] == [

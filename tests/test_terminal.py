@@ -13,9 +13,10 @@ import pytest
 import typer.main
 from PIL import Image
 
-from encdiff import cli, terminal
+from encdiff import terminal
+from encdiff.cli import app as cli
 from encdiff.data import open_dataset
-from encdiff.evaluate import stages
+from encdiff.evaluation import stages
 from encdiff.models import EncDiff
 from encdiff.terminal import Tasks, progress_bar, say, say_table
 
@@ -70,7 +71,7 @@ def test_commands_where_only_ascii_is_shown(tmp_path, variables):
     folder = tmp_path / "Bilder ü [red]"
     folder.mkdir()
     Image.new("RGB", (8, 8)).save(folder / "é.png")
-    command = [sys.executable, "-m", "encdiff.cli", "data", "info", folder, "--image-size", "8"]
+    command = [sys.executable, "-m", "encdiff", "data", "info", folder, "--image-size", "8"]
     done = subprocess.run(command, env=ENVIRONMENT | variables, capture_output=True, timeout=120, check=False)
     assert done.returncode == 0 and b"[red]: 1 images of 8x8" in done.stdout, done.stderr
     done = subprocess.run(
@@ -141,7 +142,7 @@ def test_training_says_its_loss_before_the_first_row_of_the_log(tmp_path, monkey
     monkeypatch.setattr(terminal, "FIRST", 0.3)
     monkeypatch.setattr(terminal, "EVERY", 0.3)
     monkeypatch.setattr(Tasks, "due", True)
-    from encdiff.train import TrainConfig, train
+    from encdiff.training import TrainConfig, train
 
     model = EncDiff.from_preset("quickstart")
     train(

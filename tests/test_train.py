@@ -10,10 +10,10 @@ import torch
 from _tiny import TINY
 
 from encdiff import EncDiff, InputError, ops
-from encdiff.checkpoint import load_tensors, save_tensors
 from encdiff.data import open_dataset, to_float
 from encdiff.errors import Stopped
-from encdiff.train import RECIPES, TrainConfig, Training, train
+from encdiff.files.checkpoint import load_tensors, save_tensors
+from encdiff.training import RECIPES, TrainConfig, Training, train
 
 CONFIG = TrainConfig(
     steps=6, batch_size=8, learning_rate=4e-3, warmup=2, log_every=2, checkpoint_every=4, picture_every=100
@@ -102,7 +102,7 @@ def noised(monkeypatch, dataset, run, config, model=None, **options):
         return out
 
     with monkeypatch.context() as patch:
-        patch.setattr("encdiff.models.encdiff.ops.q_sample", recorded)
+        patch.setattr("encdiff.models.core.ops.q_sample", recorded)
         train(model or fresh(), dataset, run, config, **options)
     return seen
 
@@ -338,7 +338,7 @@ def test_a_full_disk_keeps_the_older_checkpoint(dataset, tmp_path, monkeypatch):
         path.write_bytes(b"half of it")
         raise OSError(28, "No space left on device", str(path))
 
-    monkeypatch.setattr("encdiff.checkpoint.save_file", full)
+    monkeypatch.setattr("encdiff.files.checkpoint.save_file", full)
     with pytest.raises(OSError, match="No space left"):
         train(fresh(), dataset, tmp_path / "run", CONFIG, resume=True)
     assert (tmp_path / "run" / "checkpoint.safetensors").read_bytes() == before

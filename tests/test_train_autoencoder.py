@@ -9,18 +9,12 @@ import pytest
 import torch
 from PIL import Image
 
-from encdiff.checkpoint import load_tensors, save_tensors
 from encdiff.data import Dataset, to_float
 from encdiff.errors import InputError, Stopped
+from encdiff.files.checkpoint import load_tensors, save_tensors
 from encdiff.models.autoencoder import VQAutoencoder
-from encdiff.train_autoencoder import (
-    AutoencoderTrainConfig,
-    AutoencoderTraining,
-    PatchDiscriminator,
-    adaptive_weight,
-    hinge_loss,
-    train_autoencoder,
-)
+from encdiff.training import AutoencoderTrainConfig, train_autoencoder
+from encdiff.training.autoencoder import AutoencoderTraining, PatchDiscriminator, adaptive_weight, hinge_loss
 
 CONFIG = AutoencoderTrainConfig(
     steps=20, batch_size=8, learning_rate=2e-3, disc_layers=2, log_every=5, checkpoint_every=8, picture_every=10

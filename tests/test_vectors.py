@@ -7,7 +7,7 @@ from sklearn.decomposition import PCA
 
 from encdiff import EncDiff
 from encdiff.data import open_dataset, to_float
-from encdiff.models.vectors import FirstComponents, as_scalars
+from encdiff.evaluation.vectors import FirstComponents, as_scalars
 
 
 def test_each_concept_is_its_first_principal_component():

@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw
 
 from encdiff import EncDiff, InputError
 from encdiff.data import to_uint8
-from encdiff.visualize import (
+from encdiff.pictures import (
     attention_picture,
     concept_groups,
     concept_labels,

@@ -22,15 +22,15 @@ from torch import Tensor
 
 from bench.gpu import counterfactual
 from bench.gpu.lab import Lab
-from encdiff.checkpoint import atomic_path
 from encdiff.data import to_float
 from encdiff.data.loader import Batches
 from encdiff.data.procedural import FACTOR_SIZES, SHAPES, ProceduralShapes3D, factor_labels, render, view
 from encdiff.engine import Graph
+from encdiff.files.temporaries import atomic_path
 from encdiff.models import EncDiff
 from encdiff.models.autoencoder import VQAutoencoder
-from encdiff.train import TrainConfig, Training
-from encdiff.train_autoencoder import AutoencoderTrainConfig, AutoencoderTraining
+from encdiff.training import AutoencoderTrainConfig, TrainConfig, Training
+from encdiff.training.autoencoder import AutoencoderTraining
 
 SMALL = (2, 2, 2, 2, 4, 3)  # the grid without a GPU
 # beside the paper's: the clean latents as target, scalars of unit variance, a bank that begins with He's gain (what
@@ -226,7 +226,7 @@ def _score(lab: Lab, codes: np.ndarray, name: str, jobs: int = 2) -> tuple[subpr
 
 
 def score(codes: Path, result: Path, jobs: int, sizes: tuple[int, ...]) -> None:
-    from encdiff.protocol import score_grid, settings_of
+    from encdiff.evaluation.protocol import score_grid, settings_of
 
     found = score_grid(np.load(codes).astype(np.float64), sizes, settings_of("paper"), n_jobs=jobs)
     part = result.with_suffix(".part")

@@ -18,7 +18,7 @@ from bench.gpu.lab import Lab
 from encdiff.data import Dataset, open_dataset, to_float
 from encdiff.data.loader import Batches
 from encdiff.models import EncDiff, EncDiffConfig
-from encdiff.train import TrainConfig, Training
+from encdiff.training import TrainConfig, Training
 
 PLAN = (("room32", 0), ("room32", 1), ("room32", 2), ("room64", 0), ("room64", 1))
 GRID = "procedural:5,5,5,4,4,5"

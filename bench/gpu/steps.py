@@ -15,7 +15,7 @@ from bench.cost import train_step_cost
 from bench.gpu.lab import Lab
 from bench.published import Published, PublishedTraining
 from encdiff.engine import float32_precision
-from encdiff.train import TrainConfig, Training
+from encdiff.training import TrainConfig, Training
 
 RATE = 1e-6
 

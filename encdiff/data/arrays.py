@@ -17,11 +17,11 @@ import h5py
 import numpy as np
 from PIL import Image
 
-from encdiff.checkpoint import atomic_path
 from encdiff.data import Dataset, Progress
 from encdiff.data.npz import open_zip, read_header
 from encdiff.errors import InputError
-from encdiff.files import damage
+from encdiff.files.reading import damage
+from encdiff.files.temporaries import atomic_path
 
 log = logging.getLogger("encdiff.data")
 

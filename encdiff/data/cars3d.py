@@ -15,7 +15,7 @@ from encdiff.data import Dataset, Progress
 from encdiff.data.arrays import resize
 from encdiff.data.matlab import array_of, read_arrays
 from encdiff.errors import InputError
-from encdiff.files import damage, read_bytes
+from encdiff.files.reading import damage, read_bytes
 
 ELEVATIONS, AZIMUTHS = 4, 24
 LIST = "list.txt"

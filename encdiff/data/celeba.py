@@ -15,7 +15,7 @@ from encdiff.data import Dataset
 from encdiff.data.folder import load_rgb
 from encdiff.data.npz import read_member
 from encdiff.errors import InputError
-from encdiff.files import damage, read_text
+from encdiff.files.reading import damage, read_text
 
 ATTRIBUTES, PARTITION, IMAGES = "list_attr_celeba.txt", "list_eval_partition.txt", "img_align_celeba"
 MOST = 2**28  # bytes of a text, or of one image, that are still read

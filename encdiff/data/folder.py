@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 
 from encdiff.data import Dataset
 from encdiff.errors import InputError
-from encdiff.files import refuse_special
+from encdiff.files.reading import refuse_special
 
 FORMATS = ("PNG", "JPEG", "WEBP")  # whatever a file's name says: Pillow would run Ghostscript on others
 SLIMMEST = 1000  # sides at most so many times as long as each other

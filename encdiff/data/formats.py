@@ -11,7 +11,7 @@ import h5py
 
 from encdiff.data import Dataset, Progress
 from encdiff.errors import InputError
-from encdiff.files import refuse_special
+from encdiff.files.reading import refuse_special
 
 # Each format's module is imported where it is opened, so that a folder of images needs neither SciPy nor lmdb.
 

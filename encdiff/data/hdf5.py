@@ -13,7 +13,7 @@ import h5py
 import numpy as np
 
 from encdiff.errors import InputError
-from encdiff.files import damage, refuse_special
+from encdiff.files.reading import damage, refuse_special
 
 TIGHTEST = 1100  # no filter of HDF5's own shortens more, by a little
 LARGE = 2**30  # bytes of labels, or of one chunk of images, that are still read

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from encdiff.errors import InputError
-from encdiff.files import damage, refuse_special
+from encdiff.files.reading import damage, refuse_special
 
 PACKED = {zipfile.ZIP_STORED: 1, zipfile.ZIP_DEFLATED: 1032}  # compressions, and the most that they can shorten
 LARGE, LIKELY = 2**28, 100  # an array in memory of more bytes than this is not packed more tightly than so

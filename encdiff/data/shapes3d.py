@@ -26,7 +26,7 @@ from encdiff.data.hdf5 import open_h5, own_array, read_labels, read_names
 from encdiff.data.npz import open_zip, read_array
 from encdiff.data.procedural import FACTOR_NAMES, FACTOR_SIZES, ProceduralShapes3D, factor_labels
 from encdiff.errors import InputError
-from encdiff.temporaries import atomic_path
+from encdiff.files.temporaries import atomic_path
 
 CHUNK_BYTES = 100_000  # written per compressed piece: a random image costs the unpacking of one piece
 RESERVE = 2**20  # bytes of disk kept free for HDF5's own structures

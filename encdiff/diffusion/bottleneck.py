@@ -5,9 +5,9 @@ from pathlib import Path
 
 import torch
 
-from encdiff.checkpoint import atomic_path
 from encdiff.diffusion.schedules import alphas_cumprod, make_betas
 from encdiff.errors import InputError
+from encdiff.files.temporaries import atomic_path
 
 PAPER = ("ldm:cosine", "ldm:linear", "ldm:sqrt_linear", "ldm:sqrt")  # the schedules of its figure
 

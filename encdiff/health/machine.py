@@ -11,8 +11,7 @@ import torch
 from torch.utils.benchmark import Timer
 
 import encdiff
-from encdiff import _build
-from encdiff.ops import _native
+from encdiff.ops import _build, _native
 
 SETTINGS = ("ENCDIFF_", "TRITON_", "CUDA_VISIBLE_DEVICES", "CUDA_HOME", "CXX", "OMP_NUM_THREADS", "XDG_CACHE_HOME")
 

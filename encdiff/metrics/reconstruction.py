@@ -10,7 +10,7 @@ import torch
 from scipy.ndimage import gaussian_filter
 
 from encdiff.errors import InputError
-from encdiff.files import refuse_special
+from encdiff.files.reading import refuse_special
 
 Distance = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 

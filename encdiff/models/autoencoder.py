@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from encdiff.checkpoint import load_model, save_model
+from encdiff.checked import Checked, Codes, Depth, Multiple, Width
 from encdiff.errors import InputError
-from encdiff.fields import Checked, Codes, Depth, Multiple, Width
+from encdiff.files.checkpoint import load_model, save_model
 from encdiff.ops._triton import autocast_off
 
 SEARCH_ROWS = 8192  # latent positions compared with the codebook at a time: 64 MiB of distances for 2048 codes

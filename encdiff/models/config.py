@@ -3,8 +3,8 @@
 from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
+from encdiff.checked import Checked, Codes, Depth, Multiple, Natural, Positive, Range, Width
 from encdiff.errors import InputError
-from encdiff.fields import Checked, Codes, Depth, Multiple, Natural, Positive, Range, Width
 
 BLOCKS, MLPS = 512, 8192  # of the U-Net and the bank, at most: a file cannot ask for what takes minutes to build
 

@@ -1,18 +1,13 @@
 """Sampling latents under concept tokens: the menu of samplers, the tokens folded once, the gate of cross-attention."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from encdiff.diffusion import samplers, schedules, solvers
 from encdiff.errors import InputError
 from encdiff.models.attention import begin_sampling
-
-if TYPE_CHECKING:
-    from encdiff.models.encdiff import EncDiff
+from encdiff.models.core import EncDiffCore
 
 SOLVERS = {
     "dpm-solver++": solvers.dpm_solver_pp, "unipc": solvers.unipc, "euler": solvers.euler, "heun": solvers.heun,
@@ -21,7 +16,7 @@ SAMPLERS = (*SOLVERS, "ddim", "ddpm")
 
 
 def sample_latents(
-    model: EncDiff,
+    model: EncDiffCore,
     tokens: Tensor,
     x_T: Tensor,
     *,

@@ -6,8 +6,8 @@ import threading
 
 import torch
 
-from encdiff import _build
 from encdiff.kernels._second import refusal
+from encdiff.ops import _build
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _KINDS = {"x0": 0, "epsilon": 1, "v": 2, "flow": 3}  # csrc/noise.h: Target

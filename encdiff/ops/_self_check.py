@@ -25,12 +25,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from encdiff import _build
 from encdiff.errors import InputError
-from encdiff.files import read_json
+from encdiff.files.reading import read_json
+from encdiff.files.temporaries import atomic_path
+from encdiff.ops import _build
 from encdiff.ops._check import Finding, Variant, check, is_lost, title
 from encdiff.ops._triton import autocast_off
-from encdiff.temporaries import atomic_path
 
 UNCHECKED = "not checked on this card yet: call it once before a graph is captured"
 
@@ -160,8 +160,8 @@ def sources() -> str:
 
     digest = hashlib.sha256()
     for folder in (Path(encdiff.kernels.__file__).parent, Path(__file__).parent):
-        for path in sorted(folder.glob("*.py")):
-            digest.update(path.name.encode() + b"\0" + path.read_bytes())
+        for path in sorted(folder.rglob("*.py")):
+            digest.update(str(path.relative_to(folder)).encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]
 
 

@@ -26,14 +26,14 @@ import torch
 from PIL import Image
 
 from encdiff import EncDiff, InputError
-from encdiff.checkpoint import load_tensors, save_tensors
 from encdiff.data import open_dataset
 from encdiff.data.procedural import ProceduralShapes3D
 from encdiff.data.shapes3d import Shapes3D, write_shapes3d
-from encdiff.evaluate import write_metrics
+from encdiff.evaluation import write_metrics
+from encdiff.files.checkpoint import load_tensors, save_tensors
+from encdiff.pictures import save_png
 from encdiff.profiling import trace
-from encdiff.train import TrainConfig, train
-from encdiff.visualize import save_png
+from encdiff.training import TrainConfig, train
 from tests._tiny import TINY
 
 OLDER = b"as it was"

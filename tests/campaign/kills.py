@@ -26,15 +26,14 @@ import torch
 from PIL import Image
 
 from encdiff import EncDiff
-from encdiff.checkpoint import load_tensors
 from encdiff.data import open_dataset
 from encdiff.data.shapes3d import Shapes3D, write_shapes3d
-from encdiff.evaluate import write_metrics
+from encdiff.evaluation import write_metrics
+from encdiff.files.checkpoint import load_tensors
+from encdiff.files.temporaries import is_temporary
 from encdiff.models.autoencoder import VQAutoencoder
-from encdiff.temporaries import is_temporary
-from encdiff.train import TrainConfig, train
-from encdiff.train_autoencoder import AutoencoderTrainConfig, train_autoencoder
-from encdiff.visualize import save_png
+from encdiff.pictures import save_png
+from encdiff.training import AutoencoderTrainConfig, TrainConfig, train, train_autoencoder
 from tests._tiny import TINY
 
 EVERY = dict(log_every=1, checkpoint_every=2, picture_every=1)

@@ -15,15 +15,15 @@ from PIL import Image
 from scipy.io import savemat
 
 from encdiff import EncDiff, EncDiffConfig
-from encdiff.checkpoint import load_tensors, save_tensors, step_of
-from encdiff.cli_support import factor_groups, rebuilt
+from encdiff.cli.support import factor_groups, rebuilt
 from encdiff.data import describe, mpi3d, open_dataset
 from encdiff.data.shapes3d import write_shapes3d
-from encdiff.evaluate import evaluate_codes
+from encdiff.evaluation import evaluate_codes
+from encdiff.experiments.phases import seconds_per_step
+from encdiff.files.checkpoint import load_tensors, save_tensors, step_of
 from encdiff.models.autoencoder import VQAutoencoder
-from encdiff.phases import seconds_per_step
-from encdiff.runs import CsvLog, read_config
-from encdiff.train import TrainConfig, Training
+from encdiff.training import TrainConfig, Training
+from encdiff.training.runs import CsvLog, read_config
 
 TINY = EncDiffConfig(
     image_size=16, concepts=3, encoder_width=8, token_width=4, bank_widths=(8,), first_stage="space_to_depth", patch=4,

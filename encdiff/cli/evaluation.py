@@ -1,0 +1,61 @@
+"""`encdiff evaluate`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from encdiff.cli.options import RUN_HELP, Device, RunData, Seed
+from encdiff.cli.support import importance_plot, metric_names, open_model, results, writable
+from encdiff.errors import InputError
+from encdiff.terminal import console, say
+
+
+def evaluate(
+    run: Annotated[Path, typer.Argument(help=RUN_HELP + "; or an .npz of codes and factors.", show_default=False)],
+    data: RunData = None,
+    protocol: Annotated[
+        str | None,
+        typer.Option(
+            help="paper, heldout, quick, published-cars3d: docs/metrics.md. Default: paper; of an .npz heldout."
+        ),
+    ] = None,
+    metrics: Annotated[
+        str, typer.Option(help="Their names, such as factor_vae,dci,mig; or all (but tad and dci_quick).")
+    ] = "factor_vae,dci",
+    seeds: Annotated[int, typer.Option(help="Score with so many, from --seed up.", min=1)] = 1,
+    baseline: Annotated[bool, typer.Option(help="Also score an untrained encoder.")] = True,
+    out: Annotated[
+        Path | None, typer.Option(help="The JSON to write. Default: metrics.json in the run, or X-metrics.json.")
+    ] = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+) -> None:
+    """Score a model's encoder, or the codes of any other. An untrained one is scored beside it.
+
+    An .npz holds codes (n, N), factors (n, F) and, if you like, factor_names: four fifths of the rows teach the
+    metrics, the others are scored.
+    """
+    from encdiff.evaluation import evaluate_codes, evaluate_model, format_table, plot_importance, stages, write_metrics
+
+    options = {"metrics": metric_names(metrics), "seed": seed, "seeds": seeds}
+    if run.suffix.lower() == ".npz" and not run.is_dir():
+        if data or protocol not in (None, "heldout"):
+            raise InputError(f"{run}: codes have no --data, and their --protocol is heldout")
+        out = writable(out or run.with_name(f"{run.stem}-metrics.json"))
+        with stages(run.stem) as report:
+            scores = {run.stem: evaluate_codes(run, progress=report, **options)}
+    else:
+        if protocol == "published-cars3d":  # the paper's, on images read as the published evaluation misreads them
+            protocol, data = "paper", f"{protocol}:{data}" if data else protocol
+        model, dataset = open_model(run, data, device)
+        out = writable(out or results(run) / "metrics.json")
+        scores = evaluate_model(model, dataset, protocol=protocol or "paper", baseline=baseline, **options)
+    console.print(format_table(scores))
+    write_metrics(out, scores)
+    say(f"scores: {out}")
+    first = next(iter(scores.values()))
+    if "dci" in first:
+        plot = importance_plot(out)
+        plot_importance(first, plot)
+        say(f"plot:   {plot}")

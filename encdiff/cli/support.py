@@ -1,0 +1,197 @@
+"""What the commands share: options, devices, data, models, files."""
+
+import os
+from contextlib import ExitStack
+from functools import cache
+from pathlib import Path
+
+from typer.core import TyperGroup
+
+from encdiff import pretrained
+from encdiff.errors import InputError
+from encdiff.terminal import say
+
+# Modules that load torch are imported inside the functions, so that --help answers at once.
+
+DATA_HELP = "A file, folder or name (docs/data.md): 3dshapes.h5, mpi3d_toy, photos/, procedural:5,5,5,4,4,5, ..."
+
+
+class Commands(TyperGroup):
+    """The command line, for which an input that ends early is bad input, not the user's Ctrl-D."""
+
+    def invoke(self, ctx):
+        try:
+            return super().invoke(ctx)
+        except EOFError as error:
+            raise InputError(f"a file ends too early ({error}); copy it again") from None
+
+
+def given_options(**options) -> dict:
+    """The options that were given."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def resumed(run: Path, config_class, given: dict):
+    """What a run was begun with, and its training configuration with the options given now."""
+    from encdiff.training.runs import read_config
+
+    begun = read_config(run)
+    return begun, config_class.from_dict(begun["training"] | given, f"{run}/config.json")
+
+
+def rebuilt(run: Path, config):
+    """The model of a run that is resumed, made only once its checkpoint has shown that it fits."""
+    from encdiff.files.checkpoint import build_fitting, tensor_shapes
+    from encdiff.models import EncDiff
+
+    path = run / "checkpoint.safetensors"
+    shapes = {k.removeprefix("model."): v for k, v in tensor_shapes(path)[0].items() if k.startswith("model.")}
+    return build_fitting(lambda: EncDiff(config), shapes, path)
+
+
+def begun_size(begun: dict, run: Path) -> int:
+    """The size of the images that a run was begun with."""
+    size = begun["fingerprint"].get("image_size")
+    if not isinstance(size, int) or not 1 <= size <= 4096:
+        raise InputError(
+            f"{run}/config.json: names no image_size in 1..4096; is it the configuration of a training run?"
+        )
+    return size
+
+
+def metric_names(given: str) -> list[str]:
+    """The names in "a,b"; "all" are all that take any factors and are no estimates."""
+    from encdiff.metrics import METRICS
+
+    if given == "all":
+        return [name for name in METRICS if name not in ("dci_quick", "tad")]
+    names = [name.strip() for name in given.split(",")]
+    if unknown := [name for name in names if name not in METRICS]:
+        raise InputError(f"--metrics: {unknown[0]!r} is unknown, must be among {', '.join(METRICS)}, or all")
+    return names
+
+
+def parse_concepts(concepts: str) -> list[int]:
+    try:
+        return [int(concept) for concept in concepts.split(",")]
+    except ValueError:
+        raise InputError(f"--concepts {concepts!r} must be numbers such as 0,3") from None
+
+
+def writable(path: Path) -> Path:
+    """The path, its folder made, before long work is begun for it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise InputError(f"{path}: cannot be written; must be a file name in a folder that may be written to")
+    return path
+
+
+def importance_plot(scores: Path) -> Path:
+    """The PNG beside a JSON of scores; each has its own, and a run's `metrics.json` the plain `importance.png`."""
+    before = "" if scores.name == "metrics.json" else f"{scores.name.removesuffix('.json')}-"
+    return scores.with_name(f"{before}importance.png")
+
+
+def choose_device(name: str) -> str:
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(f"--device {name!r} must be auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"--device {name}: no GPU that PyTorch {torch.__version__} can use; take --device cpu")
+    return name
+
+
+def told_of_precision(device: str, precision: str) -> str:
+    """The device; where it is a GPU that is to train in float32, the user is told of what is faster."""
+    if device.startswith("cuda") and precision != "bf16":
+        say(f"precision {precision}: on a GPU --precision bf16 is three times as fast and more (docs/performance.md)")
+    return device
+
+
+def open_data(data: str | None, image_size: int | None):
+    from encdiff.data import open_dataset
+    from encdiff.terminal import progress_bar
+
+    if data is None:
+        raise InputError("--data is missing: " + DATA_HELP)
+    with ExitStack() as stack:
+
+        @cache  # only a file that must be unpacked or read whole shows a bar
+        def bar():
+            return stack.enter_context(progress_bar("opening"))
+
+        return open_dataset(data, image_size, lambda done, total: bar()(done, total))
+
+
+def open_model(run: Path, data: str | None, device: str):
+    """The trained model of a run or model folder, or one that comes with the package, and the data to show it on."""
+    from encdiff.models import EncDiff
+    from encdiff.training.runs import read_config
+
+    folder = held(run)
+    if not folder.is_dir():
+        raise InputError(
+            f"{run}: no such folder; must be a run, a folder that save_pretrained wrote, room64 or quickstart"
+        )
+    of_run = (folder / "checkpoint.safetensors").is_file()
+    model = EncDiff.from_pretrained(folder / "model" if of_run else folder, device=choose_device(device))
+    if data is None and (of_run or folder != run):
+        data = read_config(folder if of_run else folder / "run")["data"]
+    return model, open_data(data, model.config.image_size)
+
+
+def held(run: Path) -> Path:
+    """Where the files of a run are: its name may be that of a model that comes with the package."""
+    return run if run.is_dir() or not (pretrained.FOLDER / run).is_dir() else pretrained.FOLDER / run
+
+
+def results(run: Path) -> Path:
+    """Where to write what is made of a run: into it; of a model that comes with the package into a folder of its own.
+
+    Not `runs/NAME`, which may be a run of the user's.
+    """
+    return run if held(run) == run else Path("runs") / "packaged" / run
+
+
+def draw_images(dataset, indices: list[int] | None, count: int, seed: int, model):
+    """The images of these indices, or as many drawn from the data, on the model's device."""
+    import numpy as np
+
+    from encdiff.data import to_float
+
+    if indices is None:
+        if count > len(dataset):
+            raise InputError(f"{dataset.name}: {len(dataset)} images, {count} are needed")
+        indices = np.random.default_rng(seed).choice(len(dataset), count, replace=False)
+    return to_float(dataset.images(indices)).to(next(model.parameters()).device)
+
+
+def factor_groups(run: Path, model) -> dict[str, list[int]]:
+    """The concepts that carry each factor, where the run has been evaluated."""
+    from encdiff.evaluation import read_scores
+    from encdiff.pictures import concept_groups
+
+    path = held(run) / "metrics.json"
+    if not path.is_file():
+        return {}
+    trained = read_scores(path)["trained"]
+    if "dci" not in trained:  # scored by other metrics
+        return {}
+    importance, names = trained["dci"]["importance"], trained["data"]["factor_names"]
+    if len(importance) != model.config.concepts:
+        raise InputError(
+            f"{path}: of {len(importance)} concepts, the model has {model.config.concepts}; evaluate again"
+        )
+    return concept_groups(importance, names)
+
+
+def save_picture(picture, path: Path) -> None:
+    from encdiff.pictures import save_png
+
+    save_png(picture, path)
+    say(f"picture: {path}")

@@ -1,0 +1,7 @@
+"""How steps run: as they are, compiled, or as one CUDA graph; for training (`graph`) and for sampling (`sampling`)."""
+
+from encdiff.engine.graph import ENGINES, Graph, choose
+from encdiff.engine.precision import float32_precision
+from encdiff.engine.sampling import SamplingEngine
+
+__all__ = ["ENGINES", "Graph", "SamplingEngine", "choose", "float32_precision"]

@@ -1,0 +1,12 @@
+"""Scores of an encoder: which rows a metric sees (`protocol`), the scores, tables of them, and their files."""
+
+from encdiff.evaluation.codes import evaluate_codes
+from encdiff.evaluation.encode import encode_dataset, untrained
+from encdiff.evaluation.results import read_scores, write_metrics
+from encdiff.evaluation.scoring import evaluate, evaluate_model, stages
+from encdiff.evaluation.tables import format_table, plot_importance
+
+__all__ = [
+    "encode_dataset", "evaluate", "evaluate_codes", "evaluate_model", "format_table", "plot_importance", "read_scores",
+    "stages", "untrained", "write_metrics",
+]  # fmt: skip

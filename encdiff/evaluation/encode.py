@@ -1,0 +1,55 @@
+"""Codes of a whole data set, by any encoder."""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from encdiff.data import Dataset, to_float
+from encdiff.errors import InputError
+from encdiff.models import EncDiff
+
+Encode = Callable[[torch.Tensor], torch.Tensor]  # float32 (B,3,H,W) in [-1,1] -> (B,N)
+
+
+@torch.no_grad()
+def untrained(model: EncDiff, dataset: Dataset, seed: int = 0, batches: int = 50, batch_size: int = 64) -> EncDiff:
+    """A model of the same configuration with random weights, and the statistics of its BatchNorms taken from the data.
+
+    Without these an untrained encoder's codes would hardly vary, and any other would look good beside it.
+    """
+    device = next(model.parameters()).device
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        fresh = EncDiff(model.config).to(device).train()
+    rng = np.random.default_rng(seed)
+    for _ in range(batches):
+        fresh.encode(to_float(dataset.images(rng.integers(len(dataset), size=batch_size))).to(device))
+    return fresh.eval()
+
+
+@torch.inference_mode()
+def encode_dataset(
+    encode: Encode, dataset: Dataset, batch_size: int = 256, progress: Callable[[int, int], None] | None = None
+) -> np.ndarray:
+    """Codes float32 (n, N) of all images in file order.
+
+    encode: images float32 (B,3,H,W) in [-1,1], on the CPU, to codes (B,N) on any device; put its model in eval mode,
+    else batch norm makes a code depend on its batch. `progress(done, n)` follows each batch. Raises InputError for an
+    empty data set, a batch size below 1, codes of another shape and codes that are not finite.
+    """
+    n = len(dataset)
+    if n < 1 or batch_size < 1:
+        raise InputError(f"{dataset.name} has {n} images and batch_size is {batch_size}; both must be at least 1")
+    codes = None
+    for start in range(0, n, batch_size):
+        indices = np.arange(start, min(start + batch_size, n))
+        batch = torch.as_tensor(encode(to_float(dataset.images(indices)))).float().cpu().numpy()
+        if codes is None:
+            codes = np.empty((n, batch.shape[-1] if batch.ndim else 0), np.float32)
+        if batch.shape != (len(indices), codes.shape[1]) or not np.isfinite(batch).all():
+            raise InputError(f"encode returned {batch.shape} codes; they must be ({len(indices)}, N) and finite")
+        codes[indices] = batch
+        if progress:
+            progress(int(indices[-1]) + 1, n)
+    return codes

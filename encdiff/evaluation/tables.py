@@ -1,0 +1,76 @@
+"""Scores for people: a table, a picture of the importance matrix."""
+
+import os
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+from matplotlib.figure import Figure
+from rich.table import Table
+
+from encdiff.files.temporaries import atomic_path
+from encdiff.metrics import METRICS
+from encdiff.terminal import plain
+
+
+def format_table(results: Mapping[str, dict]) -> Table:
+    """A table with one column for each named result of `evaluate` and one row for each score."""
+    table = Table(title=plain(" / ".join(sorted({r["data"]["name"] for r in results.values()}))))
+    table.add_column("score", overflow="fold")
+    for name in results:
+        table.add_column(plain(name), justify="right", overflow="fold")
+    for metric, field, row in score_fields(results.values()):
+        table.add_row(row, *(_cell(result, metric, field) for result in results.values()))
+    if all("factor_vae" in result for result in results.values()):
+        table.add_row("active dimensions", *map(_active, results.values()))
+    table.add_row("protocol", *(_protocol(result) for result in results.values()))
+    return table
+
+
+def score_fields(results: Iterable[Mapping]) -> list[tuple[str, str, str]]:
+    """(metric, field, title) of every score that some result has."""
+    held = [name for name in METRICS if any(name in result for result in results)]
+    rows = []
+    for name in held:
+        rows.append((name, METRICS[name].headline, METRICS[name].title))
+        rows += [(name, field, title) for field, title in METRICS[name].further.items()]
+    return rows
+
+
+def _cell(result: Mapping, metric: str, field: str) -> str:
+    if (value := result.get(metric, {}).get(field)) is None:
+        return "undefined" if metric in result else "-"
+    return _over_summary(result, metric, field) or f"{value:.3f}"
+
+
+def _over_summary(result: Mapping, metric: str, field: str) -> str:
+    """Mean and deviation over the seeds, where there are several."""
+    summary = result.get("summary", {}).get(metric)
+    if summary and field != METRICS[metric].headline:
+        summary = summary.get("further", {}).get(field)
+    return f"{summary['mean']:.3f} +- {summary['std']:.3f}" if summary and summary["std"] is not None else ""
+
+
+def _active(result: Mapping) -> str:
+    return _over_summary(result, "factor_vae", "num_active_dims") or str(result["factor_vae"]["num_active_dims"])
+
+
+def _protocol(result: Mapping) -> str:
+    seed, count = result["protocol"]["seed"], result.get("summary", {}).get("seeds", 1)
+    return f"{result['protocol']['name']}, " + (f"seed {seed}" if count == 1 else f"seeds {seed} to {seed + count - 1}")
+
+
+def plot_importance(result: Mapping, path: str | os.PathLike) -> None:
+    """Save a PNG heat map of `result`'s DCI importance matrix: factors down, code dimensions across."""
+    importance = np.asarray(result["dci"]["importance"]).T
+    factors, codes = importance.shape
+    figure = Figure(figsize=(2 + 0.4 * codes, 1.5 + 0.4 * factors), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(importance, vmin=0, vmax=max(1.0, importance.max()), cmap="viridis", aspect="auto")
+    axes.set_xticks(range(codes))
+    axes.set_yticks(range(factors), labels=[name.replace("_", " ") for name in result["data"]["factor_names"]])
+    axes.set_xlabel("code dimension")
+    seed = f", seed {result['protocol']['seed']} alone" if "summary" in result else ""  # of several
+    axes.set_title(f"DCI importance (disentanglement {result['dci']['disentanglement']:.3f}{seed})")
+    figure.colorbar(image, ax=axes)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)

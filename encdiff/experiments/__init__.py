@@ -1,0 +1,4 @@
+"""Whole experiments, from data to figures: the demonstration, the paper's tables, its ablations.
+
+They are made of phases (train once, score once), each continued where it was interrupted and never repeated.
+"""

@@ -1,0 +1,165 @@
+"""What EncDiff is: an image encoder, an MLP bank and a diffusion U-Net that cross-attends to the concept tokens."""
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from encdiff import ops
+from encdiff.diffusion import losses, schedules
+from encdiff.errors import InputError
+from encdiff.models.attention import Sampling
+from encdiff.models.autoencoder import SpaceToDepth, VQAutoencoder
+from encdiff.models.config import EncDiffConfig
+from encdiff.models.encoder import ImageEncoder
+from encdiff.models.tokens import MLPBank
+from encdiff.models.unet import UNet
+from encdiff.ops._triton import autocast_off
+
+
+class EncDiffCore(nn.Module):
+    """The network and its loss: what training needs. People use `EncDiff`."""
+
+    def __init__(self, config: EncDiffConfig | None = None):
+        super().__init__()
+        self.config = c = config or EncDiffConfig()
+        if c.first_stage == "vq":
+            first_stage = VQAutoencoder(c.vq_width, c.vq_multipliers, c.vq_depth, codebook_size=c.vq_codes)
+        else:
+            first_stage = SpaceToDepth(c.patch)
+        self.model = nn.ModuleDict({
+            "diffusion_model": UNet(
+                first_stage.latent_channels, c.token_width, c.width, c.multipliers, c.depth, c.attention_levels,
+                c.heads, c.transformer_depth, c.self_attention, c.feedforward, c.scale_shift, c.resample, c.groups,
+                c.concepts if c.conditioning == "adagn" else 0,
+            ),
+        })  # fmt: skip
+        self.cond_stage_model = nn.ModuleDict({
+            "encoder": ImageEncoder(c.image_size, c.concepts * c.concept_width, c.encoder_width, c.normalize_scalars),
+            "net": MLPBank(
+                c.concepts, c.token_width, c.bank_widths, c.bank_activation, c.concept_width, c.bank_shared, c.bank_gain
+            ),
+        })  # fmt: skip
+        self.first_stage_model = first_stage.requires_grad_(False)
+        with torch.device("cpu"):  # checked by value, also where the parameters are made on "meta"
+            betas = schedules.make_betas(c.schedule, c.num_timesteps, c.beta_start, c.beta_end)
+            self.alphas_cumprod = schedules.alphas_cumprod(betas)
+        self.schedule = self.alphas_cumprod  # stays on the host, where samplers make their tables
+
+    def _apply(self, fn, recurse: bool = True) -> "EncDiffCore":
+        """Moves `alphas_cumprod` with the parameters, but leaves it float64 where they become half."""
+        super()._apply(fn, recurse)
+        device = next(self.parameters()).device
+        if device.type != "meta":
+            self.alphas_cumprod = self.alphas_cumprod.to(device)
+        return self
+
+    @property
+    def unet(self) -> UNet:
+        return self.model["diffusion_model"]
+
+    @property
+    def encoder(self) -> ImageEncoder:
+        return self.cond_stage_model["encoder"]
+
+    @property
+    def bank(self) -> MLPBank:
+        return self.cond_stage_model["net"]
+
+    @property
+    def first_stage(self) -> nn.Module:
+        return self.first_stage_model
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(c, h, w) of one latent."""
+        side = self.config.image_size // self.config.downsampling
+        return self.first_stage.latent_channels, side, side
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Images (B, 3, S, S) -> scalars (B, N); (B, N, m) where the configuration makes a concept a vector."""
+        images = self._check_images(images)
+        if self.training and self.config.normalize_scalars and len(images) == 1:
+            raise InputError("images: 1 in training mode, where normalize_scalars needs at least 2; call model.eval()")
+        return self.encoder(images).unflatten(1, self.config.code_shape)
+
+    def tokens(self, scalars: Tensor) -> Tensor:
+        """Scalars (B, N), or as `encode` gives them -> concept tokens (B, N, d)."""
+        if scalars.shape[1:] != self.config.code_shape:
+            sizes = ", ".join(map(str, self.config.code_shape))
+            raise InputError(f"scalars are {tuple(scalars.shape)}, must be (B, {sizes})")
+        return self.bank(scalars)
+
+    def denoise(
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        tokens: Tensor,
+        token_bias: Tensor | None = None,
+        maps: list[Tensor] | None = None,
+        sampling: Sampling | None = None,
+    ) -> Tensor:
+        """Noisy latents (B, c, h, w), timesteps (B,), tokens (B, N, d) -> the configured prediction (B, c, h, w).
+
+        See `UNet.forward` for token_bias, maps and sampling.
+        """
+        return self.unet(x_t.to(tokens.dtype), t, tokens, token_bias, maps, sampling)
+
+    def to_latents(self, images: Tensor) -> Tensor:
+        """Images (B, 3, S, S) -> latents (B, c, h, w) as the diffusion sees them; the first stage learns nothing."""
+        with torch.no_grad(), autocast_off(images):  # also the target's precision
+            return self.first_stage.encode(images) * self.config.scaling_factor
+
+    def to_images(self, latents: Tensor) -> Tensor:
+        """Latents (B, c, h, w) -> images (B, 3, S, S), clipped to [-1, 1]."""
+        with torch.no_grad(), autocast_off(latents):
+            return self.first_stage.decode(latents / self.config.scaling_factor).clamp(-1, 1)
+
+    def loss(
+        self,
+        images: Tensor,
+        *,
+        x0: Tensor | None = None,
+        t: Tensor | None = None,
+        noise: Tensor | None = None,
+        weight: Tensor | None = None,
+        seed: int | None = None,
+        sample_ids: Tensor | None = None,
+        draw: int | Tensor = 0,
+    ) -> Tensor:
+        """The training loss, a scalar: noise the latents, predict from them and the image's own concepts, compare.
+
+        x0 (B, c, h, w), the images' latents, t (B,) int64, noise (B, c, h, w) and the per-sample weight (B,) can be
+        given; else the first stage encodes, t is uniform, the noise normal, both keyed by (seed, sample_ids (B,), draw)
+        as in `ops.normal`, and the weights are 1. Without a seed torch's global generator gives one.
+        """
+        images = self._check_images(images)
+        tokens = self.tokens(self.encode(images))
+        if x0 is None:
+            x0 = self.to_latents(images)
+        if seed is None and (t is None or noise is None):
+            seed = torch.randint(2**63 - 1, ()).item()
+        if sample_ids is None:
+            sample_ids = torch.arange(len(x0), device=x0.device)
+        if t is None:
+            t = ops.timesteps(self.config.num_timesteps, seed, sample_ids, draw)
+        x_t, target = ops.q_sample(
+            x0, noise, t, self.alphas_cumprod, self.config.prediction, seed=seed, sample_ids=sample_ids, draw=draw
+        )
+        return losses.diffusion_loss(self.denoise(x_t, t, tokens), target, self.config.loss, weight)
+
+    forward = loss  # what calls the model, such as DistributedDataParallel and DataParallel, trains it
+
+    def _check_images(self, images: Tensor, values: bool = False) -> Tensor:
+        """The images in the model's dtype; `values` also reads them on a GPU, which stalls it."""
+        size = self.config.image_size
+        if not isinstance(images, Tensor):
+            raise InputError(f"images are {type(images).__name__}, must be a torch.Tensor; see encdiff.data.to_float")
+        if images.ndim != 4 or images.shape[1:] != (3, size, size):
+            raise InputError(f"images are {tuple(images.shape)}, must be (B, 3, {size}, {size})")
+        if not images.is_floating_point():
+            raise InputError(f"images are {images.dtype}, must be floating point in [-1, 1]; see encdiff.data.to_float")
+        if (values or images.device.type == "cpu") and images.numel() and not torch.compiler.is_compiling():
+            low, high = images.aminmax()
+            if not (low >= -1.001 and high <= 1.001):  # false for NaN
+                raise InputError(f"images span {low:.4g} to {high:.4g}, must lie in [-1, 1] without NaN")
+        return images.to(self.encoder[0].weight.dtype)

@@ -1,0 +1,292 @@
+"""Build the native noise engine from csrc/: at install, or once at first use into the user's cache.
+
+    python -m encdiff.ops._build          # build it now, where first use would look for it, and print the path
+    python -m encdiff.ops._build --check  # compile the CUDA half for every target; registers, stack, spills per kernel
+
+It is compiled against PyTorch's stable ABI and uses no Python API at all, so one build serves every torch >= 2.11 and
+every Python. ENCDIFF_CUDA: `auto` compiles the CUDA half where nvcc is found, `1` insists on it, `0` leaves it out; a
+GPU is not looked for. CXX and CUDA_HOME name the compilers, else PATH does. ENCDIFF_SANITIZE=1 builds for the address
+and undefined-behaviour sanitizers. setup.py runs this file by its path: nothing of the package is imported, nor torch.
+"""
+
+import argparse
+import fcntl
+import hashlib
+import importlib.util
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+ARCHITECTURES = (80, 90, 100)  # and PTX of the last for what comes after
+CPU_SOURCES = ("noise", "attention")  # X.cpp: checks and registration; X_cpu.cpp: once for each instruction set
+ISAS = {"baseline": [], "avx2": ["-mavx2", "-mfma"], "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]}
+COMMON = ["-std=c++17", "-O3", "-DTORCH_TARGET_VERSION=0x020b000000000000"]  # the ABI of torch 2.11
+CPU = ["-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
+SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g"]
+CUDA = ["--fmad=false", "-Xcompiler=-fPIC,-fvisibility=hidden"]  # no contraction: CPU and GPU round alike
+
+
+TEMPORARY = ".build"
+
+
+class BuildError(Exception):
+    """The native engine cannot be built; the message says why."""
+
+
+def sources() -> Path:
+    """The folder of the sources: inside the installed package, or beside it in a checkout."""
+    package = Path(__file__).resolve().parents[1]
+    return package / "csrc" if (package / "csrc").is_dir() else package.parent / "csrc"
+
+
+def fingerprint() -> str:
+    """What the build depends on of ours, so that a library from older sources is recognised."""
+    digest = hashlib.sha256(Path(__file__).read_bytes() + b"sanitize" * sanitized())
+    for path in sorted(sources().glob("*.[hc]*")):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def sanitized() -> bool:
+    return os.environ.get("ENCDIFF_SANITIZE") == "1"
+
+
+def find_compiler() -> str:
+    for name in (os.environ.get("CXX"), "c++", "g++", "clang++"):
+        if name and (found := shutil.which(name)):
+            return found
+    raise BuildError("no C++ compiler on PATH, and CXX names none")
+
+
+def wanted_cuda() -> str:
+    return os.environ.get("ENCDIFF_CUDA", "auto")
+
+
+def find_nvcc() -> str | None:
+    """nvcc, or None where ENCDIFF_CUDA does not want it or `auto` does not find it."""
+    wanted = wanted_cuda()
+    if wanted not in ("auto", "0", "1"):
+        raise BuildError(f"ENCDIFF_CUDA is {wanted!r}, must be auto, 0 or 1")
+    if wanted == "0":
+        return None
+    home = os.environ.get("CUDA_HOME")
+    found = shutil.which("nvcc", path=str(Path(home, "bin"))) if home else shutil.which("nvcc")
+    if found is None and wanted == "1":
+        raise BuildError("ENCDIFF_CUDA=1 asks for the CUDA half, but no nvcc is in CUDA_HOME or on PATH")
+    return found
+
+
+def find_torch() -> Path:
+    spec = importlib.util.find_spec("torch")  # finds, does not import
+    if spec is None or spec.origin is None:
+        raise BuildError("torch is not installed")
+    folder = Path(spec.origin).parent
+    if not (folder / "include/torch/csrc/stable/library.h").exists():
+        raise BuildError(f"the torch in {folder} has no stable ABI headers")
+    return folder
+
+
+def build(target: Path, cuda: bool = True) -> None:
+    """Compile and link into `target`, whole or not at all; `cuda=False` leaves the CUDA half out in any case."""
+    compiler, torch = find_compiler(), find_torch()
+    nvcc = find_nvcc() if cuda else None
+    target.parent.mkdir(parents=True, exist_ok=True)
+    remove_dead(target.parent)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f"{TEMPORARY}{os.getpid()}-") as folder:
+        commands = list(compilations(compiler, nvcc, torch, Path(folder)))
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(run, commands))
+        library = Path(folder, "library.so")
+        runtime = [str(cuda_library(nvcc)), "-ldl", "-lrt", "-lpthread"] if nvcc else []
+        objects = sorted(str(path) for path in Path(folder).glob("*.o"))
+        needed = [f"-L{torch / 'lib'}", "-ltorch_cpu", *runtime, *standard_library(compiler)]
+        run([compiler, "-shared", "-o", str(library), *objects, *needed])
+        os.replace(library, target)
+
+
+def remove_dead(folder: Path, alone: bool = False) -> None:
+    """Remove what killed builds left; `alone`: nobody else builds there, so that whatever is left is dead."""
+    for left in folder.glob(f"{TEMPORARY}*"):
+        pid = re.fullmatch(rf"{re.escape(TEMPORARY)}(\d+)-.*", left.name)
+        if alone or (pid and not _is_alive(int(pid[1]))):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except PermissionError:  # of another user
+        return True
+    except (ProcessLookupError, OverflowError):
+        return False
+    return True
+
+
+def compilations(compiler: str, nvcc: str | None, torch: Path, folder: Path) -> Iterator[list[str]]:
+    """The compiler's command of each object, the slowest first."""
+    if nvcc:
+        cu = str(sources() / "noise.cu")
+        yield [nvcc, "-ccbin", compiler, *COMMON, *CUDA, *targets(nvcc), "-c", cu, "-o", str(folder / "cuda.o")]
+    defines = [f'-DENCDIFF_SOURCES="{fingerprint()}"', *(["-DENCDIFF_WITH_CUDA"] if nvcc else [])]
+    include = ["-isystem", str(torch / "include")]
+    common = [compiler, *COMMON, *CPU, *(SANITIZE if sanitized() else []), "-c"]
+    for name in CPU_SOURCES:
+        yield [*common, *defines, *include, str(sources() / f"{name}.cpp"), "-o", str(folder / f"{name}.o")]
+        for isa in ISAS if platform.machine() in ("x86_64", "AMD64") else ["baseline"]:
+            kernels = [f"-DENCDIFF_ISA={isa}", str(sources() / f"{name}_cpu.cpp")]
+            yield [*common, *ISAS[isa], *kernels, "-o", str(folder / f"{name}_{isa}.o")]
+
+
+def targets(nvcc: str) -> list[str]:
+    """-gencode for each architecture this nvcc knows, and PTX of the last."""
+    known = run([nvcc, "--list-gpu-arch"])
+    names = [str(a) for a in ARCHITECTURES if f"compute_{a}\n" in known]
+    pairs = [f"arch=compute_{a},code=sm_{a}" for a in names] + [f"arch=compute_{names[-1]},code=compute_{names[-1]}"]
+    return [word for pair in pairs for word in ("-gencode", pair)]
+
+
+def cuda_home(nvcc: str) -> Path:
+    top = re.search(r"^#\$ TOP=(.*)$", run([nvcc, "-dryrun", "-c", "x.cu"]), re.M)  # nvcc itself may be a script
+    return Path(top[1].strip()) if top else Path(nvcc).resolve().parent.parent
+
+
+def cuda_library(nvcc: str) -> Path:
+    home = cuda_home(nvcc)
+    for folder in ("lib64", "lib", "targets/x86_64-linux/lib", "targets/sbsa-linux/lib"):
+        if (home / folder / "libcudart_static.a").exists():
+            return home / folder / "libcudart_static.a"
+    raise BuildError(f"no libcudart_static.a in {home}")
+
+
+def standard_library(compiler: str) -> list[str]:
+    """The C++ library that PyTorch has loaded, by name: some compilers would link a copy of their own into ours.
+
+    Two in one process crash where a message is formatted: in a segmentation fault in place of an exception.
+    """
+    asked = [compiler, "-print-file-name=libstdc++.so.6"]
+    found = Path(subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip())
+    return [str(found)] if found.is_absolute() and found.is_file() else []
+
+
+def run(command: list[str]) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    output = done.stdout + done.stderr
+    if done.returncode:
+        raise BuildError(f"{' '.join(command)}\n{output[-4000:]}")
+    return output
+
+
+def installed() -> Path | None:
+    """The library that an install left in the package, unless it was built from other sources."""
+    path = Path(__file__).resolve().parents[1] / "_C.abi3.so"
+    return path if path.exists() and f"encdiff-sources:{fingerprint()}".encode() in path.read_bytes() else None
+
+
+def user_cache() -> Path:
+    """Where this user's builds and verdicts are kept; OSError where the environment names no place for them."""
+    if given := os.environ.get("XDG_CACHE_HOME"):
+        return Path(given)
+    try:
+        return Path.home() / ".cache"
+    except RuntimeError:  # in a container, a user without a name
+        raise OSError("this user has no home folder for a cache; let XDG_CACHE_HOME name a folder") from None
+
+
+def find_or_build(torch_has_cuda: bool) -> Path:
+    """The installed library, or one in the user's cache, built there by the first process that needs it.
+
+    A failure is kept beside it, so that it costs the compiler's time once; delete the named file to try again.
+    """
+    if (path := installed()) is not None:
+        return path
+    cache = user_cache()
+    cuda = wanted_cuda() == "1" or (wanted_cuda() == "auto" and torch_has_cuda)
+    folder = cache / "encdiff" / f"{fingerprint()}-{platform.machine()}-{'cuda' if cuda else 'cpu'}"
+    library, failure = folder / "_C.so", folder / "failure.txt"
+    if library.exists():
+        return library
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        remove_dead(folder, alone=True)
+        if failure.exists():
+            raise BuildError(f"the build failed before, {failure} says why; delete it to try again")
+        if not library.exists():
+            find_compiler()  # quietly: without a compiler the reference serves, as the install said
+            print(f"encdiff: building the native noise engine once, into {folder}", file=sys.stderr, flush=True)
+            try:
+                build(library, cuda)
+            except BuildError as error:
+                failure.write_text(f"{error}\n")
+                raise BuildError(f"the build failed, {failure} says why") from error
+    return library
+
+
+class Usage(NamedTuple):
+    kernel: str
+    registers: int
+    stack: int
+    spills: int
+
+
+def usages(log: str) -> Iterator[Usage]:
+    """What `ptxas -v` says of each kernel."""
+    pattern = (
+        r"Compiling entry function '(\S+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
+        r".*?Used (\d+) registers"
+    )
+    for name, stack, stores, loads, registers in re.findall(pattern, log, re.S):
+        yield Usage(name, int(registers), int(stack), int(stores) + int(loads))
+
+
+def check() -> bool:
+    """Print one line per target and kernel; False where a kernel uses the stack or spills."""
+    nvcc = find_nvcc()
+    if nvcc is None:
+        raise BuildError("the check needs nvcc")
+
+    def compile_for(architecture: int) -> list[Usage]:
+        code = ["-gencode", f"arch=compute_{architecture},code=sm_{architecture}", "-Xptxas", "-v"]
+        with tempfile.TemporaryDirectory() as folder:
+            output = ["-o", str(Path(folder, "noise.o"))]
+            log = run([nvcc, *COMMON, *CUDA, *code, "-c", str(sources() / "noise.cu"), *output])
+        return sorted(usages(log))
+
+    good = True
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for architecture, rows in zip(ARCHITECTURES, pool.map(compile_for, ARCHITECTURES), strict=True):
+            good = good and bool(rows)
+            for kernel, registers, stack, spills in rows:
+                pattern = r".*\d(q_sample|step|threshold|draw)_kernelINS_\d+(\w+?)E(?:Lb([01])|).*"
+                name = re.sub(pattern, r"\1 \2 \3", kernel)
+                clean = stack == spills == 0
+                good = good and clean
+                verdict = "ok" if clean else "FAIL"
+                print(f"sm_{architecture} {name:28} registers {registers:3} stack {stack} spills {spills} {verdict}")
+    return good
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m encdiff.ops._build", description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="compile the CUDA half and report each kernel's resources")
+    try:
+        if parser.parse_args().check:
+            return 0 if check() else 1
+        sys.stdout.reconfigure(errors="backslashreplace")  # of a path that the terminal cannot show
+        print(installed() or find_or_build(find_nvcc() is not None))
+    except (BuildError, OSError) as error:
+        print(f"encdiff: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,13 @@
+"""Pictures for people: concepts swapped between images, traversed, and where the model attends to each.
+
+Every picture explains itself: title, caption, labelled rows and columns. Small images are enlarged by whole factors
+without smoothing, so a cell holds exactly the pixels that the model gave.
+"""
+
+from encdiff.pictures.concepts import attention_picture, encode_images, swap_grid, traversal
+from encdiff.pictures.groups import concept_groups, concept_labels
+from encdiff.pictures.sheet import save_png
+
+__all__ = [
+    "attention_picture", "concept_groups", "concept_labels", "encode_images", "save_png", "swap_grid", "traversal",
+]  # fmt: skip

@@ -1,0 +1,221 @@
+"""The loop that every training shares: batches in order, log, bar, checkpoints, pictures, resume, and a safe stop."""
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from encdiff import __version__
+from encdiff.data import Dataset, describe, to_float
+from encdiff.data.loader import Batches
+from encdiff.errors import InputError, Stopped
+from encdiff.files.checkpoint import load_tensors, save_tensors, step_of
+from encdiff.files.temporaries import errors_of
+from encdiff.terminal import Tasks, progress_bar, say
+from encdiff.training.runs import CsvLog, RunFolder
+
+
+class Training(Protocol):
+    """What `fit` drives: everything of a training that changes from step to step."""
+
+    TERMS: tuple[str, ...]  # names of what `advance` returns, "loss" first
+    config: Any  # a dataclass with steps, batch_size, seed, log_every, checkpoint_every, picture_every
+    device: torch.device
+    step: int
+
+    def begin(self, images: Tensor) -> None: ...  # whatever needs the first batch, float (B, 3, S, S), before step 0
+    def prepare(self, batches: Batches) -> None: ...  # whatever is computed once for the data set, before any step
+    def advance(self, images: Tensor, indices: Tensor) -> dict[str, Tensor]: ...  # one step on uint8 (B, S, S, 3)
+    def model_config(self) -> dict: ...
+    def tensors(self) -> dict[str, Tensor]: ...  # all that `load` needs
+    def load(self, tensors: dict[str, Tensor], metadata: dict[str, str], source: Path) -> None: ...
+    def save_model(self, folder: Path) -> None: ...
+    def picture(self, images: Tensor, samples: Path) -> Path | None: ...  # the file that it wrote
+
+
+def fit(
+    training: Training,
+    dataset: Dataset,
+    run_dir: str | Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    tensorboard: bool = False,
+    on_step: Callable[[Training], None] | None = None,
+) -> None:
+    """Run a training to its last step in a run folder; see `train` for the arguments."""
+    config, writer_class = training.config, _summary_writer() if tensorboard else None
+    with RunFolder(run_dir, resume, overwrite) as folder:
+        with progress_bar("reading images") as report:
+            batches = Batches(dataset, config.batch_size, config.seed, device=training.device, progress=report)
+        if resume:
+            _resume(training, dataset, folder)
+        else:
+            training.begin(to_float(batches.images(0)))
+        training.prepare(batches)
+        begun = training.step
+        folder.begin()
+        folder.write_config(_described(training, dataset))
+        log = CsvLog(folder.path / "log.csv", ("step", *training.TERMS, "images_per_second", "seconds"), training.step)
+        shown = _Events(writer_class, folder.path / "tensorboard", training.step) if writer_class else nullcontext()
+        if begun >= config.steps:
+            say(f"{folder.path}: is at its last step already")
+        with shown as events, Interrupt() as interrupt, Tasks() as tasks:
+            _loop(training, batches, folder, _Recorder(training, log, tasks, events), interrupt, on_step)
+        if training.step > begun:
+            folder.forget_shown()
+        _save(training, folder)
+    if training.step < config.steps:
+        raise Stopped(f"stopped after step {training.step}; saved {folder.checkpoint}, continue with --resume")
+
+
+def _loop(training, batches, folder, recorder, interrupt, on_step) -> None:
+    config, dataset = training.config, batches.dataset
+    shown = np.linspace(0, len(dataset) - 1, min(8, len(dataset))).astype(np.int64)
+    while training.step < config.steps and not interrupt.requested:
+        terms = training.advance(*batches.batch(training.step))
+        step = training.step
+        if on_step:
+            on_step(training)
+        if step % config.log_every == 0 or step == config.steps:
+            recorder(terms)
+        recorder.tell(terms)
+        if step % config.picture_every == 0 or step == config.steps:  # before this step counts as done
+            recorder.show(training.picture(to_float(dataset.images(shown)).to(training.device), folder.samples))
+        if step % config.checkpoint_every == 0:
+            folder.forget_shown()
+            _save(training, folder)
+
+
+def _described(training: Training, dataset: Dataset) -> dict:
+    """What a run is: written at its beginning, compared when it is resumed."""
+    return {
+        "model": training.model_config(),
+        "training": asdict(training.config),
+        "data": dataset.spec or dataset.name,  # the command line opens it again by this
+        "fingerprint": describe(dataset),
+        "version": __version__,
+    }
+
+
+def _resume(training: Training, dataset: Dataset, folder: RunFolder) -> None:
+    folder.check_same_run(_described(training, dataset))
+    tensors, metadata = load_tensors(folder.checkpoint)
+    step = step_of(metadata, folder.checkpoint)
+    training.load(tensors, metadata, folder.checkpoint)
+    training.step = step
+
+
+def _save(training: Training, folder: RunFolder) -> None:
+    tensors = training.tensors()
+    if not all(t.isfinite().all() for t in tensors.values()):
+        raise diverged(training.step, f"{folder.checkpoint} is of an earlier step and whole")
+    metadata = {"step": str(training.step)}
+    metadata |= {k: str(v) for k, v in training.model_config().items() if k == "scaling_factor"}
+    training.save_model(folder.model)
+    save_tensors(folder.checkpoint, tensors, metadata)  # last: with it the step is done
+
+
+def diverged(step: int, state: str) -> InputError:
+    return InputError(f"training diverged by step {step}: lower the learning rate, or use float32; {state}")
+
+
+class _Recorder:
+    """Writes the terms of a step to the log and TensorBoard, pictures to the latter; says how far the training is."""
+
+    def __init__(self, training: Training, log: CsvLog, tasks: Tasks, events: "_Events | None"):
+        self.training, self.log, self.tasks, self.events = training, log, tasks, events
+        self.began, self.since = time.monotonic(), training.step
+        if training.step < training.config.steps:
+            tasks("training", training.step, training.config.steps)
+
+    def __call__(self, terms: dict[str, Tensor]) -> None:
+        step, seconds = self.training.step, time.monotonic() - self.began
+        row = {name: float(terms.get(name, 0.0)) for name in self.training.TERMS}
+        if not math.isfinite(row["loss"]):
+            raise diverged(step, f"the loss is {row['loss']}; the checkpoint is of an earlier step and whole")
+        row["images_per_second"] = self._speed()
+        self.log.write(step=step, **row, seconds=round(self.log.seconds + seconds, 2))
+        if self.events:
+            self.events.row(row, step)
+
+    def tell(self, terms: dict[str, Tensor]) -> None:
+        """Say how far it is, once a second and at the end: to read the loss waits for the device."""
+        step, steps = self.training.step, self.training.config.steps
+        if self.tasks.due or step == steps:
+            self.tasks("training", step, steps, f"loss {float(terms['loss']):.4f}, {self._speed():,.0f} images/s")
+
+    def _speed(self) -> float:
+        return (self.training.step - self.since) * self.training.config.batch_size / (time.monotonic() - self.began)
+
+    def show(self, picture: Path | None) -> None:
+        if self.events and picture:
+            self.events.picture(picture, self.training.step)
+
+
+class _Events:
+    """What TensorBoard shows of a run in its folder; what an interrupted run wrote after `step` is hidden."""
+
+    def __init__(self, writer_class: type, folder: Path, step: int):
+        self.folder = folder
+        with errors_of(folder):
+            self.writer = writer_class(str(folder), purge_step=step + 1)
+
+    def __enter__(self) -> "_Events":
+        return self
+
+    def __exit__(self, *error) -> None:
+        with errors_of(self.folder):
+            self.writer.close()
+
+    def row(self, row: dict[str, float], step: int) -> None:
+        with errors_of(self.folder):
+            for name, value in row.items():
+                self.writer.add_scalar(name, value, step)
+            self.writer.flush()
+
+    def picture(self, path: Path, step: int) -> None:
+        with Image.open(path) as image, errors_of(self.folder):
+            pixels = np.asarray(image.convert("RGB"))
+            self.writer.add_image(path.stem.rpartition("-")[0], pixels, step, dataformats="HWC")
+            self.writer.flush()
+
+
+class Interrupt:
+    """Inside the block the first Ctrl-C or SIGTERM only sets `requested`; the second ends the program."""
+
+    requested = False
+
+    def __enter__(self) -> "Interrupt":
+        self.before = {}
+        if threading.current_thread() is threading.main_thread():  # elsewhere signals cannot be caught
+            self.before = {s: signal.signal(s, self._request) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *error) -> None:
+        for signum, handler in self.before.items():
+            signal.signal(signum, handler)
+
+    def _request(self, signum: int, _) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+
+
+def _summary_writer() -> type:
+    """TensorBoard's writer; InputError without the package."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise InputError("tensorboard is not installed; pip install tensorboard, or leave out --tensorboard") from None
+    return SummaryWriter
