@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import types
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from encdiff.errors import InputError
 
@@ -59,7 +59,7 @@ class Checked:
         """Build from what a JSON file holds; errors name `source`."""
         if not isinstance(values, dict):
             raise InputError(f"{source}: holds {type(values).__name__}, must be an object of named entries")
-        unknown = sorted(set(values) - {field.name for field in dataclasses.fields(cls)})
+        unknown = sorted(set(values) - {field.name for field in dataclasses.fields(cast(Any, cls))})
         if unknown:
             raise InputError(
                 f"{source}: unknown entries {_short(', '.join(unknown))}; is it of another program or version?"

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from types import TracebackType
+from typing import IO, cast
 
 from rich.cells import cell_len, set_cell_size
 from rich.console import Console
@@ -34,7 +35,7 @@ def _stdout():
 
 
 # no markup: names and paths hold brackets; nothing is cut or broken, that a path may be copied
-console = Console(file=_Output(), markup=False, emoji=False, highlight=False, soft_wrap=True)
+console = Console(file=cast(IO[str], _Output()), markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
 def plain(text: str) -> str:
@@ -141,7 +142,7 @@ class _Lines:
             line = self.lines[task] = _Line(task, done)
         self.last = line
         line.done, line.total, line.note = done, total, note
-        if line.total and done >= total and not line.ended:
+        if line.total and done >= line.total and not line.ended:
             line.ended = True
             say(str(line))
 
@@ -158,7 +159,8 @@ class _Line:
 
     def __init__(self, task: str, done: int):
         self.task, self.first, self.began, self.ended = task, done, time.monotonic(), False
-        self.done, self.total, self.note = done, None, ""
+        self.done, self.note = done, ""
+        self.total: int | None = None
 
     def __str__(self) -> str:
         elapsed = time.monotonic() - self.began

@@ -150,7 +150,7 @@ def small(monkeypatch):
 def test_what_the_preset_is_already_is_left_out(small, tmp_path, monkeypatch):
     monkeypatch.setitem(PRESETS, "quickstart", replace(TINY, concepts=20))
     for name in ("train_once", "score_once", "write_tables"):
-        monkeypatch.setattr(f"encdiff.ablations.{name}", lambda *_, **__: None)
+        monkeypatch.setattr(f"encdiff.experiments.ablations.{name}", lambda *_, **__: None)
     said = []
     ablate(small, tmp_path, say=said.append)
     assert [line.split()[1].rstrip(",") for line in said] == [n for n in ABLATIONS if n not in ("tokens-20", "width-4")]

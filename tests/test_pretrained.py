@@ -10,10 +10,11 @@ from bench.gpu.counterfactual import nearest
 from encdiff import EncDiff, InputError
 from encdiff.data import open_dataset, to_float
 from encdiff.evaluation.protocol import score_rows, settings_of
-from encdiff.files.checkpoint import PRETRAINED, locate
+from encdiff.files.checkpoint import locate
 from encdiff.models import EncDiffConfig
 from encdiff.models.sample import SAMPLERS
 from encdiff.pictures import concept_groups
+from encdiff.pretrained import FOLDER
 
 
 @pytest.fixture(scope="module", params=["quickstart", "room64"])
@@ -41,7 +42,7 @@ def drawn(room):
 
 
 def test_they_are_small():
-    assert sum(p.stat().st_size for p in PRETRAINED.rglob("*") if p.is_file()) < 25e6
+    assert sum(p.stat().st_size for p in FOLDER.rglob("*") if p.is_file()) < 25e6
 
 
 def test_its_configuration_is_the_preset_s(name, model):

@@ -24,7 +24,7 @@ HERE = temporaries._host()
 OLDER = [f".a.safetensors.{DEAD}.safetensors", f".room.h5.{DEAD}.partial", f".swap-0000010.png.{DEAD}.png"]
 HOLD = """
 import sys, time
-from encdiff.checkpoint import atomic_path
+from encdiff.files.temporaries import atomic_path
 with atomic_path(sys.argv[1]) as temporary:
     temporary.write_text("half")
     print("writing", flush=True)
@@ -74,7 +74,7 @@ def test_what_a_killed_process_left_goes_with_the_next_write(tmp_path):
 def test_a_killed_save_leaves_nothing_that_stays(tmp_path):
     """safetensors writes under a name of its own, which it alone knows."""
     code = (
-        "import sys, torch; from encdiff.checkpoint import save_tensors\n"
+        "import sys, torch; from encdiff.files.checkpoint import save_tensors\n"
         "print('writing', flush=True)\n"
         "while True: save_tensors(sys.argv[1], {'x': torch.zeros(5_000_000)})"
     )

@@ -34,7 +34,7 @@ def doctor(
 
     on, out = choose_device(device), out and writable(out)
     with progress_bar("checking kernels") as report:
-        found = run_doctor(on, kernels and [name.strip() for name in kernels.split(",")], report)
+        found = run_doctor(on, [name.strip() for name in kernels.split(",")] if kernels else None, report)
     if out:
         with atomic_path(out) as temporary:
             temporary.write_text(json.dumps(found.to_dict(), indent=1) + "\n", "utf-8")

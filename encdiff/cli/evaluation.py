@@ -1,7 +1,7 @@
 """`encdiff evaluate`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -38,7 +38,7 @@ def evaluate(
     """
     from encdiff.evaluation import evaluate_codes, evaluate_model, format_table, plot_importance, stages, write_metrics
 
-    options = {"metrics": metric_names(metrics), "seed": seed, "seeds": seeds}
+    options: dict[str, Any] = {"metrics": metric_names(metrics), "seed": seed, "seeds": seeds}
     if run.suffix.lower() == ".npz" and not run.is_dir():
         if data or protocol not in (None, "heldout"):
             raise InputError(f"{run}: codes have no --data, and their --protocol is heldout")

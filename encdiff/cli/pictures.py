@@ -54,14 +54,14 @@ def swap(
     from encdiff.pictures import swap_grid
 
     model, dataset = open_model(run, data, device)
-    if (source is None) != (target is None) or (source and len(source) != len(target)):
+    if (source is None) != (target is None) or len(source or ()) != len(target or ()):
         raise InputError(f"--source {source} and --target {target} must be given together, as many of each")
     count = len(source) if source else min(pairs, max(1, len(dataset) // 2))
-    images = draw_images(dataset, source + target if source else None, 2 * count, seed, model)
+    images = draw_images(dataset, [*source, *target] if source and target else None, 2 * count, seed, model)
     path = writable(out or results(run) / "pictures" / "swap.png")
     groups = factor_groups(run, model) if by_factor and not concepts else None
-    if concepts:
-        groups = {f"concept {i}": [i] for i in parse_concepts(concepts)}
+    if alone := parse_concepts(concepts):
+        groups = {f"concept {i}": [i] for i in alone}
     with progress_bar("sampling") as report:
         picture = swap_grid(
             model, images[:count], images[count:], groups=groups, sampler=sampler.value, steps=steps, seed=seed,
@@ -92,7 +92,7 @@ def traverse(
     codes = encode_images(model, draw_images(dataset, None, min(len(dataset), 1000), seed, model))
     with progress_bar("sampling") as report:
         picture = traversal(
-            model, image, codes, concepts=concepts and parse_concepts(concepts), labels=labels, columns=values,
+            model, image, codes, concepts=parse_concepts(concepts), labels=labels, columns=values,
             sampler=sampler.value, steps=steps, seed=seed, progress=report,
         )  # fmt: skip
     save_picture(picture, path)
@@ -116,7 +116,5 @@ def attend(
     chosen = draw_images(dataset, index, min(images, len(dataset)), seed, model)
     path = writable(out or results(run) / "pictures" / "attend.png")
     labels = concept_labels(factor_groups(run, model))
-    picture = attention_picture(
-        model, chosen, concepts=concepts and parse_concepts(concepts), labels=labels, steps=steps, seed=seed
-    )
+    picture = attention_picture(model, chosen, concepts=parse_concepts(concepts), labels=labels, steps=steps, seed=seed)
     save_picture(picture, path)

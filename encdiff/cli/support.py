@@ -1,6 +1,7 @@
 """What the commands share: options, devices, data, models, files."""
 
 import os
+from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
@@ -71,7 +72,10 @@ def metric_names(given: str) -> list[str]:
     return names
 
 
-def parse_concepts(concepts: str) -> list[int]:
+def parse_concepts(concepts: str | None) -> list[int] | None:
+    """The numbers in "0,3"; None of none."""
+    if not concepts:
+        return None
     try:
         return [int(concept) for concept in concepts.split(",")]
     except ValueError:
@@ -158,7 +162,7 @@ def results(run: Path) -> Path:
     return run if held(run) == run else Path("runs") / "packaged" / run
 
 
-def draw_images(dataset, indices: list[int] | None, count: int, seed: int, model):
+def draw_images(dataset, indices: Sequence[int] | None, count: int, seed: int, model):
     """The images of these indices, or as many drawn from the data, on the model's device."""
     import numpy as np
 
@@ -167,7 +171,7 @@ def draw_images(dataset, indices: list[int] | None, count: int, seed: int, model
     if indices is None:
         if count > len(dataset):
             raise InputError(f"{dataset.name}: {len(dataset)} images, {count} are needed")
-        indices = np.random.default_rng(seed).choice(len(dataset), count, replace=False)
+        indices = np.random.default_rng(seed).choice(len(dataset), count, replace=False).tolist()
     return to_float(dataset.images(indices)).to(next(model.parameters()).device)
 
 

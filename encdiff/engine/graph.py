@@ -51,6 +51,7 @@ class Graph:
             return outputs
         if self.graph is None:
             self._capture(inputs)
+        assert self.graph is not None
         for name, tensor in inputs.items():
             self.inputs[name].copy_(tensor, non_blocking=True)
         self.graph.replay()
@@ -98,7 +99,13 @@ def unowned(method: Work) -> Work:
     Without the cycle the memory of what owns a graph is free at once, not when the collector next comes by.
     """
     reference = WeakMethod(method)
-    return lambda **inputs: reference()(**inputs)
+
+    def call(**inputs: Tensor) -> tuple[Tensor, ...]:
+        bound = reference()
+        assert bound is not None, "its object is gone"
+        return bound(**inputs)
+
+    return call
 
 
 def _uncached() -> torch.autocast:

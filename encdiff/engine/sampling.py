@@ -2,7 +2,7 @@
 
 import copy
 import inspect
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -10,6 +10,9 @@ from torch import Tensor
 from encdiff.engine.graph import Graph, unowned
 from encdiff.errors import InputError
 from encdiff.models import EncDiff
+from encdiff.models.layers import channels_last
+
+GIVEN = ("scalars", "x_T", "token_bias")  # to each call
 
 
 class SamplingEngine:
@@ -29,13 +32,7 @@ class SamplingEngine:
     def __init__(self, model: EncDiff, precision: Literal["float32", "bf16"] = "float32", **options):
         if precision not in ("float32", "bf16"):
             raise InputError(f"precision is {precision!r}, must be float32 or bf16")
-        known = inspect.signature(EncDiff.sample).parameters.keys() - {
-            "self",
-            "scalars",
-            "x_T",
-            "token_bias",
-            "progress",
-        }
+        known = inspect.signature(EncDiff.sample).parameters.keys() - {*GIVEN, "self", "progress"}
         if unknown := options.keys() - known:
             raise InputError(
                 f"{min(unknown)} is no option of the engine, must be among {', '.join(sorted(known))}; "
@@ -47,8 +44,8 @@ class SamplingEngine:
     @torch.no_grad()
     def __call__(self, scalars: Tensor, x_T: Tensor | None = None, token_bias: Tensor | None = None) -> Tensor:
         """scalars (B, N), and x_T (B, c, h, w) and token_bias (B, N) or None -> images (B, 3, S, S)."""
-        given = {"scalars": scalars, "x_T": x_T, "token_bias": token_bias}
-        given = {name: tensor.to(scalars.device) for name, tensor in given.items() if tensor is not None}
+        inputs = dict(zip(GIVEN, (scalars, x_T, token_bias), strict=True))
+        given = {name: tensor.to(scalars.device) for name, tensor in inputs.items() if tensor is not None}
         for name, tensor in given.items():
             if len(tensor) != len(scalars):
                 raise InputError(f"{name} has {len(tensor)} rows, must have {len(scalars)}, one for each of scalars")
@@ -60,15 +57,15 @@ class SamplingEngine:
         images = graph(**{name: _fill_up(tensor, bucket) for name, tensor in given.items()})[0]
         return images[: len(scalars)].clone()  # the graph's own memory is written again by its next call
 
-    def _sample(self, **given: Tensor) -> tuple[Tensor]:
-        return (self.model.sample(**given, **self.options),)
+    def _sample(self, scalars: Tensor, **starts: Any) -> tuple[Tensor]:
+        return (self.model.sample(scalars, **starts, **self.options),)
 
 
 def _rounded(model: EncDiff) -> EncDiff:
     """A copy with its U-Net in bfloat16, channels last; all else is the model's own."""
     shared = {id(part): part for part in (model.cond_stage_model, model.first_stage_model)}
     copied = copy.deepcopy(model, shared)
-    copied.unet.to(torch.bfloat16).to(memory_format=torch.channels_last)
+    channels_last(copied.unet.to(torch.bfloat16))
     return copied
 
 

@@ -1,7 +1,6 @@
 """Scores of the codes of any model, from a file."""
 
 import hashlib
-import os
 import time
 import zipfile
 from collections.abc import Sequence
@@ -24,7 +23,7 @@ from encdiff.files.reading import refuse_special
 
 
 def evaluate_codes(
-    path: str | os.PathLike,
+    path: str | Path,
     *,
     metrics: Sequence[str] = DEFAULT,
     seed: int = 0,
@@ -53,7 +52,7 @@ def evaluate_codes(
     }
 
 
-def read_codes(path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray, list[str]]:
+def read_codes(path: str | Path) -> tuple[np.ndarray, np.ndarray, list[str]]:
     """`codes`, `factors` and `factor_names` of an `.npz`; nothing in it is unpickled."""
     path = Path(path)
     refuse_special(path)

@@ -41,7 +41,7 @@ def encode_dataset(
     n = len(dataset)
     if n < 1 or batch_size < 1:
         raise InputError(f"{dataset.name} has {n} images and batch_size is {batch_size}; both must be at least 1")
-    codes = None
+    codes: np.ndarray | None = None
     for start in range(0, n, batch_size):
         indices = np.arange(start, min(start + batch_size, n))
         batch = torch.as_tensor(encode(to_float(dataset.images(indices)))).float().cpu().numpy()
@@ -52,4 +52,5 @@ def encode_dataset(
         codes[indices] = batch
         if progress:
             progress(int(indices[-1]) + 1, n)
+    assert codes is not None, "there is an image"
     return codes

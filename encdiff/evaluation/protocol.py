@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 from scipy.stats import bootstrap
@@ -46,7 +47,7 @@ PROTOCOLS = {
 }  # fmt: skip
 
 
-def settings_of(protocol: str, seed: int = 0, **overrides: int | float) -> Protocol:
+def settings_of(protocol: str, seed: int = 0, **overrides: Any) -> Protocol:
     """The named protocol with a seed and some fields changed; InputError for an unknown name or field."""
     if protocol not in PROTOCOLS:
         raise InputError(f"protocol is {protocol!r}; it must be one of {', '.join(PROTOCOLS)}")
@@ -145,15 +146,16 @@ def summarize(results: Sequence[Mapping[str, Mapping]], metrics: Sequence[str] =
 
 
 def _summary(values: list[float | None]) -> dict:
-    known = len(values) > 0 and None not in values
+    numbers = [value for value in values if value is not None]
+    known = len(values) > 0 and len(numbers) == len(values)
     interval = None
     if known and len(values) > 2:
-        ci = bootstrap((values,), np.mean, method="percentile", rng=np.random.default_rng(0)).confidence_interval
+        ci = bootstrap((numbers,), np.mean, method="percentile", rng=np.random.default_rng(0)).confidence_interval
         interval = [float(ci.low), float(ci.high)]
     return {
         "values": values,
-        "mean": float(np.mean(values)) if known else None,
-        "std": float(np.std(values, ddof=1)) if known and len(values) > 1 else None,
+        "mean": float(np.mean(numbers)) if known else None,
+        "std": float(np.std(numbers, ddof=1)) if known and len(values) > 1 else None,
         "interval": interval,
     }
 

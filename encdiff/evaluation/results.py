@@ -1,7 +1,6 @@
 """Scores on disk: written whole, read back with every number a number, so that tables and pictures can rely on them."""
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from encdiff.files.temporaries import atomic_path
 from encdiff.metrics.registry import METRICS
 
 
-def write_metrics(path: str | os.PathLike, results: Mapping) -> None:
+def write_metrics(path: str | Path, results: Mapping) -> None:
     """Write `results` as JSON, whole or not at all; InputError, and no file, if a number is not finite."""
     try:
         text = json.dumps(results, indent=1, allow_nan=False) + "\n"

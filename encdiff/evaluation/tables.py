@@ -1,7 +1,7 @@
 """Scores for people: a table, a picture of the importance matrix."""
 
-import os
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -59,7 +59,7 @@ def _protocol(result: Mapping) -> str:
     return f"{result['protocol']['name']}, " + (f"seed {seed}" if count == 1 else f"seeds {seed} to {seed + count - 1}")
 
 
-def plot_importance(result: Mapping, path: str | os.PathLike) -> None:
+def plot_importance(result: Mapping, path: str | Path) -> None:
     """Save a PNG heat map of `result`'s DCI importance matrix: factors down, code dimensions across."""
     importance = np.asarray(result["dci"]["importance"]).T
     factors, codes = importance.shape

@@ -11,7 +11,7 @@ from encdiff.models.encdiff import EncDiff
 PCA_IMAGES, BATCH = 10_000, 256
 
 
-def as_scalars(model: EncDiff, dataset: Dataset) -> nn.Module:
+def as_scalars(model: EncDiff, dataset: Dataset) -> "EncDiff | FirstComponents":
     """What can be scored: the model itself, or, where its concepts are vectors, `FirstComponents` of it."""
     return FirstComponents(model, dataset) if model.config.concept_width > 1 else model
 

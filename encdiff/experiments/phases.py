@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -108,7 +108,7 @@ def score_attributes(model: EncDiff, dataset: Dataset, protocol: str = "paper") 
         with progress_bar("encoding") as report:
             codes = encode_dataset(lambda images: scored.encode(images.to(device)), dataset, progress=report)
         found = METRICS["tad"](codes, dataset.factors(np.arange(len(dataset))))
-        found |= {"captured": [dataset.factor_names[i] for i in found["captured"]]}
+        found |= {"captured": [dataset.factor_names[i] for i in cast(list[int], found["captured"])]}
     else:
         found = {"tad": None, "undefined": f"{dataset.name} has no attributes"}
     return {
@@ -175,7 +175,8 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def mean_and_range(values: Sequence[float | str]) -> str:
     """`0.954 (0.853 to 0.997)`, or the one number alone, or `undefined` where a value is words."""
-    if any(isinstance(value, str) for value in values):
+    numbers = [value for value in values if not isinstance(value, str)]
+    if len(numbers) < len(values):
         return "undefined"
-    mean = f"{sum(values) / len(values):.3f}"
-    return mean if len(values) == 1 else f"{mean} ({min(values):.3f} to {max(values):.3f})"
+    mean = f"{sum(numbers) / len(numbers):.3f}"
+    return mean if len(numbers) == 1 else f"{mean} ({min(numbers):.3f} to {max(numbers):.3f})"

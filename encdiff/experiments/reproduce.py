@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -55,7 +56,9 @@ PUBLISHED: dict[str, Figures] = {
         "DisDiff, its paper": {"TAD": 0.305, "FID": 18.2},
     },
 }
-QUICK_MODEL = dict(encoder_width=16, vq_depth=1, vq_codes=64, width=32, multipliers=(1, 2), depth=1, heads=4)
+QUICK_MODEL: dict[str, Any] = dict(
+    encoder_width=16, vq_depth=1, vq_codes=64, width=32, multipliers=(1, 2), depth=1, heads=4
+)
 QUICK_MODEL |= dict(attention_levels=(1,), feedforward=1)
 QUICK_RECIPE = dict(steps=4, batch_size=4, warmup=1)
 QUICK_FIRST_STAGE = dict(steps=2, batch_size=2)
@@ -109,7 +112,9 @@ def reproduce(
         if first_stage is None:
             first_stage = out / "first-stage"
             say(f"first stage: {first_stage}")
-            options = (QUICK_FIRST_STAGE if quick else {}) | ({"steps": first_stage_steps} if first_stage_steps else {})
+            options: dict[str, Any] = (QUICK_FIRST_STAGE if quick else {}) | (
+                {"steps": first_stage_steps} if first_stage_steps else {}
+            )
             train_first_stage_once(first_stage, config, AutoencoderTrainConfig(**options), dataset, device)
         for recipe in recipes:
             run = out / f"seed{recipe.seed}"

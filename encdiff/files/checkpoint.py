@@ -241,7 +241,7 @@ def _load_tensors_only(path: str | Path) -> dict[str, Tensor]:
     is_there(path)
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-        inert = [(type(re.sub(r"\W", "_", name), (_Inert,), {}), name) for name in names]
+        inert: list[Any] = [(type(re.sub(r"\W", "_", name), (_Inert,), {}), name) for name in names]
         with torch.serialization.safe_globals(inert):
             content: Any = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises UnpicklingError, RuntimeError, EOFError, ... by kind of damage

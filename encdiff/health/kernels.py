@@ -87,8 +87,9 @@ def check_all(device: torch.device, names: list[str], report: Callable[[Finding,
     return [found[n] for n in sorted(found)]
 
 
-def _lines(process: subprocess.Popen) -> Iterator[str]:
+def _lines(process: subprocess.Popen[str]) -> Iterator[str]:
     """What it prints; it is killed once it is silent for too long, as a kernel that never ends makes it."""
+    assert process.stdout is not None, "begun with a pipe"
     while True:
         watchdog = Timer(SILENCE, process.kill)
         watchdog.start()

@@ -45,8 +45,8 @@ class Report:
         return "\n".join([*self._machine(), "", *self._kernels(), "", *self._choices(), "", *self._verdict()])
 
     def _machine(self) -> list[str]:
-        named = [(*name.rsplit(" ", 1), rate) for name, rate in self.rates.items()]
-        measured = ", ".join(f"{name} {_scaled(rate)}{unit}" for name, unit, rate in named)
+        named = [(name.rsplit(" ", 1), rate) for name, rate in self.rates.items()]
+        measured = ", ".join(f"{name} {_scaled(rate)}{unit}" for (name, unit), rate in named)
         return [f"{name:<15}{value}" for name, value in (self.machine | {"measured": measured}).items()]
 
     def _kernels(self) -> list[str]:
@@ -152,7 +152,7 @@ def choices(device: torch.device) -> dict[str, str]:
 
 
 def _choice(name: str, args: tuple, options: dict) -> str:
-    against = []
+    against: list[str] = []
     for line in explain(name, *args, **options).splitlines():
         _, implementation, verdict = (part.strip() for part in line.split(":", 2))
         if verdict in ("chosen", "forced"):

@@ -43,7 +43,7 @@ def settle(*parts: np.ndarray) -> list[np.ndarray]:
     exponent = np.frexp(most)[1]
     shift = np.where(most > 0, np.clip(exponent, -EXPONENT, EXPONENT) - exponent, 0)
     if shift.any():
-        parts, most = [np.ldexp(part, shift) for part in parts], np.ldexp(most, shift)
+        parts, most = tuple(np.ldexp(part, shift) for part in parts), np.ldexp(most, shift)
     low, high = np.min([p.min(axis=0) for p in parts], axis=0), np.max([p.max(axis=0) for p in parts], axis=0)
     far = (most > OFFSET * (high - low)) & ((high > low) | (most > OFFSET))
     return [part - np.where(far, low, 0) for part in parts] if far.any() else list(parts)

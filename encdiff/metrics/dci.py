@@ -10,7 +10,7 @@ from sklearn.ensemble import GradientBoostingClassifier
 from encdiff.errors import InputError
 from encdiff.metrics.codes import check_codes, for_trees, settle
 from encdiff.metrics.factor_vae import check_at_least
-from encdiff.metrics.samples import whole_numbers
+from encdiff.metrics.samples import Split, whole_numbers
 
 EPSILON = 1e-11  # added to every importance before its entropy, as in the field's standard library
 
@@ -104,7 +104,7 @@ def _fit_factor(k, model, x, y, x_test, y_test) -> tuple[int, np.ndarray, tuple[
     return k, model.feature_importances_, (model.score(x, y), model.score(x_test, y_test))
 
 
-def _check_all(codes_train, factors_train, codes_test, factors_test, n_jobs: int | None) -> tuple[np.ndarray, ...]:
+def _check_all(codes_train, factors_train, codes_test, factors_test, n_jobs: int | None) -> Split:
     x, y = _check("train", codes_train, factors_train)
     x_test, y_test = _check("test", codes_test, factors_test)
     if x.shape[1] != x_test.shape[1] or y.shape[1] != y_test.shape[1]:

@@ -82,8 +82,8 @@ def grid_encoder(
     """Factors int64 (m, F) to checked codes float64 (m, N): a lookup in the complete grid's codes, or the function."""
     if callable(codes):
         return lambda factors: _check_grid_codes(codes(factors), len(factors))
-    codes = settle(_check_grid_codes(codes, math.prod(sizes)))[0]
-    return lambda factors: codes[np.ravel_multi_index(factors.T, sizes)]
+    settled = settle(_check_grid_codes(codes, math.prod(sizes)))[0]
+    return lambda factors: settled[np.ravel_multi_index(factors.T, sizes)]
 
 
 def _check_grid_codes(codes: np.ndarray, rows: int) -> np.ndarray:

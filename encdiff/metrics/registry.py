@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 
@@ -52,6 +53,7 @@ class Metric:
         if (test_codes is None) != (test_factors is None):
             raise InputError("test_codes and test_factors must be given together")
         codes, factors = np.asarray(codes), np.asarray(factors)
+        rows: tuple
         if self.fits and test_codes is None:
             rows = split_rows(codes, factors, seed)
         elif self.fits:
@@ -107,7 +109,7 @@ def score(
         metric, given = METRICS[name], dict(options.get(name, {}))
         if metric.slow:
             given.setdefault("n_jobs", n_jobs)
-            given.setdefault("progress", progress and (lambda done, total, name=name: progress(name, done, total)))
+            given.setdefault("progress", progress and partial(progress, name))
         results[name] = metric(codes, factors, test_codes=test_codes, test_factors=test_factors, seed=seed, **given)
         if progress and not metric.slow:
             progress(name, 1, 1)

@@ -1,6 +1,7 @@
 """What every metric demands of its rows: codes and factors that fit together, and enough of them to say something."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -51,7 +52,7 @@ def whole_numbers(factors: np.ndarray) -> np.ndarray:
     return factors.astype(np.int64, copy=False) if fits else factors
 
 
-def check_split(codes_train, factors_train, codes_test, factors_test, **least: int) -> Split:
+def check_split(codes_train, factors_train, codes_test, factors_test, **least: Any) -> Split:
     """Both sets by `check_samples`; InputError unless they have the same dimensions and the test set no new value."""
     x, y = check_samples(codes_train, factors_train, rows="train", settled=False, **least)
     x_test, y_test = check_samples(codes_test, factors_test, rows="test", settled=False, **least)

@@ -1,7 +1,7 @@
 """The spatial transformer of the U-Net: self-attention, cross-attention to the concept tokens, GEGLU."""
 
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn as nn
@@ -10,7 +10,7 @@ from einops import rearrange
 from torch import Tensor
 
 from encdiff import ops
-from encdiff.models.layers import Conv2d, Linear
+from encdiff.models.layers import Conv2d, Linear, part, zero_init
 from encdiff.ops._beside import give, sink_of
 from encdiff.ops._dispatch import is_transformed
 from encdiff.ops.cross_attention_folded import Folded, Kept, cross_attention_folded, fold, fold_pays
@@ -45,8 +45,9 @@ class Conditioning(NamedTuple):
 
     def folded(self, place: int) -> Folded | Kept | None:
         """What the sampling's tokens became for a block, if they are these."""
-        known = self.sampling is not None and self.sampling.tokens is self.tokens
-        return self.sampling.folded.get(place) if known else None
+        if self.sampling is None or self.sampling.tokens is not self.tokens:
+            return None
+        return self.sampling.folded.get(place)
 
 
 class Attention(nn.Module):
@@ -60,9 +61,12 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(context_width, width, bias=False)
         self.to_out = nn.Sequential(Linear(width, width))
 
-    def weights(self) -> tuple[Tensor, ...]:
-        out = self.to_out[0]
-        return self.to_q.weight, self.to_k.weight, self.to_v.weight, out.weight, out.bias
+    @property
+    def out(self) -> nn.Linear:
+        return part(self.to_out, 0, nn.Linear)
+
+    def weights(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        return self.to_q.weight, self.to_k.weight, self.to_v.weight, self.out.weight, self.out.bias
 
 
 class GEGLU(nn.Module):
@@ -113,15 +117,16 @@ class TransformerBlock(nn.Module):
         return x + self.ff(ops.layer_norm(x, self.norm3.weight, self.norm3.bias, self.norm3.eps))
 
     def _gated(self, x: Tensor, cond: Conditioning) -> Tensor:
+        assert cond.sampling is not None, "who gates is sampling"
         if cond.gate == "keep":
             cond.sampling.outputs[self.place] = self._cross_attend(x, cond, residual=False)
         return x + cond.sampling.outputs[self.place]
 
     def _cross_attend(self, x: Tensor, cond: Conditioning, residual: bool = True) -> Tensor:
         maps = None if cond.maps is None else "mean"
-        options = dict(residual=residual, token_bias=cond.token_bias, maps=maps, **_norm(self.norm2))
+        options: dict[str, Any] = dict(residual=residual, token_bias=cond.token_bias, maps=maps, **_norm(self.norm2))
         if (folded := cond.folded(self.place)) is not None:
-            y = cross_attention_folded(x, folded, self.attn2.to_out[0].bias, **options)
+            y = cross_attention_folded(x, folded, self.attn2.out.bias, **options)
         else:
             options |= {"heads": self.attn2.heads, "projected": cond.projected and cond.projected[self.place]}
             y = ops.cross_attention(x, cond.tokens, *self.attn2.weights(), **options)
@@ -211,13 +216,6 @@ def pointwise(x: Tensor, conv: nn.Conv2d) -> Tensor:
 def normalise(x: Tensor, norm: nn.GroupNorm, **options) -> Tensor:
     """`group_norm` with a module's parameters."""
     return ops.group_norm(x, norm.weight, norm.bias, norm.num_groups, norm.eps, **options)
-
-
-def zero_init(module: nn.Module) -> nn.Module:
-    """Start a residual branch at zero."""
-    for parameter in module.parameters():
-        nn.init.zeros_(parameter)
-    return module
 
 
 def _norm(norm: nn.LayerNorm) -> dict:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -93,7 +93,7 @@ class VQAutoencoder(nn.Module):
             raise InputError(
                 f"depth, latent_channels, codebook_size: {depth}, {latent_channels}, {codebook_size}; each must be >= 1"
             )
-        self.config = {
+        self.config: dict[str, Any] = {
             "width": width,
             "multipliers": list(multipliers),
             "depth": depth,

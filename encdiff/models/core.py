@@ -1,5 +1,8 @@
 """What EncDiff is: an image encoder, an MLP bank and a diffusion U-Net that cross-attends to the concept tokens."""
 
+from collections.abc import Callable
+from typing import Self, cast
+
 import torch
 import torch.nn as nn
 from torch import Tensor
@@ -15,6 +18,8 @@ from encdiff.models.tokens import MLPBank
 from encdiff.models.unet import UNet
 from encdiff.ops._triton import autocast_off
 
+FirstStage = VQAutoencoder | SpaceToDepth
+
 
 class EncDiffCore(nn.Module):
     """The network and its loss: what training needs. People use `EncDiff`."""
@@ -22,6 +27,7 @@ class EncDiffCore(nn.Module):
     def __init__(self, config: EncDiffConfig | None = None):
         super().__init__()
         self.config = c = config or EncDiffConfig()
+        first_stage: FirstStage
         if c.first_stage == "vq":
             first_stage = VQAutoencoder(c.vq_width, c.vq_multipliers, c.vq_depth, codebook_size=c.vq_codes)
         else:
@@ -45,7 +51,7 @@ class EncDiffCore(nn.Module):
             self.alphas_cumprod = schedules.alphas_cumprod(betas)
         self.schedule = self.alphas_cumprod  # stays on the host, where samplers make their tables
 
-    def _apply(self, fn, recurse: bool = True) -> "EncDiffCore":
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Moves `alphas_cumprod` with the parameters, but leaves it float64 where they become half."""
         super()._apply(fn, recurse)
         device = next(self.parameters()).device
@@ -55,18 +61,18 @@ class EncDiffCore(nn.Module):
 
     @property
     def unet(self) -> UNet:
-        return self.model["diffusion_model"]
+        return cast(UNet, self.model["diffusion_model"])
 
     @property
     def encoder(self) -> ImageEncoder:
-        return self.cond_stage_model["encoder"]
+        return cast(ImageEncoder, self.cond_stage_model["encoder"])
 
     @property
     def bank(self) -> MLPBank:
-        return self.cond_stage_model["net"]
+        return cast(MLPBank, self.cond_stage_model["net"])
 
     @property
-    def first_stage(self) -> nn.Module:
+    def first_stage(self) -> FirstStage:
         return self.first_stage_model
 
     @property
@@ -137,10 +143,11 @@ class EncDiffCore(nn.Module):
         if x0 is None:
             x0 = self.to_latents(images)
         if seed is None and (t is None or noise is None):
-            seed = torch.randint(2**63 - 1, ()).item()
+            seed = int(torch.randint(2**63 - 1, ()))
         if sample_ids is None:
             sample_ids = torch.arange(len(x0), device=x0.device)
         if t is None:
+            assert seed is not None
             t = ops.timesteps(self.config.num_timesteps, seed, sample_ids, draw)
         x_t, target = ops.q_sample(
             x0, noise, t, self.alphas_cumprod, self.config.prediction, seed=seed, sample_ids=sample_ids, draw=draw
@@ -162,4 +169,4 @@ class EncDiffCore(nn.Module):
             low, high = images.aminmax()
             if not (low >= -1.001 and high <= 1.001):  # false for NaN
                 raise InputError(f"images span {low:.4g} to {high:.4g}, must lie in [-1, 1] without NaN")
-        return images.to(self.encoder[0].weight.dtype)
+        return images.to(next(self.encoder.parameters()).dtype)

@@ -81,10 +81,10 @@ class EncDiffEdits(EncDiffCore):
             tokens = self.tokens(self._codes(images))
             x0 = self.to_latents(images)
             total, count = torch.zeros((), device=x0.device), 0
-            key = {"seed": seed, "sample_ids": torch.zeros(len(x0), dtype=torch.int64, device=x0.device)}
+            first = torch.zeros(len(x0), dtype=torch.int64, device=x0.device)  # one and the same noise for all
             for step in schedules.ddim_timesteps(steps, self.config.num_timesteps).tolist():
                 t = torch.full((len(x0),), step, device=x0.device)
-                x_t, _ = ops.q_sample(x0, None, t, self.alphas_cumprod, **key, draw=step)
+                x_t, _ = ops.q_sample(x0, None, t, self.alphas_cumprod, seed=seed, sample_ids=first, draw=step)
                 maps: list[Tensor] = []
                 self.denoise(x_t, t, tokens, maps=maps)
                 for m in maps:

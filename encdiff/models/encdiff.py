@@ -89,7 +89,9 @@ class EncDiff(
         return self.push_to_hub(repo_id or folder.name, **hub) if push_to_hub else None
 
     @classmethod
-    def from_pretrained(cls, name: str | Path, *, device: str | torch.device = "cpu", **hub) -> "EncDiff":
+    def from_pretrained(  # type: ignore[override]  # the Hub's options are passed on by name
+        cls, name: str | Path, *, device: str | torch.device = "cpu", **hub
+    ) -> "EncDiff":
         """Read a model, in eval mode.
 
         Args:
@@ -102,5 +104,7 @@ class EncDiff(
             InputError: no such folder or model, a file missing or truncated, or tensors of another configuration.
         """
         config_path, weights_path = (locate(name, file, hub) for file in ("config.json", "model.safetensors"))
-        model = load_model(lambda values: cls(EncDiffConfig.from_dict(values, config_path)), config_path, weights_path)
+        model = load_model(
+            lambda values: cls(EncDiffConfig.from_dict(values, str(config_path))), config_path, weights_path
+        )
         return model.to(device).eval()

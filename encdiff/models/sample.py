@@ -5,6 +5,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from encdiff.diffusion import samplers, schedules, solvers
+from encdiff.diffusion.loop import Options
 from encdiff.errors import InputError
 from encdiff.models.attention import begin_sampling
 from encdiff.models.core import EncDiffCore
@@ -50,11 +51,11 @@ def sample_latents(
         return output
 
     config, alpha_bar = model.config, model.schedule
-    options = {"prediction": config.prediction}
+    kind, key = config.prediction, Options(seed=seed, sample_ids=sample_ids)
     if sampler == "ddim":
-        return samplers.ddim(denoise, x_T, alpha_bar, steps=steps, eta=eta, seed=seed, sample_ids=sample_ids, **options)
+        return samplers.ddim(denoise, x_T, alpha_bar, steps=steps, eta=eta, prediction=kind, **key)
     if sampler == "ddpm":
-        return samplers.ddpm(denoise, x_T, alpha_bar, steps=steps, seed=seed, sample_ids=sample_ids, **options)
+        return samplers.ddpm(denoise, x_T, alpha_bar, steps=steps, prediction=kind, **key)
     spacing = "linspace" if sampler in ("euler", "heun") else "inner"
     path = solvers.vp_path(alpha_bar, schedules.spaced_timesteps(steps, config.num_timesteps, spacing))
-    return SOLVERS[sampler](denoise, x_T, path, **options)
+    return SOLVERS[sampler](denoise, x_T, path, prediction=kind)

@@ -19,9 +19,8 @@ from encdiff.models.attention import (
     normalise,
     pointwise,
     project_tokens,
-    zero_init,
 )
-from encdiff.models.layers import Conv2d, Linear
+from encdiff.models.layers import Conv2d, Linear, channels_last, part, zero_init
 from encdiff.ops._dispatch import carried
 
 
@@ -90,7 +89,7 @@ class UNet(nn.Module):
         skips = [c]
         for level, multiplier in enumerate(multipliers):
             for _ in range(depth):
-                layers = [res(c, width * multiplier)]
+                layers: list[nn.Module] = [res(c, width * multiplier)]
                 c = width * multiplier
                 if level in attention_levels:
                     layers.append(attend(c))
@@ -117,9 +116,11 @@ class UNet(nn.Module):
         # plain lists, not modules of a second name
         self.res_blocks = [module for module in self.modules() if isinstance(module, ResBlock)]
         self.attending = [module for module in self.modules() if isinstance(module, TransformerBlock)]
-        for place, block in (*enumerate(self.res_blocks), *enumerate(self.attending)):
-            block.place = place
-        self.to(memory_format=torch.channels_last)  # the faster layout of convolutions, on a CPU and a GPU
+        for i, res_block in enumerate(self.res_blocks):
+            res_block.place = i
+        for i, transformer in enumerate(self.attending):
+            transformer.place = i
+        channels_last(self)
 
     def forward(
         self,
@@ -140,7 +141,7 @@ class UNet(nn.Module):
             raise InputError("conditioning is 'adagn': there is no attention to concepts to bias or to show")
         cond = Conditioning(tokens, token_bias, maps, sampling=sampling)
         cond = cond._replace(projected=project_tokens(cond, self.attending))
-        emb = self.time_embed(timestep_embedding(t, self.width).to(self.time_embed[0].weight.dtype))
+        emb = self.time_embed(timestep_embedding(t, self.width).to(part(self.time_embed, 0, nn.Linear).weight.dtype))
         if self.concept_embed is not None:
             emb = emb + self.concept_embed(tokens.flatten(1))
         emb = project_times(emb, self.res_blocks)
@@ -151,21 +152,17 @@ class UNet(nn.Module):
         h = self._apply_stage(self.middle_block, h, emb, cond)
         for stage in self.output_blocks:
             h = self._apply_stage(stage, torch.cat([h, skips.pop()], dim=1), emb, cond)
-        norm, _, conv = self.out
-        return conv(normalise(h, norm, silu=True))
+        return self.out[-1](normalise(h, part(self.out, 0, nn.GroupNorm), silu=True))
 
-    def _apply_stage(self, stage: "Stage", *inputs) -> Tensor:
+    def _apply_stage(self, stage: nn.Module, *inputs) -> Tensor:
         if self.checkpoint_activations and self.training:
             again = stage if torch.compiler.is_compiling() else carried(stage)
             return checkpoint(again, *inputs, use_reentrant=False, preserve_rng_state=False)  # nothing in it is random
         return stage(*inputs)
 
 
-class Stage(nn.Sequential):
+class Stage(nn.ModuleList):
     """Layers in order, each given what it takes: residual blocks the timestep, transformers the concepts."""
-
-    def __init__(self, layers: list[nn.Module]):
-        super().__init__(*layers)
 
     def forward(self, h: Tensor, emb: list[tuple[Tensor, ...]], cond: Conditioning) -> Tensor:
         for layer in self:
@@ -195,19 +192,18 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor, emb: Tensor | tuple[Tensor, ...]) -> Tensor:
         """x (B, C, H, W) and the embedded timestep (B, E), or what `project_times` made of it for this block."""
-        norm, _, conv = self.in_layers
-        h, x = normalise(x, norm, silu=True, with_input=True)
+        h, x = normalise(x, part(self.in_layers, 0, nn.GroupNorm), silu=True, with_input=True)
         if self.sample is not None:
             h, x = _resample(h, self.sample), _resample(x, self.sample)
-        h = conv(h)
+        h = self.in_layers[-1](h)
         e = project_times(emb, [self])[0] if isinstance(emb, Tensor) else emb
-        norm, conv = self.out_layers[0], self.out_layers[-1]
+        norm = part(self.out_layers, 0, nn.GroupNorm)
         if self.scale_shift:
             scale, shift = e
             h = normalise(h, norm, scale=scale, shift=shift, silu=True)
         else:
             h = normalise(h + e[0][:, :, None, None], norm, silu=True)
-        h = conv(h)
+        h = self.out_layers[-1](h)
         if isinstance(self.skip_connection, nn.Conv2d):
             x = pointwise(x, self.skip_connection)
         return x + h
@@ -218,7 +214,7 @@ def project_times(emb: Tensor, blocks: list[ResBlock]) -> list[tuple[Tensor, ...
 
     One product for all blocks, since each alone is too small for a GPU.
     """
-    linears = [block.emb_layers[1] for block in blocks]
+    linears = [part(block.emb_layers, 1, nn.Linear) for block in blocks]
     weight, bias = (_join([getattr(linear, name) for linear in linears]) for name in ("weight", "bias"))
     parts = [1 + block.scale_shift for block in blocks]
     widths = [len(linear.bias) // n for linear, n in zip(linears, parts, strict=True) for _ in range(n)]
@@ -235,12 +231,11 @@ class Resample(nn.Module):
 
     def __init__(self, channels: int, kind: str):
         super().__init__()
-        self.kind = kind
-        conv = Conv2d(channels, channels, 3, stride=2 if kind == "down" else 1, padding=1)
-        setattr(self, "op" if kind == "down" else "conv", conv)
+        self.kind, self.name = kind, "op" if kind == "down" else "conv"  # the published code's names
+        self.add_module(self.name, Conv2d(channels, channels, 3, stride=2 if kind == "down" else 1, padding=1))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.op(x) if self.kind == "down" else self.conv(_resample(x, "up"))
+        return getattr(self, self.name)(x if self.kind == "down" else _resample(x, "up"))
 
 
 def timestep_embedding(t: Tensor, width: int) -> Tensor:

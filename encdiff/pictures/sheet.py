@@ -147,6 +147,6 @@ def save_png(picture: Image.Image, path: str | Path) -> None:
     """Write a PNG, whole or not at all, with its title and caption as metadata."""
     about = PngInfo()
     for key, text in picture.info.items():
-        about.add_itxt(key, str(text))
+        about.add_itxt(str(key), str(text))
     with atomic_path(path) as temporary:
         picture.save(temporary, format="PNG", pnginfo=about)

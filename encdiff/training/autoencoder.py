@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -80,7 +80,7 @@ def adaptive_weight(reconstruction_loss: Tensor, adversarial_loss: Tensor, last_
 class AutoencoderTraining:
     """Everything that changes from step to step: autoencoder, discriminator, their optimisers, step count."""
 
-    TERMS = ("loss", "l1", "lpips", "codebook", "adversarial", "discriminator", "codes_used")
+    TERMS: ClassVar[tuple[str, ...]] = ("loss", "l1", "lpips", "codebook", "adversarial", "discriminator", "codes_used")
 
     def __init__(self, model: VQAutoencoder, config: AutoencoderTrainConfig):
         self.model, self.config, self.step = model.train(), config, 0
@@ -97,7 +97,8 @@ class AutoencoderTraining:
         }
 
     def modules(self) -> dict[str, nn.Module]:
-        return {"model": self.model} | ({"discriminator": self.discriminator} if self.discriminator else {})
+        found: dict[str, nn.Module] = {"model": self.model}
+        return found | {"discriminator": self.discriminator} if self.discriminator else found
 
     @torch.no_grad()
     def begin(self, images: Tensor) -> None:
@@ -111,19 +112,19 @@ class AutoencoderTraining:
     def advance(self, images: Tensor, indices: Tensor) -> dict[str, Tensor]:
         """One step on uint8 images (B,S,S,3): the autoencoder's, then the discriminator's; returns TERMS."""
         images = to_float(images)
-        adversarial = self.discriminator is not None and self.step >= self.config.disc_start
+        judge = self.discriminator if self.step >= self.config.disc_start else None
         with self._autocast():
-            terms, reconstruction = self._autoencoder_terms(images, adversarial)
+            terms, reconstruction = self._autoencoder_terms(images, judge)
         self._descend("model", terms["loss"])
-        if adversarial:
+        if judge is not None:
             with self._autocast():
-                real, fake = self.discriminator(images), self.discriminator(reconstruction.detach())
+                real, fake = judge(images), judge(reconstruction.detach())
                 terms["discriminator"] = hinge_loss(real.float(), fake.float())
             self._descend("discriminator", terms["discriminator"])
         self.step += 1
         return {name: term.detach() for name, term in terms.items()}
 
-    def _autoencoder_terms(self, images: Tensor, adversarial: bool) -> tuple[dict[str, Tensor], Tensor]:
+    def _autoencoder_terms(self, images: Tensor, judge: PatchDiscriminator | None) -> tuple[dict[str, Tensor], Tensor]:
         """The terms of the autoencoder's loss, by name, and the reconstruction."""
         reconstruction, indices, codebook = self.model(images)
         terms = {"l1": F.l1_loss(reconstruction.float(), images), "codebook": codebook}
@@ -134,10 +135,10 @@ class AutoencoderTraining:
             terms["lpips"] = self.lpips(images, reconstruction).float().mean()
             fidelity = fidelity + terms["lpips"]
         loss = fidelity + codebook
-        if adversarial:
-            self.discriminator.requires_grad_(False)  # judges here, learns after
-            terms["adversarial"] = -self.discriminator(reconstruction).float().mean()
-            self.discriminator.requires_grad_(True)
+        if judge is not None:
+            judge.requires_grad_(False)  # judges here, learns after
+            terms["adversarial"] = -judge(reconstruction).float().mean()
+            judge.requires_grad_(True)
             weight = adaptive_weight(fidelity, terms["adversarial"], self.model.decoder.conv_out.weight)
             loss = loss + self.config.disc_weight * weight * terms["adversarial"]
         return {"loss": loss, **terms}, reconstruction

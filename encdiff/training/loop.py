@@ -4,11 +4,11 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -24,18 +24,22 @@ from encdiff.files.temporaries import errors_of
 from encdiff.terminal import Tasks, progress_bar, say
 from encdiff.training.runs import CsvLog, RunFolder
 
+T = TypeVar("T", bound="Trainable")
 
-class Training(Protocol):
+
+class Trainable(Protocol):
     """What `fit` drives: everything of a training that changes from step to step."""
 
-    TERMS: tuple[str, ...]  # names of what `advance` returns, "loss" first
+    TERMS: ClassVar[tuple[str, ...]]  # names of what `advance` returns, "loss" first
     config: Any  # a dataclass with steps, batch_size, seed, log_every, checkpoint_every, picture_every
     device: torch.device
     step: int
 
     def begin(self, images: Tensor) -> None: ...  # whatever needs the first batch, float (B, 3, S, S), before step 0
     def prepare(self, batches: Batches) -> None: ...  # whatever is computed once for the data set, before any step
-    def advance(self, images: Tensor, indices: Tensor) -> dict[str, Tensor]: ...  # one step on uint8 (B, S, S, 3)
+    def advance(
+        self, images: Tensor, indices: Tensor
+    ) -> Mapping[str, Tensor | float]: ...  # one step on uint8 (B, S, S, 3)
     def model_config(self) -> dict: ...
     def tensors(self) -> dict[str, Tensor]: ...  # all that `load` needs
     def load(self, tensors: dict[str, Tensor], metadata: dict[str, str], source: Path) -> None: ...
@@ -44,14 +48,14 @@ class Training(Protocol):
 
 
 def fit(
-    training: Training,
+    training: T,
     dataset: Dataset,
     run_dir: str | Path,
     *,
     resume: bool = False,
     overwrite: bool = False,
     tensorboard: bool = False,
-    on_step: Callable[[Training], None] | None = None,
+    on_step: Callable[[T], None] | None = None,
 ) -> None:
     """Run a training to its last step in a run folder; see `train` for the arguments."""
     config, writer_class = training.config, _summary_writer() if tensorboard else None
@@ -97,7 +101,7 @@ def _loop(training, batches, folder, recorder, interrupt, on_step) -> None:
             _save(training, folder)
 
 
-def _described(training: Training, dataset: Dataset) -> dict:
+def _described(training: Trainable, dataset: Dataset) -> dict:
     """What a run is: written at its beginning, compared when it is resumed."""
     return {
         "model": training.model_config(),
@@ -108,7 +112,7 @@ def _described(training: Training, dataset: Dataset) -> dict:
     }
 
 
-def _resume(training: Training, dataset: Dataset, folder: RunFolder) -> None:
+def _resume(training: Trainable, dataset: Dataset, folder: RunFolder) -> None:
     folder.check_same_run(_described(training, dataset))
     tensors, metadata = load_tensors(folder.checkpoint)
     step = step_of(metadata, folder.checkpoint)
@@ -116,7 +120,7 @@ def _resume(training: Training, dataset: Dataset, folder: RunFolder) -> None:
     training.step = step
 
 
-def _save(training: Training, folder: RunFolder) -> None:
+def _save(training: Trainable, folder: RunFolder) -> None:
     tensors = training.tensors()
     if not all(t.isfinite().all() for t in tensors.values()):
         raise diverged(training.step, f"{folder.checkpoint} is of an earlier step and whole")
@@ -133,7 +137,7 @@ def diverged(step: int, state: str) -> InputError:
 class _Recorder:
     """Writes the terms of a step to the log and TensorBoard, pictures to the latter; says how far the training is."""
 
-    def __init__(self, training: Training, log: CsvLog, tasks: Tasks, events: "_Events | None"):
+    def __init__(self, training: Trainable, log: CsvLog, tasks: Tasks, events: "_Events | None"):
         self.training, self.log, self.tasks, self.events = training, log, tasks, events
         self.began, self.since = time.monotonic(), training.step
         if training.step < training.config.steps:

@@ -6,8 +6,10 @@ layers and convolutions the backward pass itself writes to where it reads them (
 """
 
 import copy
+from collections.abc import Sequence
 from itertools import accumulate, chain
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,19 +31,22 @@ class Segment:
     they had. `weights` are the views that compute: of the bfloat16 copy, or the masters themselves.
     """
 
-    def __init__(self, parameters: list[nn.Parameter], averages: list[Tensor], dtype: torch.dtype):
+    def __init__(self, parameters: Sequence[Tensor], averages: Sequence[Tensor], dtype: torch.dtype):
         filled = [-(-p.numel() // ALIGNMENT) * ALIGNMENT for p in parameters]
         starts = [0, *accumulate(filled)]
-        exact = {"device": parameters[0].device, "dtype": torch.float32}
+
+        def zeros(count: int) -> Tensor:
+            return torch.zeros(count, device=parameters[0].device, dtype=torch.float32)
+
         # of each: shape, strides without gaps, place
         self.places = [
             (p.shape, torch.empty_like(p, device="meta").stride(), start)
             for p, start in zip(parameters, starts, strict=False)
         ]
-        self.master, self.exp_avg, self.exp_avg_sq = (torch.zeros(starts[-1], **exact) for _ in range(3))
+        self.master, self.exp_avg, self.exp_avg_sq = (zeros(starts[-1]) for _ in range(3))
         self.gradient = torch.zeros_like(self.master, dtype=dtype)
         self.copy = None if dtype == torch.float32 else torch.zeros_like(self.gradient)
-        self.average = torch.zeros(starts[len(averages)], **exact) if averages else None
+        self.average = zeros(starts[len(averages)]) if averages else None
         self.weights = self.views(self.master if self.copy is None else self.copy)
         self.gradients = self.views(self.gradient)
         for flat, tensors in ((self.master, parameters), (self.average, averages)):
@@ -81,7 +86,7 @@ class Masters:
 
     def __init__(self, model: EncDiff, ema: UNet, betas: tuple[float, float], weight_decay: float, aside: bool = False):
         self.model, self.updates = model, 0
-        self.constants = {"betas": betas, "weight_decay": weight_decay}
+        self.betas, self.weight_decay = betas, weight_decay
         self.compute, exact = _copy(model)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         if not self.parameters:
@@ -102,7 +107,9 @@ class Masters:
         self.computing = self._place()
         self.refresh()
         # what holds the parts of the model, and the parts
-        self.tables = [t for m in model.modules() for t in (m._modules, m._parameters, m._buffers) if t]
+        self.tables: list[dict[str, Any]] = [
+            t for m in model.modules() for t in (m._modules, m._parameters, m._buffers) if t
+        ]
         self.parts = list(chain.from_iterable(map(dict.values, self.tables)))
         self.packed = [*self.parameters, *ema.parameters()]
         self.addresses = [p.data_ptr() for p in self.packed]
@@ -117,7 +124,8 @@ class Masters:
                 if p is not None and to._parameters[name] is not p:
                     rounded = views[id(p)] if id(p) in views else p.detach().to(torch.bfloat16)
                     to._parameters[name] = nn.Parameter(rounded, p.requires_grad)
-                computing[id(p)] = to._parameters[name]
+                if p is not None:
+                    computing[id(p)] = to.get_parameter(name)
         learning = [computing[id(p)] for p in self.parameters]
         for segment, indices in self.segments:
             for i, gradient in zip(indices, segment.gradients, strict=True):
@@ -152,7 +160,7 @@ class Masters:
 
     def prepare(self, rate: float, follow: float) -> None:
         """The learning rate and 1 - decay of the average of the next `step`; waits for nothing."""
-        t, (beta1, beta2) = self.updates + 1, self.constants["betas"]
+        t, (beta1, beta2) = self.updates + 1, self.betas
         for into, value in zip(self.schedule, (rate, follow, 1 - beta1**t, 1 - beta2**t), strict=True):
             into.fill_(value)
 
@@ -168,7 +176,7 @@ class Masters:
         for segment, indices in self.segments:
             found = [(view, self.computing[i]) for i, view in zip(indices, segment.gradients, strict=True)]
             if given := [(view, p.grad) for view, p in found if p.grad is not None]:
-                gather(*map(list, zip(*given, strict=True)), self.beside.written)
+                gather([v for v, _ in given], [g for _, g in given], self.beside.written)
             if missing := [v for v, p in found if p.grad is None and v.data_ptr() not in self.beside.written]:
                 torch._foreach_zero_(missing)
         self.zero_grad()  # their memory is free for what comes next
@@ -176,7 +184,7 @@ class Masters:
         norm = norms[0] if len(norms) == 1 else torch.hypot(*norms)
         scale = (clip / (norm + 1e-6)).clamp(max=1.0) if clip else None  # as torch.nn.utils.clip_grad_norm_
         for segment, _ in self.segments:
-            segment.step(self.schedule, scale, **self.constants)
+            segment.step(self.schedule, scale, betas=self.betas, weight_decay=self.weight_decay)
         return norm
 
     def tensors(self, prefix: str = "optimizer") -> dict[str, Tensor]:

@@ -7,9 +7,10 @@ import logging
 import math
 import os
 import shutil
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -127,7 +128,8 @@ class _Lock:
     ends, however it ends."""
 
     def __init__(self, folder: Path):
-        self.folder, self.path, self._file = folder, folder / ".lock", None
+        self.folder, self.path = folder, folder / ".lock"
+        self._file: IO[str] | None = None
 
     @property
     def held(self) -> bool:
@@ -140,7 +142,7 @@ class _Lock:
                 self._flock(file, fcntl.LOCK_SH)
 
     def take(self) -> None:
-        while not self.held:
+        while self._file is None:
             file = self.path.open("a+")
             try:
                 self._flock(file, fcntl.LOCK_EX)
@@ -154,7 +156,7 @@ class _Lock:
         self._file.flush()
 
     def release(self) -> None:
-        if self.held:
+        if self._file is not None:
             self.path.unlink(missing_ok=True)
             self._file.close()
             self._file = None
@@ -208,12 +210,14 @@ def _rows(path: Path, columns: tuple[str, ...], step: int) -> list[dict[str, str
     refuse_special(path)
     with path.open(newline="", encoding="utf-8", errors="replace") as file, suppress(csv.Error):
         for row in csv.DictReader(file):
-            at, seconds = whole_number(row.get("step")), row.get("seconds")
+            at, seconds = whole_number(row.get("step")), row.get("seconds") or ""
             try:
-                torn = at is None or not math.isfinite(float(seconds)) or not all(map(_number, map(row.get, columns)))
+                torn = not math.isfinite(float(seconds)) or not all(
+                    _number(row.get(column) or "") for column in columns
+                )
             except (TypeError, ValueError):
                 torn = True
-            if torn:  # in the writing: it ends the log
+            if torn or at is None:  # in the writing: it ends the log
                 break
             if at <= step:
                 kept.append({column: row[column] for column in columns})
@@ -240,7 +244,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, prefix: str = "optimizer
 
 
 def optimizer_state(
-    parameters: list[Tensor], tensors: dict[str, Tensor], source: str | Path, prefix: str = "optimizer"
+    parameters: Sequence[Tensor], tensors: dict[str, Tensor], source: str | Path, prefix: str = "optimizer"
 ) -> dict[int, dict[str, Tensor]]:
     """What `optimizer_tensors` took from Adam, by the parameter's index, moments with the parameter's strides.
 
@@ -253,7 +257,7 @@ def optimizer_state(
             text, _, key = name.removeprefix(prefix + ".").partition(".")
             index = whole_number(text, len(parameters) - 1)
             like = None if index is None or str(index) != text else parameters[index]
-            if like is None or tensor.shape != (() if key == "step" else like.shape):
+            if index is None or like is None or tensor.shape != (() if key == "step" else like.shape):
                 raise InputError(f"{source}: {name} {tuple(tensor.shape)} fits no parameter of this configuration")
             if not _is_moment(tensor, key):
                 raise InputError(f"{source}: {name} holds no finite numbers, or impossible ones; it is damaged")

@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from encdiff.engine.graph import unowned
 from encdiff.errors import InputError
 from encdiff.files.checkpoint import load_state, positive_number
 from encdiff.models import EncDiff
+from encdiff.models.layers import channels_last
 from encdiff.pictures import save_png, swap_grid
 from encdiff.profiling import phase
 from encdiff.training.loop import fit
@@ -35,23 +37,23 @@ class Training:
         half a gigabyte longer. Not with `checkpoint_activations`, which is to save memory.
     """
 
-    TERMS = ("loss", "gradient_norm", "learning_rate")
+    TERMS: ClassVar[tuple[str, ...]] = ("loss", "gradient_norm", "learning_rate")
 
     def __init__(self, model: EncDiff, config: TrainConfig, masters: bool | None = None, aside: bool = True):
         if masters and config.precision != "bf16":
             raise InputError(f"masters is True, needs precision 'bf16', but it is {config.precision!r}")
-        # channels last: the faster layout of convolutions, on a CPU and a GPU
-        self.model, self.config, self.step = model.train().to(memory_format=torch.channels_last), config, 0
+        self.model, self.config, self.step = channels_last(model.train()), config, 0
         self.device = next(model.parameters()).device
         model.unet.checkpoint_activations = config.checkpoint_activations
         self.ema = copy.deepcopy(model.unet).requires_grad_(False)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.masters: Masters | None = None  # it or `adamw` holds the moments
         engine, on_gpu = choose(config.engine, self.device), self.device.type == "cuda"
         if masters or (masters is None and config.precision == "bf16" and on_gpu):
             aside = aside and engine == "graph" and not config.checkpoint_activations  # which is to save memory
-            self.optimizer, self.masters = None, Masters(model, self.ema, config.betas, config.weight_decay, aside)
+            self.masters = Masters(model, self.ema, config.betas, config.weight_decay, aside)
         else:
-            self.optimizer, self.masters = self._adamw(), None
+            self.adamw = self._adamw()
         self.computing = model if self.masters is None else self.masters.compute  # whose loss it is
         self.latents: Tensor | None = None  # of the whole data set, if that pays
         # one graph for each shape; on a GPU inside the CUDA graph, since compiled parts alone wait for the host
@@ -93,7 +95,7 @@ class Training:
             with float32_precision(self.config.precision != "float32"):
                 self.latents = torch.cat([self.model.to_latents(to_float(x)) for x in batches.everything()])
 
-    def advance(self, images: Tensor, indices: Tensor) -> dict[str, Tensor]:
+    def advance(self, images: Tensor, indices: Tensor) -> dict[str, Tensor | float]:
         """One step on images uint8 (B, S, S, 3) and their indices int64 (B,), on the model's device; returns TERMS."""
         # the key of a sample is its place in the endless stream of shuffled images, whatever the batches it is cut into
         draw, first = divmod(self.step * self.config.batch_size, 2**32)
@@ -104,7 +106,7 @@ class Training:
         follow = 1 - min(self.config.ema, (1 + n) / (10 + n))
         inputs["draw"] = torch.full((), draw, device=self.device)
         if self.masters is None:
-            self.optimizer.param_groups[0]["lr"].fill_(rate)
+            self.adamw.param_groups[0]["lr"].fill_(rate)
             inputs["follow"] = torch.full((), follow, device=self.device)
         else:
             self.masters.check()
@@ -118,7 +120,7 @@ class Training:
 
     def _work(self, follow: Tensor | None = None, **inputs: Tensor) -> tuple[Tensor, Tensor]:
         """The whole step on the device, nothing read back: loss, gradients, clipping, AdamW, EMA."""
-        (self.masters or self.optimizer).zero_grad()
+        (self.masters or self.adamw).zero_grad()
         with phase("forward"):
             loss = self._compute(self, **inputs)
         with phase("backward"):
@@ -131,7 +133,8 @@ class Training:
             if self.masters is not None:
                 return loss.detach(), self.masters.step(self.config.gradient_clip)
             norm = self._clip()
-            self.optimizer.step()
+            self.adamw.step()
+        assert follow is not None, "without masters `advance` gives it"
         with phase("average"), torch.no_grad():
             lerp(list(self.ema.parameters()), list(self.model.unet.parameters()), follow)
         return loss.detach(), norm
@@ -157,7 +160,7 @@ class Training:
     def tensors(self) -> dict[str, Tensor]:
         model = {f"model.{k}": v for k, v in self.model.state_dict().items()}
         ema = {f"ema.{k}": v for k, v in self.ema.state_dict().items()}
-        return model | ema | (self.masters.tensors() if self.masters else optimizer_tensors(self.optimizer))
+        return model | ema | (self.masters.tensors() if self.masters else optimizer_tensors(self.adamw))
 
     def load(self, tensors: dict[str, Tensor], metadata: dict[str, str], source: Path) -> None:
         """Continue from `tensors`; InputError, naming `source`, if they are of another configuration."""
@@ -165,7 +168,7 @@ class Training:
             own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
             load_state(module, own, source)
         if self.masters is None:
-            load_optimizer(self.optimizer, tensors, source)
+            load_optimizer(self.adamw, tensors, source)
         else:
             self.masters.load(tensors, source)
         scale = positive_number(metadata.get("scaling_factor"), "scaling_factor", source)
