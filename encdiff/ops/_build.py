@@ -139,7 +139,7 @@ def build(target: Path, folder: Path, cuda: bool = True) -> None:
     with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         copy_sources(folder)
-        execute(edges(compiler, nvcc, torch), folder, lock.fileno())
+        execute(graph(compiler, nvcc, torch), folder, lock.fileno())
         part = target.with_name(f".part-{target.name}")
         shutil.copy(folder / "library.so", part)
         os.replace(part, target)
@@ -163,8 +163,8 @@ def copy_sources(folder: Path) -> None:
         copy.write_bytes(content)
 
 
-def edges(compiler: str, nvcc: str | None, torch: Path) -> list[Edge]:
-    """Those of the objects, the slowest first, and that of the library."""
+def graph(compiler: str, nvcc: str | None, torch: Path) -> list[Edge]:
+    """The edges of the objects, the slowest first, and of the library."""
     objects = list(compilations(compiler, nvcc, torch))
     names = sorted(edge.output for edge in objects)
     runtime = [str(cuda_library(nvcc)), "-ldl", "-lrt", "-lpthread"] if nvcc else []
