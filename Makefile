@@ -54,10 +54,11 @@ clean:  ## remove both environments, builds and caches, but never a run
 	rm -rf .venv .venv-oldest build dist encdiff.egg-info encdiff/_C*.so .pytest_cache .ruff_cache .hypothesis .benchmarks .coverage
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# torch comes first and by its exact version, so that nothing else chooses one; it also brings setuptools for the build.
+# torch comes first and by its exact version, so that nothing else chooses one; it also brings setuptools for the build,
+# which ninja runs.
 .venv/.installed: pyproject.toml setup.py constraints.txt encdiff/__init__.py encdiff/ops/_build.py $(wildcard csrc/*)
 	.venv/bin/python -m pip --version 2>/dev/null || { "$(PYTHON)" -c '$(CHECK_PYTHON)' && "$(PYTHON)" -m venv .venv; }
-	$(PIP) torch==2.13.0
+	$(PIP) torch==2.13.0 ninja
 	$(PIP) --no-build-isolation -e .
 	touch $@
 
@@ -69,6 +70,6 @@ clean:  ## remove both environments, builds and caches, but never a run
 .venv-oldest/.installed: pyproject.toml setup.py encdiff/__init__.py encdiff/ops/_build.py $(wildcard csrc/*)
 	.venv-oldest/bin/python -m pip --version 2>/dev/null || \
 	{ "$(PYTHON)" -c '$(CHECK_PYTHON)' && "$(PYTHON)" -m venv .venv-oldest; }
-	$(PIP_OLDEST) "setuptools>=77" torch==2.11.0 "numpy<2.4"
+	$(PIP_OLDEST) "setuptools>=77" torch==2.11.0 "numpy<2.4" ninja
 	ENCDIFF_CUDA=1 $(PIP_OLDEST) --no-build-isolation "numpy<2.4" -e ".[dev]"
 	touch $@

@@ -11,16 +11,20 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-native = runpy.run_path(str(Path(__file__).parent / "encdiff/ops/_build.py"), run_name="encdiff.ops._build")
+HERE = Path(__file__).parent
+native = runpy.run_path(str(HERE / "encdiff/ops/_build.py"), run_name="encdiff.ops._build")
 
 
 class BuildNative(build_ext):
-    """Hands the extension to `encdiff.ops._build`; where that cannot build it, the install goes on without."""
+    """Hands the extension to `encdiff.ops._build`; where that cannot build it, the install goes on without.
+
+    `build/native` is kept, unlike setuptools' folder in an editable install: a change compiles what it touches.
+    """
 
     def build_extension(self, ext: Extension) -> None:
         try:
-            native["build"](Path(self.get_ext_fullpath(ext.name)))
-        except native["BuildError"] as error:
+            native["build"](Path(self.get_ext_fullpath(ext.name)), HERE / "build" / "native")
+        except (native["BuildError"], OSError) as error:
             without_native(error)
 
 

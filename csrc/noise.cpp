@@ -19,7 +19,6 @@
 #endif
 
 #define EXPORT extern "C" __attribute__((visibility("default"), used))
-EXPORT const char encdiff_sources[] = "encdiff-sources:" ENCDIFF_SOURCES;
 #ifdef ENCDIFF_WITH_CUDA
 EXPORT const int encdiff_has_cuda = 1;
 #endif

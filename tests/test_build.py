@@ -1,9 +1,15 @@
 """The build of the native engine: when it happens, how often, what is said when it cannot. No real compiler runs."""
 
+import fcntl
 import os
+import platform
 import re
+import shlex
+import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -14,8 +20,16 @@ FAKE_COMPILER = """#!/bin/sh
 echo "$@" >> "{log}"
 case "$1" in -print-file-name=libstdc++.so.6) echo "$0"; echo a warning >&2; exit;; esac
 sleep 0.2
-while [ "$1" != -o ]; do shift; done
-echo built > "$2"
+while [ "$1" != -c ] && [ "$1" != -o ]; do shift; done
+if [ "$1" = -c ]; then
+    echo "$4: $2" $(sed -n 's|#include "\\(.*\\)"|csrc/\\1|p' "$2") > "$4.d"
+    echo $$ >> "{log}.pids"
+    echo half > "$4"
+    while [ -e "{log}.wait" ]; do sleep 0.05; done
+    echo built > "$4"
+else
+    cat *.o > "$2"
+fi
 """
 # What csrc/ may use of PyTorch: read off the headers of torch 2.11, the oldest that is served. Newer ones have more,
 # such as STABLE_TORCH_ERROR_CODE_CHECK, so that a build against them proves nothing. Look in 2.11 before adding a name.
@@ -46,11 +60,32 @@ def place(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.fixture(params=["ninja", "none"])
+def with_ninja(request, monkeypatch):
+    """With ninja and without."""
+    if request.param == "none":
+        monkeypatch.setattr(_build, "find_ninja", lambda: None)
+    else:
+        assert _build.find_ninja() is not None
+    return request.param == "ninja"
+
+
 def run(code, **environment):
-    command = [sys.executable, "-c", code]
     return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | environment
-    )
+        [sys.executable, "-c", code], env=os.environ | environment, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def compiled(place) -> list[str]:
+    """The sources that were compiled since this was asked last, each once for every instruction set."""
+    calls = (place / "calls").read_text().splitlines()
+    (place / "calls").write_text("")
+    return sorted(re.findall(r" -c csrc/(\S+) ", "\n".join(calls)))
+
+
+def is_whole(library) -> bool:
+    return set(library.read_text().split()) == {"built"}
 
 
 def test_two_processes_build_once_and_say_so_in_one_line(place):
@@ -62,7 +97,7 @@ def test_two_processes_build_once_and_say_so_in_one_line(place):
     calls = (place / "calls").read_text().splitlines()
     assert sum("-shared" in call for call in calls) == 1
     library = _build.find_or_build(False)
-    assert library.read_text() == "built\n" and sorted(p.name for p in library.parent.iterdir()) == ["_C.so", "lock"]
+    assert is_whole(library) and sorted(p.name for p in library.parent.iterdir()) == ["_C.so", "lock"]
     assert len((place / "calls").read_text().splitlines()) == len(calls)
 
 
@@ -71,6 +106,115 @@ def test_the_c_plus_plus_library_is_the_process_s_own(place):
     _build.find_or_build(False)
     link = next(call for call in (place / "calls").read_text().splitlines() if "-shared" in call)
     assert link.endswith(f" {place / 'c++'}")  # what the compiler named
+
+
+CPU_UNITS = {"x86_64": 3}.get(platform.machine(), 1)
+
+
+@pytest.mark.parametrize(
+    "change,units",
+    [
+        (lambda csrc: None, []),
+        (lambda csrc: os.utime(csrc / "noise.cpp"), []),
+        (lambda csrc: append(csrc / "attention.cpp"), ["attention.cpp", "fingerprint.cpp"]),
+        (lambda csrc: append(csrc / "attention_cpu.cpp"), ["attention_cpu.cpp"] * CPU_UNITS + ["fingerprint.cpp"]),
+        (
+            lambda csrc: append(csrc / "attention.h"),
+            ["attention.cpp", *["attention_cpu.cpp"] * CPU_UNITS, "fingerprint.cpp"],
+        ),
+        (lambda csrc: os.utime(append(csrc / "noise.cpp"), (0, 0)), ["fingerprint.cpp", "noise.cpp"]),
+    ],
+    ids=["nothing", "time-alone", "source", "kernels", "header", "older"],
+)
+def test_a_change_compiles_what_it_touches(place, monkeypatch, change, units):
+    csrc = place / "csrc"
+    shutil.copytree(_build.sources(), csrc)
+    monkeypatch.setattr(_build, "sources", lambda: csrc)
+    first = _build.find_or_build(False)
+    assert len(compiled(place)) == 3 + 2 * CPU_UNITS
+    change(csrc)
+    assert (_build.find_or_build(False) == first) == (not units)
+    assert compiled(place) == units
+    _build.build(place / "again.so", place / "cache/encdiff" / f"build-{platform.machine()}", False)
+    assert compiled(place) == [] and is_whole(place / "again.so")
+
+
+def append(path):
+    path.write_text(path.read_text() + "// changed\n")
+    return path
+
+
+def test_other_flags_compile_everything(place, monkeypatch):
+    units = [_build.build(place / "_C.so", place / "work", False), compiled(place)][1]
+    monkeypatch.setattr(_build, "CPU", [*_build.CPU, "-g"])
+    _build.build(place / "_C.so", place / "work", False)
+    assert compiled(place) == units
+
+
+def test_paths_with_special_characters(place, monkeypatch, with_ninja):
+    odd = place / "a b$c:d'e#f"
+    odd.mkdir()
+    shutil.copy(place / "c++", odd)
+    monkeypatch.chdir(odd)
+    monkeypatch.setenv("CXX", "./c++")
+    _build.build(odd / "_C.so", odd / "work", False)
+    assert is_whole(odd / "_C.so") and len(compiled(place)) == 3 + 2 * CPU_UNITS
+    _build.build(odd / "_C.so", odd / "work", False)
+    assert bool(compiled(place)) != with_ninja
+
+
+def test_a_failure_says_what_the_compiler_said_and_no_more(place, with_ninja):
+    compiler = place / "c++"
+    fails = 'case "$*" in *fingerprint.cpp*) sleep 1; echo no such flag >&2; exit 1;; esac\n'
+    compiler.write_text(compiler.read_text().replace("sleep 0.2\n", fails))
+    with pytest.raises(_build.BuildError) as error:
+        _build.build(place / "_C.so", place / "work", False)
+    command, output = re.search(r"^(\S+/c\+\+ .* -c .*)\n([^/]*)$", str(error.value), re.M).groups()
+    assert shlex.split(command)[-3:] == ["csrc/fingerprint.cpp", "-o", "fingerprint.o"]
+    assert output.splitlines()[0] == "no such flag" and "noise.o" not in str(error.value)
+    assert not (place / "_C.so").exists()
+
+
+@pytest.mark.parametrize("compilers_too", [False, True])
+def test_a_killed_build_leaves_nothing_half_done(place, compilers_too):
+    """Compilers outlive it, in process groups of their own: until they end the next build waits, in the same folder."""
+    wait = place / "calls.wait"
+    wait.touch()
+    process = run(FIND.replace("; ", "; _build.installed = lambda: None; ", 1))
+    folder = place / "cache/encdiff" / f"build-{platform.machine()}"
+    until(lambda: any(path.read_text() == "half\n" for path in folder.glob("*.o")))
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert is_locked(folder / "lock")
+    if compilers_too:
+        killed = set()
+        until(lambda: kill_listed(place / "calls.pids", killed) or not is_locked(folder / "lock"))
+        assert any(path.read_text() == "half\n" for path in folder.glob("*.o"))
+    wait.unlink()
+    assert is_whole(_build.find_or_build(False))
+
+
+def kill_listed(pids, killed: set[str]) -> None:
+    """Kill the processes of the list, each once; a compiler that has just been started is not on it yet."""
+    for pid in set(pids.read_text().split()) - killed:
+        os.kill(int(pid), signal.SIGKILL)
+        killed.add(pid)
+
+
+def until(condition):
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def is_locked(path) -> bool:
+    with open(path) as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
 
 
 def test_a_failure_is_kept_until_its_note_is_deleted(place, monkeypatch):
@@ -173,19 +317,6 @@ def test_the_build_says_in_one_line_that_there_is_no_place_for_it():
     assert (done.returncode, done.stderr) == (1, said)
 
 
-def test_what_a_killed_build_left_is_removed(place):
-    library = _build.find_or_build(False)
-    for name in (".buildx7_2k1ab", f".build{os.getpid()}-abc", f".build{2**22 + 1}-abc"):
-        (library.parent / name).mkdir()
-        (library.parent / name / "noise.o").write_text("half")
-    _build.build(library, False)  # as an install does: others may be building there, too
-    left = {path.name for path in library.parent.iterdir()}
-    assert left == {"_C.so", "lock", ".buildx7_2k1ab", f".build{os.getpid()}-abc"}
-    library.unlink()
-    assert _build.find_or_build(False) == library
-    assert {path.name for path in library.parent.iterdir()} == {"_C.so", "lock"}
-
-
 def test_encdiff_cuda(place, monkeypatch):
     monkeypatch.setenv("CUDA_HOME", str(place))  # where no nvcc is
     assert _build.find_nvcc() is None
@@ -230,7 +361,7 @@ ptxas info    : Function properties for _ZN7encdiff3fooE
     16 bytes stack frame, 4 bytes spill stores, 8 bytes spill loads
 ptxas info    : Used 34 registers, used 0 barriers, 420 bytes cmem[0]
 """
-    assert list(_build.usages(log)) == [("_ZN7encdiff3fooE", 34, 16, 12)]
+    assert list(_build.usages(log)) == [(90, "_ZN7encdiff3fooE", 34, 16, 12)]
 
 
 def test_the_torch_here_has_the_stable_abi():

@@ -6,7 +6,8 @@
 It is compiled against PyTorch's stable ABI and uses no Python API at all, so one build serves every torch >= 2.11 and
 every Python. ENCDIFF_CUDA: `auto` compiles the CUDA half where nvcc is found, `1` insists on it, `0` leaves it out; a
 GPU is not looked for. CXX and CUDA_HOME name the compilers, else PATH does. ENCDIFF_SANITIZE=1 builds for the address
-and undefined-behaviour sanitizers. setup.py runs this file by its path: nothing of the package is imported, nor torch.
+and undefined-behaviour sanitizers. Ninja runs the compilers, at once and only for what has changed; without ninja they
+all run, one after the other. setup.py runs this file by its path: nothing of the package is imported, nor torch.
 """
 
 import argparse
@@ -16,12 +17,12 @@ import importlib.util
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,12 +34,30 @@ CPU = ["-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g"]
 CUDA = ["--fmad=false", "-Xcompiler=-fPIC,-fvisibility=hidden"]  # no contraction: CPU and GPU round alike
 
-
-TEMPORARY = ".build"
+# Headers of torch and of the system are not followed (-MMD): the ABI is stable, and one library serves every torch.
+RULES = """\
+rule compile
+  command = $command_line
+  description = $out
+  depfile = $out.d
+  deps = gcc
+rule link
+  command = $command_line
+  description = $out
+"""
 
 
 class BuildError(Exception):
     """The native engine cannot be built; the message says why."""
+
+
+class Edge(NamedTuple):
+    """A file and the command that makes it, an edge of ninja's graph; paths are relative to the build's folder."""
+
+    rule: str
+    output: str
+    inputs: list[str]
+    command: list[str]
 
 
 def sources() -> Path:
@@ -47,10 +66,14 @@ def sources() -> Path:
     return package / "csrc" if (package / "csrc").is_dir() else package.parent / "csrc"
 
 
+def source_files() -> list[Path]:
+    return sorted(sources().glob("*.[hc]*"))
+
+
 def fingerprint() -> str:
     """What the build depends on of ours, so that a library from older sources is recognised."""
     digest = hashlib.sha256(Path(__file__).read_bytes() + b"sanitize" * sanitized())
-    for path in sorted(sources().glob("*.[hc]*")):
+    for path in source_files():
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]
 
@@ -62,7 +85,7 @@ def sanitized() -> bool:
 def find_compiler() -> str:
     for name in (os.environ.get("CXX"), "c++", "g++", "clang++"):
         if name and (found := shutil.which(name)):
-            return found
+            return os.path.abspath(found)
     raise BuildError("no C++ compiler on PATH, and CXX names none")
 
 
@@ -81,68 +104,108 @@ def find_nvcc() -> str | None:
     found = shutil.which("nvcc", path=str(Path(home, "bin"))) if home else shutil.which("nvcc")
     if found is None and wanted == "1":
         raise BuildError("ENCDIFF_CUDA=1 asks for the CUDA half, but no nvcc is in CUDA_HOME or on PATH")
-    return found
+    return found and os.path.abspath(found)
 
 
 def find_torch() -> Path:
     spec = importlib.util.find_spec("torch")  # finds, does not import
     if spec is None or spec.origin is None:
         raise BuildError("torch is not installed")
-    folder = Path(spec.origin).parent
+    folder = Path(spec.origin).absolute().parent
     if not (folder / "include/torch/csrc/stable/library.h").exists():
         raise BuildError(f"the torch in {folder} has no stable ABI headers")
     return folder
 
 
-def build(target: Path, cuda: bool = True) -> None:
-    """Compile and link into `target`, whole or not at all; `cuda=False` leaves the CUDA half out in any case."""
+def find_ninja() -> str | None:
+    """The ninja of the package of that name, else the one on PATH, else None."""
+    try:
+        from ninja import BIN_DIR as folder
+    except ImportError:
+        folder = None
+    found = shutil.which("ninja", path=folder) or shutil.which("ninja")
+    return found and os.path.abspath(found)
+
+
+def build(target: Path, folder: Path, cuda: bool = True) -> None:
+    """Compile and link in `folder`, which is kept for the next build, then place the library, whole or not at all.
+
+    `cuda=False` leaves the CUDA half out in any case. Processes with the same folder wait for each other.
+    """
     compiler, torch = find_compiler(), find_torch()
     nvcc = find_nvcc() if cuda else None
+    folder.mkdir(parents=True, exist_ok=True)
     target.parent.mkdir(parents=True, exist_ok=True)
-    remove_dead(target.parent)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f"{TEMPORARY}{os.getpid()}-") as folder:
-        commands = list(compilations(compiler, nvcc, torch, Path(folder)))
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(run, commands))
-        library = Path(folder, "library.so")
-        runtime = [str(cuda_library(nvcc)), "-ldl", "-lrt", "-lpthread"] if nvcc else []
-        objects = sorted(str(path) for path in Path(folder).glob("*.o"))
-        needed = [f"-L{torch / 'lib'}", "-ltorch_cpu", *runtime, *standard_library(compiler)]
-        run([compiler, "-shared", "-o", str(library), *objects, *needed])
-        os.replace(library, target)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        copy_sources(folder)
+        execute(graph(compiler, nvcc, torch), folder, lock.fileno())
+        part = target.with_name(f".part-{target.name}")
+        shutil.copy(folder / "library.so", part)
+        os.replace(part, target)
 
 
-def remove_dead(folder: Path, alone: bool = False) -> None:
-    """Remove what killed builds left; `alone`: nobody else builds there, so that whatever is left is dead."""
-    for left in folder.glob(f"{TEMPORARY}*"):
-        pid = re.fullmatch(rf"{re.escape(TEMPORARY)}(\d+)-.*", left.name)
-        if alone or (pid and not _is_alive(int(pid[1]))):
-            shutil.rmtree(left, ignore_errors=True)
+def copy_sources(folder: Path) -> None:
+    """Bring `folder/csrc` up to date. Only what differs is written, since ninja goes by times of change.
+
+    Those of the sources themselves may mislead it: another version's files may be older than the objects of this one's.
+    """
+    copies = folder / "csrc"
+    copies.mkdir(exist_ok=True)
+    wanted = {path.name: path.read_bytes() for path in source_files()}
+    for copy in copies.iterdir():
+        if wanted.get(copy.name) == copy.read_bytes():
+            del wanted[copy.name]
+        else:
+            copy.unlink()
+    for name, content in wanted.items():
+        copy = copies / name
+        copy.write_bytes(content)
 
 
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except PermissionError:  # of another user
-        return True
-    except (ProcessLookupError, OverflowError):
-        return False
-    return True
+def graph(compiler: str, nvcc: str | None, torch: Path) -> list[Edge]:
+    """The edges of the objects, the slowest first, and of the library."""
+    objects = list(compilations(compiler, nvcc, torch))
+    names = sorted(edge.output for edge in objects)
+    runtime = [str(cuda_library(nvcc)), "-ldl", "-lrt", "-lpthread"] if nvcc else []
+    needed = [f"-L{torch / 'lib'}", "-ltorch_cpu", *runtime, *standard_library(compiler)]
+    link = [compiler, "-shared", "-o", "library.so", *names, *needed]
+    return [*objects, Edge("link", "library.so", names, link)]
 
 
-def compilations(compiler: str, nvcc: str | None, torch: Path, folder: Path) -> Iterator[list[str]]:
-    """The compiler's command of each object, the slowest first."""
+def compilations(compiler: str, nvcc: str | None, torch: Path) -> Iterator[Edge]:
     if nvcc:
-        cu = str(sources() / "noise.cu")
-        yield [nvcc, "-ccbin", compiler, *COMMON, *CUDA, *targets(nvcc), "-c", cu, "-o", str(folder / "cuda.o")]
-    defines = [f'-DENCDIFF_SOURCES="{fingerprint()}"', *(["-DENCDIFF_WITH_CUDA"] if nvcc else [])]
-    include = ["-isystem", str(torch / "include")]
-    common = [compiler, *COMMON, *CPU, *(SANITIZE if sanitized() else []), "-c"]
+        yield compilation("cuda", "noise.cu", [nvcc, "-ccbin", compiler, *COMMON, *CUDA, *targets(nvcc)])
+    common = [compiler, *COMMON, *CPU, *(SANITIZE if sanitized() else [])]
+    include = ["-isystem", str(torch / "include"), *(["-DENCDIFF_WITH_CUDA"] if nvcc else [])]
     for name in CPU_SOURCES:
-        yield [*common, *defines, *include, str(sources() / f"{name}.cpp"), "-o", str(folder / f"{name}.o")]
+        yield compilation(name, f"{name}.cpp", [*common, *include])
         for isa in ISAS if platform.machine() in ("x86_64", "AMD64") else ["baseline"]:
-            kernels = [f"-DENCDIFF_ISA={isa}", str(sources() / f"{name}_cpu.cpp")]
-            yield [*common, *ISAS[isa], *kernels, "-o", str(folder / f"{name}_{isa}.o")]
+            yield compilation(f"{name}_{isa}", f"{name}_cpu.cpp", [*common, *ISAS[isa], f"-DENCDIFF_ISA={isa}"])
+    yield compilation("fingerprint", "fingerprint.cpp", [*common, f'-DENCDIFF_SOURCES="{fingerprint()}"'])
+
+
+def compilation(name: str, source: str, command: list[str]) -> Edge:
+    output, source = f"{name}.o", f"csrc/{source}"
+    return Edge("compile", output, [source], [*command, "-MMD", "-MF", f"{output}.d", "-c", source, "-o", output])
+
+
+def execute(edges: list[Edge], folder: Path, *keep_open: int) -> str:
+    """Bring the files of the edges up to date; what the commands said. Without ninja every one runs, one by one.
+
+    `keep_open` are descriptors of locks: what a killed process leaves running holds them until it ends.
+    """
+    manifest = folder / "build.ninja"
+    manifest.write_bytes(os.fsencode(RULES + "".join(map(statement, edges))))
+    ninja = find_ninja()
+    commands = [[ninja]] if ninja else [edge.command for edge in edges]
+    return "".join(run(command, folder, *keep_open) for command in commands)
+
+
+def statement(edge: Edge) -> str:
+    """An edge in the language of build.ninja."""
+    command = shlex.join(edge.command).replace("$", "$$")
+    return f"build {edge.output}: {edge.rule} {' '.join(edge.inputs)}\n  command_line = {command}\n"
 
 
 def targets(nvcc: str) -> list[str]:
@@ -176,11 +239,15 @@ def standard_library(compiler: str) -> list[str]:
     return [str(found)] if found.is_absolute() and found.is_file() else []
 
 
-def run(command: list[str]) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    output = done.stdout + done.stderr
+def run(command: list[str], folder: Path | None = None, *keep_open: int) -> str:
+    environment = os.environ | {"NINJA_STATUS": "[%f/%t] "}  # marks ninja's lines of progress, which are left out
+    done = subprocess.run(
+        command, cwd=folder, env=environment, pass_fds=keep_open, capture_output=True, text=True, check=False
+    )
+    output = re.sub(r"^\[\d+/\d+\] .*\n", "", done.stdout + done.stderr, flags=re.M)
     if done.returncode:
-        raise BuildError(f"{' '.join(command)}\n{output[-4000:]}")
+        where = f"in {folder}\n" if folder else ""
+        raise BuildError(f"{where}{shlex.join(command)}\n{output[-4000:]}")
     return output
 
 
@@ -216,14 +283,13 @@ def find_or_build(torch_has_cuda: bool) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        remove_dead(folder, alone=True)
         if failure.exists():
             raise BuildError(f"the build failed before, {failure} says why; delete it to try again")
         if not library.exists():
             find_compiler()  # quietly: without a compiler the reference serves, as the install said
             print(f"encdiff: building the native noise engine once, into {folder}", file=sys.stderr, flush=True)
             try:
-                build(library, cuda)
+                build(library, cache / "encdiff" / f"build-{platform.machine()}", cuda)
             except BuildError as error:
                 failure.write_text(f"{error}\n")
                 raise BuildError(f"the build failed, {failure} says why") from error
@@ -231,6 +297,7 @@ def find_or_build(torch_has_cuda: bool) -> Path:
 
 
 class Usage(NamedTuple):
+    architecture: int
     kernel: str
     registers: int
     stack: int
@@ -240,11 +307,11 @@ class Usage(NamedTuple):
 def usages(log: str) -> Iterator[Usage]:
     """What `ptxas -v` says of each kernel."""
     pattern = (
-        r"Compiling entry function '(\S+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
-        r".*?Used (\d+) registers"
+        r"Compiling entry function '(\S+)' for 'sm_(\d+)'.*?(\d+) bytes stack frame, "
+        r"(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers"
     )
-    for name, stack, stores, loads, registers in re.findall(pattern, log, re.S):
-        yield Usage(name, int(registers), int(stack), int(stores) + int(loads))
+    for name, architecture, stack, stores, loads, registers in re.findall(pattern, log, re.S):
+        yield Usage(int(architecture), name, int(registers), int(stack), int(stores) + int(loads))
 
 
 def check() -> bool:
@@ -252,25 +319,20 @@ def check() -> bool:
     nvcc = find_nvcc()
     if nvcc is None:
         raise BuildError("the check needs nvcc")
-
-    def compile_for(architecture: int) -> list[Usage]:
-        code = ["-gencode", f"arch=compute_{architecture},code=sm_{architecture}", "-Xptxas", "-v"]
-        with tempfile.TemporaryDirectory() as folder:
-            output = ["-o", str(Path(folder, "noise.o"))]
-            log = run([nvcc, *COMMON, *CUDA, *code, "-c", str(sources() / "noise.cu"), *output])
-        return sorted(usages(log))
-
-    good = True
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for architecture, rows in zip(ARCHITECTURES, pool.map(compile_for, ARCHITECTURES), strict=True):
-            good = good and bool(rows)
-            for kernel, registers, stack, spills in rows:
-                pattern = r".*\d(q_sample|step|threshold|draw)_kernelINS_\d+(\w+?)E(?:Lb([01])|).*"
-                name = re.sub(pattern, r"\1 \2 \3", kernel)
-                clean = stack == spills == 0
-                good = good and clean
-                verdict = "ok" if clean else "FAIL"
-                print(f"sm_{architecture} {name:28} registers {registers:3} stack {stack} spills {spills} {verdict}")
+    flags = [nvcc, *COMMON, *CUDA, "-Xptxas", "-v"]
+    codes = {a: ["-gencode", f"arch=compute_{a},code=sm_{a}"] for a in ARCHITECTURES}
+    with tempfile.TemporaryDirectory() as folder:
+        copy_sources(Path(folder))
+        log = execute([compilation(f"sm_{a}", "noise.cu", [*flags, *code]) for a, code in codes.items()], Path(folder))
+    rows = sorted(usages(log))
+    good = {row.architecture for row in rows} == set(ARCHITECTURES)
+    for architecture, kernel, registers, stack, spills in rows:
+        pattern = r".*\d(q_sample|step|threshold|draw)_kernelINS_\d+(\w+?)E(?:Lb([01])|).*"
+        name = re.sub(pattern, r"\1 \2 \3", kernel)
+        clean = stack == spills == 0
+        good = good and clean
+        verdict = "ok" if clean else "FAIL"
+        print(f"sm_{architecture} {name:28} registers {registers:3} stack {stack} spills {spills} {verdict}")
     return good
 
 
