@@ -5,8 +5,8 @@ import sys
 import pytest
 import torch
 from _place import DEVICE, interpreted
-from encdiff.kernels import _cross_attention_plan as plan
 from encdiff.kernels import cross_attention as kernels
+from encdiff.kernels.cross_attention import plan
 from torch.nn import functional as F
 
 from encdiff import ops

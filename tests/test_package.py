@@ -60,6 +60,14 @@ def test_import_is_light(tmp_path):
     assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stderr
 
 
+def test_ops_load_no_kernel():
+    code = "import encdiff.ops, sys; print(*(n for n in sys.modules if n.startswith('encdiff.kernels.')))"
+    done = python(code, ROOT)
+    assert done.returncode == 0, done.stderr
+    loaded = {name.removeprefix("encdiff.kernels.") for name in done.stdout.split()}
+    assert loaded == {"_second", "cross_attention", "cross_attention.plan"}, "plain Python alone before it is chosen"
+
+
 def test_version_is_the_installed_one():
     try:
         installed = importlib.metadata.version("encdiff")
@@ -82,9 +90,10 @@ def test_kernels_belong_to_encdiff(tmp_path):
 
 
 def test_kernels_refuse_to_be_top_level():
-    done = python("import kernels", ROOT)
-    assert done.returncode == 1
-    assert "ImportError: imported as 'kernels'" in done.stderr and "encdiff.kernels" in done.stderr
+    for name in ("kernels", "kernels.cross_attention.plan"):
+        done = python(f"import {name}", ROOT)
+        assert done.returncode == 1
+        assert "ImportError: imported as 'kernels'" in done.stderr and "encdiff.kernels" in done.stderr
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "encdiff").rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))
@@ -96,7 +105,7 @@ def test_layers(path):
 
 
 def test_kernels_import_nothing_of_encdiff():
-    for path in (ROOT / "kernels").glob("*.py"):
+    for path in (ROOT / "kernels").rglob("*.py"):
         outside = {name.split(".")[0] for name in imports(path)} - {""} - sys.stdlib_module_names
         assert outside <= {"torch", "triton"}, f"{path.name} imports {outside}"
 
@@ -110,8 +119,10 @@ def test_breaches_are_found(tmp_path):
 def test_every_room_is_installed():
     """A package that setup.py does not list is missing from a wheel alone."""
     listed = set(re.findall(r'^ +"(encdiff[.\w]*)",$', (ROOT / "setup.py").read_text(), re.M))
-    rooms = {".".join(p.parent.relative_to(ROOT).parts) for p in (ROOT / "encdiff").rglob("__init__.py")}
-    assert rooms - {"encdiff.kernels"} <= listed | {"encdiff.pretrained"}, "add it to packages"
+    homes = {"encdiff": ROOT / "encdiff", "encdiff.kernels": ROOT / "kernels"}
+    found = [(name, p.parent.relative_to(home)) for name, home in homes.items() for p in home.rglob("__init__.py")]
+    rooms = {".".join((name, *folder.parts)) for name, folder in found}
+    assert "encdiff.kernels.cross_attention" in rooms <= listed | {"encdiff.pretrained"}, "add it to packages"
 
 
 def test_files_are_short():

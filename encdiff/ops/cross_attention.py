@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from encdiff.errors import InputError
-from encdiff.kernels._cross_attention_plan import (
+from encdiff.kernels.cross_attention.plan import (
     FEW_TOKENS,
     MAX_TOKENS,
     SHORT,

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from encdiff.errors import InputError
-from encdiff.kernels._cross_attention_plan import (
+from encdiff.kernels._second import refuse_second
+from encdiff.kernels.cross_attention.plan import (
     FOLDED_CHANNELS,
     FOLDED_TOKENS,
     KEPT_TILES,
@@ -27,7 +28,6 @@ from encdiff.kernels._cross_attention_plan import (
     layer_queries,
     pad,
 )
-from encdiff.kernels._second import refuse_second
 from encdiff.ops import _self_check
 from encdiff.ops._attention import (
     exact,

@@ -15,7 +15,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._cross_attention_parts import (
+from .._gate import GateCase, gate_signature
+from .._halves import sum_halves
+from .._second import refuse_second
+from ..column_sum import column_sum
+from .parts import (
     aligned_rows,
     load_channels,
     load_rows,
@@ -27,11 +31,7 @@ from ._cross_attention_parts import (
     standardise,
     store_rows,
 )
-from ._cross_attention_plan import FOLDED_TILES, FOLDED_TOKENS, pad
-from ._gate import GateCase, gate_signature
-from ._halves import sum_halves
-from ._second import refuse_second
-from .column_sum import column_sum
+from .plan import FOLDED_TILES, FOLDED_TOKENS, pad
 
 # Not specialised, so that the code of a tile is one, the gate's: the figures of the channels alone are.
 GENERAL = ("L", "N", "H", "stride_xb8", "stride_xl8", "stride_kb8", "stride_kh8", "stride_bias_b", "stride_bias_h")

@@ -10,10 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._cross_attention_parts import aligned_rows, load_rows, on_device, operand, store_rows
-from ._cross_attention_plan import FEW_TOKENS, HEADS_TILES, heads_tile, pad
-from ._gate import GateCase, gate_signature
-from ._second import refuse_second
+from .._gate import GateCase, gate_signature
+from .._second import refuse_second
+from .parts import aligned_rows, load_rows, on_device, operand, store_rows
+from .plan import FEW_TOKENS, HEADS_TILES, heads_tile, pad
 
 # Not specialised, so that the code of a tile is one, the gate's: the figures of the channels alone are.
 GENERAL = ("L", "N", "H", "stride_kb8", "stride_kn8", "stride_bias_b", "stride_bias_h")
