@@ -5,6 +5,8 @@ import importlib.metadata
 import re
 import subprocess
 import sys
+from graphlib import CycleError, TopologicalSorter
+from importlib.util import resolve_name
 from pathlib import Path
 
 import pytest
@@ -40,7 +42,8 @@ def imports(path: Path) -> set[str]:
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            names |= {f"{'.' * node.level}{node.module or ''}.{alias.name}" for alias in node.names}
+            base = "." * node.level + (f"{node.module}." if node.module else "")
+            names |= {base + alias.name for alias in node.names}
     return names
 
 
@@ -116,12 +119,47 @@ def test_breaches_are_found(tmp_path):
     assert breaches(bad, "ops") == {"models", "training"}
 
 
+def modules() -> dict[str, Path]:
+    """The dotted name of every module of encdiff, kernels included."""
+    homes = {"encdiff": ROOT / "encdiff", "encdiff.kernels": ROOT / "kernels"}
+    found = ((home, path.relative_to(top)) for home, top in homes.items() for path in top.rglob("*.py"))
+    names = {".".join((home, *path.with_suffix("").parts)): homes[home] / path for home, path in found}
+    return {name.removesuffix(".__init__"): path for name, path in names.items()}
+
+
+def import_graph(modules: dict[str, Path]) -> dict[str, set[str]]:
+    """For each module those that it imports: at its top, in a function, or for annotations alone."""
+    graph = {}
+    for module, path in modules.items():
+        package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+        names = {resolve_name(name, package) for name in imports(path) if "__" not in name}
+        graph[module] = {n if n in modules else n.rpartition(".")[0] for n in names} & modules.keys() - {module}
+    return graph
+
+
+def test_no_module_imports_itself_by_way_of_others():
+    """A CycleError names the circle."""
+    TopologicalSorter(import_graph(modules())).prepare()
+
+
+def test_circles_are_found(tmp_path):
+    texts = {
+        "a": "def f():\n    from p.b import g\n",
+        "b": "if TYPE_CHECKING:\n    from . import a\n",
+        "c": "import p.a\nfrom p import __version__\n",
+    }
+    paths = {f"p.{name}": tmp_path / f"{name}.py" for name in texts} | {"p": tmp_path / "__init__.py"}
+    for name, text in (texts | {"__init__": "from .c import h"}).items():
+        (tmp_path / f"{name}.py").write_text(text)
+    assert import_graph(paths) == {"p.a": {"p.b"}, "p.b": {"p.a"}, "p.c": {"p.a"}, "p": {"p.c"}}
+    with pytest.raises(CycleError):
+        TopologicalSorter(import_graph(paths)).prepare()
+
+
 def test_every_room_is_installed():
     """A package that setup.py does not list is missing from a wheel alone."""
     listed = set(re.findall(r'^ +"(encdiff[.\w]*)",$', (ROOT / "setup.py").read_text(), re.M))
-    homes = {"encdiff": ROOT / "encdiff", "encdiff.kernels": ROOT / "kernels"}
-    found = [(name, p.parent.relative_to(home)) for name, home in homes.items() for p in home.rglob("__init__.py")]
-    rooms = {".".join((name, *folder.parts)) for name, folder in found}
+    rooms = {name for name, path in modules().items() if path.name == "__init__.py"}
     assert "encdiff.kernels.cross_attention" in rooms <= listed | {"encdiff.pretrained"}, "add it to packages"
 
 
