@@ -27,6 +27,7 @@ from .parts import (
     on_device,
     operand,
     over_tokens,
+    place,
     softmax_by_head,
     standardise,
     store_rows,
@@ -71,9 +72,7 @@ def cross_attention_folded_fwd_kernel(
     """One program: BLOCK_L queries of one sample."""
     DTYPE: tl.constexpr = p_k.dtype.element_ty
     C = C8 * 8  # said in this way, the compiler knows that rows are aligned
-    tiles = tl.cdiv(L, BLOCK_L)
-    i_b = (tl.program_id(0) // tiles).to(tl.int64)
-    o_l = tl.program_id(0) % tiles * BLOCK_L + tl.arange(0, BLOCK_L)
+    i_b, o_l = place(L, BLOCK_L)
     o_c = tl.arange(0, BLOCK_C)
     o_col = tl.arange(0, GROUP * BLOCK_N)
     o_n = o_col % BLOCK_N
@@ -167,9 +166,7 @@ def cross_attention_folded_bwd_kernel_dx(
     """One program: BLOCK_L queries of one sample, all heads in turn: dx, and its part of dgamma and dbeta."""
     DTYPE: tl.constexpr = p_k.dtype.element_ty
     C = C8 * 8  # said in this way, the compiler knows that rows are aligned
-    tiles = tl.cdiv(L, BLOCK_L)
-    i_b = (tl.program_id(0) // tiles).to(tl.int64)
-    o_l = tl.program_id(0) % tiles * BLOCK_L + tl.arange(0, BLOCK_L)
+    i_b, o_l = place(L, BLOCK_L)
     o_c = tl.arange(0, BLOCK_C)
     o_col = tl.arange(0, GROUP * BLOCK_N)
     o_n = o_col % BLOCK_N
