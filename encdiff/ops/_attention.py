@@ -171,16 +171,15 @@ def bias_kind(token_bias: Tensor | None) -> str:
 
 def check_weights(x: Tensor, heads: int, w_q: Tensor, w_k: Tensor, w_v: Tensor, w_o: Tensor, width: int | None) -> None:
     """Raise InputError unless the weights fit x (B, L, C), `heads` and tokens so wide; None: the tokens are x's."""
-    inner, channels, known = w_q.shape[0], x.shape[2], f"x {tuple(x.shape)}"
+    inner, channels = w_q.shape[0], x.shape[2]
     if heads < 1 or inner % heads:
         raise InputError(f"heads {heads} must divide the {inner} rows of w_q")
-    if width is not None:
-        known += f", context width {width}"
     of_tokens = inner, channels if width is None else width
     expected = {"w_q": (inner, channels), "w_k": of_tokens, "w_v": of_tokens, "w_o": (channels, inner)}
     for (name, shape), w in zip(expected.items(), (w_q, w_k, w_v, w_o), strict=True):
         if tuple(w.shape) != shape:
-            raise InputError(f"{name} is {tuple(w.shape)}, must be {shape} for {known}")
+            tokens = "" if width is None else f", context width {width}"
+            raise InputError(f"{name} is {tuple(w.shape)}, must be {shape} for x {tuple(x.shape)}{tokens}")
 
 
 def kernel_bias(token_bias: Tensor | None, heads: int) -> Tensor | None:
