@@ -59,6 +59,7 @@ setup(
         "encdiff.files",
         "encdiff.health",
         "encdiff.kernels",
+        "encdiff.kernels.cross_attention",
         "encdiff.metrics",
         "encdiff.models",
         "encdiff.ops",

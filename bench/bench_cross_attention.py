@@ -4,12 +4,11 @@ The form to beat is the published one: separate projections, einsum, softmax, La
 By default a training's calls (with gradients) and a sampler's (tokens folded before) are timed.
 """
 
-import functools
 from itertools import product
 
 import torch
-import torch.nn.functional as F
 
+from bench.attention import DTYPES, HEADS, IMPLS, TOLERANCE, draw, forms, fused, published
 from bench.baselines import compiled
 from bench.cases import DTYPE, GPU, LAYERS, PHASES, cases, check, run_of
 from bench.clock import Run
@@ -24,47 +23,19 @@ STABLE_DIFFUSION = {
     "SD 16x16": (256, 1280, 77, 768),
     "SD 8x8": (64, 1280, 77, 768),
 }
-HEADS = 8
 SHAPES = [(name, batch) for name in PAPER for batch in ((1, 16, 128, 1024) if GPU else (16,))]
 SHAPES += [(name, 8) for name in STABLE_DIFFUSION] if GPU else []
-DTYPES = (torch.bfloat16, torch.float32) if GPU else (torch.float32,)
-IMPLS = ("published", "compiled", "sdpa", "ours") if GPU else ("published", "sdpa", "ours")
 CASES = [(*shape, *rest) for shape, *rest in product(SHAPES, (*PHASES, "folded"), IMPLS, DTYPES)
          if shape[0] in PAPER or rest[0] != "folded"]  # fmt: skip
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
-
-
-def published(x, context, w_q, w_k, w_v, w_o, b_o, norm_weight, norm_bias):
-    """As the published code computes it: the batch and the heads in one axis, the logits written out."""
-    h = F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias)
-    q, k, v = F.linear(h, w_q), F.linear(context, w_k), F.linear(context, w_v)
-    q, k, v = (s.unflatten(-1, (HEADS, -1)).transpose(1, 2).reshape(len(x) * HEADS, s.shape[1], -1) for s in (q, k, v))
-    logits = torch.einsum("bid,bjd->bij", q, k) * q.shape[-1] ** -0.5
-    a = torch.einsum("bij,bjd->bid", logits.softmax(-1), v)
-    a = a.unflatten(0, (len(x), HEADS)).transpose(1, 2).reshape(x.shape)
-    return F.linear(a, w_o, b_o) + x
-
-
-def fused(function, *tensors, **options):
-    """One of `ops`, its norm given by position."""
-    *rest, weight, bias = tensors
-    return function(*rest, norm_weight=weight, norm_bias=bias, heads=HEADS, residual=True, **options)
-
-
-OPS = {
-    "published": published,
-    "sdpa": functools.partial(fused, cross_attention, impl="sdpa"),
-    "ours": functools.partial(fused, cross_attention),
-}
-reference = functools.partial(fused, cross_attention_reference)
+OPS = forms(published, cross_attention)
+reference = fused(cross_attention_reference)
 
 
 def inputs(batch, queries, channels, tokens, width, device, dtype) -> list[torch.Tensor]:
     """x, context, w_q, w_k, w_v, w_o, b_o, the norm's weight and bias."""
     shapes = [(batch, queries, channels), (batch, tokens, width), (channels, channels)]
     shapes += [(channels, width)] * 2 + [(channels, channels)] + [(channels,)] * 3
-    drawn = [torch.randn(s) / (s[-1] ** 0.5 if 2 <= n <= 5 else 1) for n, s in enumerate(shapes)]
-    return [t.to(device, dtype).requires_grad_() for t in drawn]
+    return draw(shapes, device, dtype)
 
 
 def folded_tokens(tensors: list[torch.Tensor]):

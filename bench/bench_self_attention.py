@@ -7,51 +7,31 @@ projection and residual each go to memory), 15 us. The attention's products, hea
 it, and projections fused into the kernel, which each of an image's programs would have to take anew, would gain little.
 """
 
-import functools
 from itertools import product
 
 import torch
-import torch.nn.functional as F
 
+from bench import attention
+from bench.attention import DTYPES, IMPLS, TOLERANCE, draw, forms, fused
 from bench.baselines import compiled
 from bench.cases import DTYPE, GPU, LAYERS, PHASES, cases, check, run_of
 from encdiff.ops.self_attention import self_attention, self_attention_reference
 
-HEADS = 8
 BATCHES = (1, 16, 128, 1024) if GPU else (16,)
-DTYPES = (torch.bfloat16, torch.float32) if GPU else (torch.float32,)
-IMPLS = ("published", "compiled", "sdpa", "ours") if GPU else ("published", "sdpa", "ours")
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
 
 
-def published(x, w_q, w_k, w_v, w_o, b_o, norm_weight, norm_bias):
-    """As the published code computes it: the batch and the heads in one axis, the logits written out."""
-    h = F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias)
-    q, k, v = (F.linear(h, w).unflatten(-1, (HEADS, -1)).transpose(1, 2).flatten(0, 1) for w in (w_q, w_k, w_v))
-    logits = torch.einsum("bid,bjd->bij", q, k) * q.shape[-1] ** -0.5
-    a = torch.einsum("bij,bjd->bid", logits.softmax(-1), v)
-    a = a.unflatten(0, (len(x), HEADS)).transpose(1, 2).reshape(x.shape)
-    return F.linear(a, w_o, b_o) + x
+def published(x, *rest):
+    return attention.published(x, None, *rest)
 
 
-def fused(function, x, *rest, **options):
-    """One of `ops`, its norm given by position."""
-    return function(x, *rest[:-2], norm_weight=rest[-2], norm_bias=rest[-1], heads=HEADS, residual=True, **options)
-
-
-OPS = {
-    "published": published,
-    "sdpa": functools.partial(fused, self_attention, impl="sdpa"),
-    "ours": functools.partial(fused, self_attention),
-}
-reference = functools.partial(fused, self_attention_reference)
+OPS = forms(published, self_attention)
+reference = fused(self_attention_reference)
 
 
 def inputs(batch, queries, channels, device, dtype) -> list[torch.Tensor]:
     """x, the four weights, their bias, the norm's weight and bias."""
     shapes = [(batch, queries, channels), *[(channels, channels)] * 4, *[(channels,)] * 3]
-    drawn = [torch.randn(s) / (channels**0.5 if 1 <= n <= 4 else 1) for n, s in enumerate(shapes)]
-    return [t.to(device, dtype).requires_grad_() for t in drawn]
+    return draw(shapes, device, dtype)
 
 
 def cost(batch, queries, channels, dtype, phase: str) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""Triton kernels, installed as `encdiff.kernels`: flat, and importing torch and triton only."""
+"""Triton kernels, installed as `encdiff.kernels`: one module or folder per op, importing torch and triton only."""
 
 if __name__ != "encdiff.kernels":
     raise ImportError(

@@ -2,11 +2,11 @@
 
     python -m encdiff.kernels._gate [--brief] [module ...]
 
-A kernel module `kernels/X.py` lists its configurations in `gate_cases()`: every tile that a preset's layers take, and
-of tiles that differ from their neighbours by a width alone the narrowest and the widest. Each is compiled ahead of time
-for each of `TARGETS`; the machine code must use no stack and no local memory (that is, spill no register) and stay
-within the shared memory of one block; a kernel of matrix products must contain tensor-core instructions. Exits 1 on a
-failure. `--brief`: the first case of each kernel, for sm_90 alone.
+A kernel module, `kernels/X.py` or a folder, lists its configurations in `gate_cases()`: every tile that a preset's
+layers take, and of tiles that differ from their neighbours by a width alone the narrowest and the widest. Each is
+compiled ahead of time for each of `TARGETS`; the machine code must use no stack and no local memory (that is, spill no
+register) and stay within the shared memory of one block; a kernel of matrix products must contain tensor-core
+instructions. Exits 1 on a failure. `--brief`: the first case of each kernel, for sm_90 alone.
 """
 
 import importlib
@@ -134,7 +134,7 @@ def _attributes(signature: dict[str, str]) -> dict[tuple[int], list]:
 
 
 def modules() -> list[str]:
-    """Every public module of this package."""
+    """Every public module and package of this one."""
     folder = Path(__file__).parent
     return sorted(m.name for m in pkgutil.iter_modules([str(folder)]) if not m.name.startswith("_"))
 

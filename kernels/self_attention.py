@@ -16,9 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._cross_attention_parts import LOG2E, aligned_rows, on_device, operand
 from ._gate import GateCase, gate_signature
 from ._second import refuse_second
+from .cross_attention.parts import LOG2E, aligned_rows, on_device, operand
 
 
 @triton.jit

@@ -5,13 +5,12 @@ import sys
 import pytest
 import torch
 from _place import DEVICE, interpreted
-from encdiff.kernels import _cross_attention_plan as plan
 from encdiff.kernels import cross_attention as kernels
+from encdiff.kernels.cross_attention import plan
 from torch.nn import functional as F
 
 from encdiff import ops
 from encdiff.errors import InputError
-from encdiff.ops import cross_attention_folded as folded_module
 
 pytestmark = pytest.mark.on_gpu
 LEAVES = ("x", "context", "w_q", "w_k", "w_v", "w_o", "b_o", "norm_weight", "norm_bias", "token_bias")
@@ -254,12 +253,12 @@ def test_auto_never_interprets_and_says_so():
     with ops.record_impls() as ran:
         ops.cross_attention(**tensors, heads=2)
     assert len(ran) == 1 and ran[0][1] != "triton"
-    assert "triton: kernels are interpreted on the CPU" in ops.explain("cross_attention", **tensors, heads=2)
+    assert "triton: interpreted on the CPU" in ops.explain("cross_attention", **tensors, heads=2)
 
 
 @interpreted
 def test_without_triton_or_interpreter_the_reason_says_so(monkeypatch):
-    monkeypatch.setattr(folded_module, "TRITON", False)
+    monkeypatch.setattr("encdiff.ops._triton._INSTALLED", False)
     monkeypatch.delenv("TRITON_INTERPRET")
     with pytest.raises(InputError, match="triton is not installed; x is on cpu"):
         ops.cross_attention(**leaves(1, 4, 16, 3, 4, 2, 8), heads=2, impl="triton")

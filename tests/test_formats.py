@@ -15,8 +15,9 @@ from test_mpi3d import numbered
 
 from encdiff.data import SubGrid, open_dataset
 from encdiff.data.celeba import CelebA
+from encdiff.data.dataset import ACCEPTED
 from encdiff.data.folder import ImageFolder
-from encdiff.data.formats import ACCEPTED, open_path
+from encdiff.data.formats import open_path
 from encdiff.data.procedural import ProceduralShapes3D
 from encdiff.data.shapes3d import Shapes3D, write_shapes3d
 from encdiff.data.sprites import ProceduralSprites

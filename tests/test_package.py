@@ -5,6 +5,8 @@ import importlib.metadata
 import re
 import subprocess
 import sys
+from graphlib import CycleError, TopologicalSorter
+from importlib.util import resolve_name
 from pathlib import Path
 
 import pytest
@@ -40,7 +42,8 @@ def imports(path: Path) -> set[str]:
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            names |= {f"{'.' * node.level}{node.module or ''}.{alias.name}" for alias in node.names}
+            base = "." * node.level + (f"{node.module}." if node.module else "")
+            names |= {base + alias.name for alias in node.names}
     return names
 
 
@@ -58,6 +61,14 @@ def test_import_is_light(tmp_path):
     code = "import encdiff, sys; print(sorted({'torch', 'triton', 'numpy', 'encdiff._C'} & sys.modules.keys()))"
     done = python(code, tmp_path)
     assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stderr
+
+
+def test_ops_load_no_kernel():
+    code = "import encdiff.ops, sys; print(*(n for n in sys.modules if n.startswith('encdiff.kernels.')))"
+    done = python(code, ROOT)
+    assert done.returncode == 0, done.stderr
+    loaded = {name.removeprefix("encdiff.kernels.") for name in done.stdout.split()}
+    assert loaded == {"_second", "cross_attention", "cross_attention.plan"}, "plain Python alone before it is chosen"
 
 
 def test_version_is_the_installed_one():
@@ -82,9 +93,10 @@ def test_kernels_belong_to_encdiff(tmp_path):
 
 
 def test_kernels_refuse_to_be_top_level():
-    done = python("import kernels", ROOT)
-    assert done.returncode == 1
-    assert "ImportError: imported as 'kernels'" in done.stderr and "encdiff.kernels" in done.stderr
+    for name in ("kernels", "kernels.cross_attention.plan"):
+        done = python(f"import {name}", ROOT)
+        assert done.returncode == 1
+        assert "ImportError: imported as 'kernels'" in done.stderr and "encdiff.kernels" in done.stderr
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "encdiff").rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))
@@ -96,7 +108,7 @@ def test_layers(path):
 
 
 def test_kernels_import_nothing_of_encdiff():
-    for path in (ROOT / "kernels").glob("*.py"):
+    for path in (ROOT / "kernels").rglob("*.py"):
         outside = {name.split(".")[0] for name in imports(path)} - {""} - sys.stdlib_module_names
         assert outside <= {"torch", "triton"}, f"{path.name} imports {outside}"
 
@@ -107,11 +119,48 @@ def test_breaches_are_found(tmp_path):
     assert breaches(bad, "ops") == {"models", "training"}
 
 
+def modules() -> dict[str, Path]:
+    """The dotted name of every module of encdiff, kernels included."""
+    homes = {"encdiff": ROOT / "encdiff", "encdiff.kernels": ROOT / "kernels"}
+    found = ((home, path.relative_to(top)) for home, top in homes.items() for path in top.rglob("*.py"))
+    names = {".".join((home, *path.with_suffix("").parts)): homes[home] / path for home, path in found}
+    return {name.removesuffix(".__init__"): path for name, path in names.items()}
+
+
+def import_graph(modules: dict[str, Path]) -> dict[str, set[str]]:
+    """For each module those that it imports: at its top, in a function, or for annotations alone."""
+    graph = {}
+    for module, path in modules.items():
+        package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+        names = {resolve_name(name, package) for name in imports(path) if "__" not in name}
+        graph[module] = {n if n in modules else n.rpartition(".")[0] for n in names} & modules.keys() - {module}
+    return graph
+
+
+def test_no_module_imports_itself_by_way_of_others():
+    """A CycleError names the circle."""
+    TopologicalSorter(import_graph(modules())).prepare()
+
+
+def test_circles_are_found(tmp_path):
+    texts = {
+        "a": "def f():\n    from p.b import g\n",
+        "b": "if TYPE_CHECKING:\n    from . import a\n",
+        "c": "import p.a\nfrom p import __version__\n",
+    }
+    paths = {f"p.{name}": tmp_path / f"{name}.py" for name in texts} | {"p": tmp_path / "__init__.py"}
+    for name, text in (texts | {"__init__": "from .c import h"}).items():
+        (tmp_path / f"{name}.py").write_text(text)
+    assert import_graph(paths) == {"p.a": {"p.b"}, "p.b": {"p.a"}, "p.c": {"p.a"}, "p": {"p.c"}}
+    with pytest.raises(CycleError):
+        TopologicalSorter(import_graph(paths)).prepare()
+
+
 def test_every_room_is_installed():
     """A package that setup.py does not list is missing from a wheel alone."""
     listed = set(re.findall(r'^ +"(encdiff[.\w]*)",$', (ROOT / "setup.py").read_text(), re.M))
-    rooms = {".".join(p.parent.relative_to(ROOT).parts) for p in (ROOT / "encdiff").rglob("__init__.py")}
-    assert rooms - {"encdiff.kernels"} <= listed | {"encdiff.pretrained"}, "add it to packages"
+    rooms = {name for name, path in modules().items() if path.name == "__init__.py"}
+    assert "encdiff.kernels.cross_attention" in rooms <= listed | {"encdiff.pretrained"}, "add it to packages"
 
 
 def test_files_are_short():

@@ -119,7 +119,7 @@ def test_profile_refuses(encdiff, options, message):  # noqa: F811
 
 
 def test_the_guide_names_every_kernel_and_no_other():
-    there = {name for path in ROOT.glob("kernels/*.py") for name in KERNEL.findall(path.read_text())}
+    there = {name for path in ROOT.glob("kernels/**/*.py") for name in KERNEL.findall(path.read_text())}
     there |= {name for path in ROOT.glob("csrc/*.cu") for name in CUDA_KERNEL.findall(path.read_text())}
     named = set(re.findall(r"\$NCU -k regex:\^?(\w+)", (ROOT / "docs" / "profiling.md").read_text()))
     assert len(there) > 10 and there - named == set() == named - there, "one line for each kernel, please"

@@ -2,9 +2,11 @@
 
 import json
 import multiprocessing
+import shutil
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -237,6 +239,18 @@ def test_a_damaged_file_is_said_and_made_anew(card, tmp_path, capsys, monkeypatc
     assert card == {"layer_norm": 2}
     assert f"{path} cannot be used" in capsys.readouterr().err.splitlines()[0]
     assert list(json.loads(path.read_text())["checks"]) == ["layer_norm float32 float32 64 True gradients"]
+
+
+def test_verdicts_are_of_every_source(monkeypatch, tmp_path):
+    """A change of a kernel in a folder asks for a new check, too."""
+    import encdiff.kernels
+
+    folder, before = tmp_path / "kernels", _self_check.sources.__wrapped__()
+    shutil.copytree(Path(encdiff.kernels.__file__).parent, folder, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(encdiff.kernels, "__file__", str(folder / "__init__.py"))
+    assert _self_check.sources.__wrapped__() == before
+    (folder / "cross_attention" / "folded.py").open("a").write("# changed")
+    assert _self_check.sources.__wrapped__() != before
 
 
 def test_a_file_of_another_card_is_not_used(card, tmp_path, capsys, monkeypatch):

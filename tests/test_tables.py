@@ -4,8 +4,8 @@ import re
 import time
 
 import pytest
-from encdiff.kernels import _cross_attention_plan as plan
 from encdiff.kernels import self_attention as attention
+from encdiff.kernels.cross_attention import plan
 
 from bench.gpu import tiles
 from bench.gpu.lab import Lab, Late

@@ -58,7 +58,7 @@ def test_what_is_drawn_for_a_variant_is_of_that_variant(card, monkeypatch, name)
 @pytest.mark.parametrize("dtype", TYPES)
 def test_every_size_has_a_variant_that_can_be_checked(card, monkeypatch, dtype):
     """Sizes at random: what an op names can be drawn, with the tile that the op takes."""
-    from encdiff.kernels import _cross_attention_plan as plan
+    from encdiff.kernels.cross_attention import plan
     from encdiff.kernels.group_norm import Tile
 
     asked = []

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
-from encdiff.kernels._cross_attention_plan import can_fold, can_keep
+from encdiff.kernels.cross_attention.plan import can_fold, can_keep
 from torch import Tensor
 
 from bench.gpu.lab import Lab

@@ -10,11 +10,11 @@ from contextlib import contextmanager
 from itertools import product
 from typing import NamedTuple
 
-from encdiff.kernels import _cross_attention_plan as plan
 from encdiff.kernels import self_attention as attention
+from encdiff.kernels.cross_attention import plan
 
 FILE = "tables.txt"
-PLAN, SELF = "kernels/_cross_attention_plan.py", "kernels/self_attention.py"
+PLAN, SELF = "kernels/cross_attention/plan.py", "kernels/self_attention.py"
 TABLES = {  # kind of a sweep: table, its name and file, type of its tiles
     "FOLDED": (plan.FOLDED_TILES, "FOLDED_TILES", PLAN, plan.FoldedTile),
     "KEPT": (plan.KEPT_TILES, "KEPT_TILES", PLAN, plan.KeptTile),

@@ -10,9 +10,8 @@ from itertools import product
 from typing import NamedTuple
 
 import torch
-from encdiff.kernels import _cross_attention_plan as plan
 from encdiff.kernels import self_attention as attention
-from encdiff.kernels.cross_attention import cross_attention_folded, cross_attention_heads, cross_attention_kept
+from encdiff.kernels.cross_attention import cross_attention_folded, cross_attention_heads, cross_attention_kept, plan
 
 from bench.clock import Run, repeated, replayed
 from bench.gpu import checks, tables

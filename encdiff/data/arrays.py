@@ -17,7 +17,7 @@ import h5py
 import numpy as np
 from PIL import Image
 
-from encdiff.data import Dataset, Progress
+from encdiff.data.dataset import Dataset, Progress
 from encdiff.data.npz import open_zip, read_header
 from encdiff.errors import InputError
 from encdiff.files.reading import damage

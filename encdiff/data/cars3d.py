@@ -11,8 +11,8 @@ from typing import BinaryIO
 
 import numpy as np
 
-from encdiff.data import Dataset, Progress
 from encdiff.data.arrays import resize
+from encdiff.data.dataset import Dataset, Progress
 from encdiff.data.matlab import array_of, read_arrays
 from encdiff.errors import InputError
 from encdiff.files.reading import damage, read_bytes

@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from PIL import Image
 
-from encdiff.data import Dataset
+from encdiff.data.dataset import Dataset
 from encdiff.data.folder import load_rgb
 from encdiff.data.npz import read_member
 from encdiff.errors import InputError

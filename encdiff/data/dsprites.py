@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from encdiff.data import Progress
 from encdiff.data.arrays import ArrayFile, check_order, grid_of, map_npz
+from encdiff.data.dataset import Progress
 from encdiff.data.npz import open_zip, read_array
 from encdiff.errors import InputError
 

@@ -11,7 +11,7 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, ImageOps
 
-from encdiff.data import Dataset
+from encdiff.data.dataset import Dataset
 from encdiff.errors import InputError
 from encdiff.files.reading import refuse_special
 

@@ -7,13 +7,11 @@ import os
 import zipfile
 from pathlib import Path
 
-import h5py
-
-from encdiff.data import Dataset, Progress
+from encdiff.data.dataset import ACCEPTED, Dataset, Progress
 from encdiff.errors import InputError
 from encdiff.files.reading import refuse_special
 
-# Each format's module is imported where it is opened, so that a folder of images needs neither SciPy nor lmdb.
+# Each format's module is imported where it is opened: `encdiff.data` alone loads neither h5py nor lmdb.
 
 RENDERED = ("procedural", "sprites")
 PUBLISHED_CARS = "published-cars3d"
@@ -28,14 +26,20 @@ FILES = {  # what each bare name stands for in the folder ENCDIFF_DATA, the firs
     "smallnorb": ("smallnorb", *(f"smallnorb-5x46789x9x18x6x2x96x96-training-dat.mat{end}" for end in (".gz", ""))),
     "celeba": ("celeba", "CelebA", "list_attr_celeba.txt"),
 }
-ACCEPTED = (
-    "must be procedural[:5,5,5,4,4,5] or sprites[:3,6,40,32,32]; a 3dshapes .h5 file; an .npz file of Shapes3D "
-    "(`images`), MPI3D or dSprites; the files of Cars3D, SmallNORB or CelebA; an LMDB of images; or a folder of images"
-)
 
 
-def open_spec(spec: str, image_size: int | None, progress: Progress | None) -> Dataset:
-    """What `encdiff.data.open_dataset` promises."""
+def open_dataset(spec: str | os.PathLike, image_size: int | None = None, progress: Progress | None = None) -> Dataset:
+    """The data set that `spec` names, told by content, not by file name; `docs/data.md` lists the formats.
+
+    `procedural` (a room) and `sprites` are rendered, 64x64 unless `image_size` says otherwise. Anything else is the
+    path of a file or folder, or, in the folder that the environment's ENCDIFF_DATA names, a relative path or one of
+    the names shapes3d, mpi3d_toy, mpi3d_realistic, mpi3d_real, mpi3d_real_complex, cars3d, dsprites, smallnorb and
+    celeba. A part is selected after a colon: values per factor of a grid (`procedural:5,5,5,4,4,5`), or the train,
+    valid or test images of CelebA. `published-cars3d[:PATH]` is Cars3D as the published evaluation misreads it.
+    Images are reduced to `image_size` if it is given; a folder of images needs it. `progress(done, total)` is called
+    where a file must be unpacked or read whole first. InputError for anything else.
+    """
+    spec = os.fspath(spec)
     kind, colon, selection = spec.partition(":")
     if kind in RENDERED:
         dataset = _render(kind, 64 if image_size is None else image_size, selection if colon else None)
@@ -56,6 +60,8 @@ def open_path(path: Path, image_size: int | None = None, progress: Progress | No
     refuse_special(path)
     if path.is_dir():
         return _open_folder(path, image_size, progress)
+    import h5py
+
     if h5py.is_hdf5(path):
         return _open_shapes3d(path, image_size, progress)
     if zipfile.is_zipfile(path):

@@ -11,7 +11,7 @@ from weakref import WeakValueDictionary
 
 import numpy as np
 
-from encdiff.data import Dataset
+from encdiff.data.dataset import Dataset
 from encdiff.data.folder import load_square
 from encdiff.data.lmdb_check import check_lmdb
 from encdiff.errors import InputError

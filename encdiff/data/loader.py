@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import numpy as np
 import torch
 
-from encdiff.data import Dataset
+from encdiff.data.dataset import Dataset
 from encdiff.errors import InputError
 
 log = logging.getLogger("encdiff.data")

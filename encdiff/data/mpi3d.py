@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from encdiff.data import Progress
 from encdiff.data.arrays import ArrayFile, map_npz
+from encdiff.data.dataset import Progress
 from encdiff.errors import InputError
 
 FACTOR_NAMES = (

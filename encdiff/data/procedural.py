@@ -13,7 +13,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from encdiff.data import Dataset, check_factors, grid_values
+from encdiff.data.dataset import Dataset, check_factors, grid_values
 from encdiff.errors import InputError
 
 FACTOR_NAMES = ("floor_hue", "wall_hue", "object_hue", "scale", "shape", "orientation")

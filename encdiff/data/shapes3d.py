@@ -19,9 +19,8 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from encdiff.data import Dataset, Progress
 from encdiff.data.arrays import ArrayFile, grid_of, map_npz
-from encdiff.data.formats import ACCEPTED
+from encdiff.data.dataset import ACCEPTED, Dataset, Progress
 from encdiff.data.hdf5 import open_h5, own_array, read_labels, read_names
 from encdiff.data.npz import open_zip, read_array
 from encdiff.data.procedural import FACTOR_NAMES, FACTOR_SIZES, ProceduralShapes3D, factor_labels

@@ -14,8 +14,8 @@ from typing import BinaryIO
 
 import numpy as np
 
-from encdiff.data import Dataset, Progress
 from encdiff.data.arrays import resize
+from encdiff.data.dataset import Dataset, Progress
 from encdiff.errors import InputError
 
 DTYPES = {0x1E3D4C55: np.dtype("u1"), 0x1E3D4C54: np.dtype("<i4")}  # by the magic number

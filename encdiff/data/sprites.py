@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from encdiff.data import Dataset, check_factors
+from encdiff.data.dataset import Dataset, check_factors
 from encdiff.errors import InputError
 
 FACTOR_NAMES = ("shape", "scale", "orientation", "x", "y")

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch.utils.benchmark import Timer
 
-import encdiff
+from encdiff import __version__
 from encdiff.ops import _build, _native
 
 SETTINGS = ("ENCDIFF_", "TRITON_", "CUDA_VISIBLE_DEVICES", "CUDA_HOME", "CXX", "OMP_NUM_THREADS", "XDG_CACHE_HOME")
@@ -21,7 +21,7 @@ def describe(device: torch.device) -> dict[str, str]:
     problem, has_cuda = _native.load()
     half = "with its CUDA half" if has_cuda else f"without its CUDA half: {_no_cuda_half()}"
     return {
-        "encdiff": f"{encdiff.__version__} in {Path(encdiff.__file__).parent}",
+        "encdiff": f"{__version__} in {Path(__file__).parents[1]}",
         "Python": f"{platform.python_version()} in {sys.prefix}",
         "PyTorch": f"{torch.__version__}, "
         + (f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"),

@@ -1,5 +1,6 @@
 """The fused ops: one file each, with its reference beside it and the choice of implementation in `_dispatch`."""
 
+from encdiff.ops import _families  # noqa: F401 - what the first use of a kernel is checked by
 from encdiff.ops._dispatch import OPS, explain, record_impls, use_impl
 from encdiff.ops.adamw import adamw
 from encdiff.ops.column_sum import column_sum

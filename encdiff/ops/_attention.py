@@ -8,9 +8,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from encdiff.errors import InputError
 from encdiff.kernels._second import refusal
 from encdiff.ops import _native
-from encdiff.ops._triton import autocast_dtype, autocast_off, has_gradient
+from encdiff.ops._triton import NAMES, autocast_dtype, autocast_off, has_gradient, unavailable
 from encdiff.ops.layer_norm import fuses, layer_norm_triton
 from encdiff.ops.linear import linear
 
@@ -114,15 +115,16 @@ class _Refused(torch.autograd.Function):
     backward = staticmethod(refusal("the gradient of scaled_dot_product_attention"))
 
 
-def stock_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """PyTorch's fused attention of (B, heads, L, d) over (B, heads, N, d)."""
+def stock_attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
+    """PyTorch's fused attention of (B, L, heads*d) over (B, N, heads*d)."""
+    q, k, v = (split_heads(t, heads) for t in (q, k, v))
     if not torch.compiler.is_compiling():
         q, k, v = (_Once.apply(t) if has_gradient(t) else t for t in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v)
+    return merge_heads(F.scaled_dot_product_attention(q, k, v))
 
 
 def native_attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
-    """Attention of (B, L, heads*d) over (B, N, heads*d), merged heads, by csrc/attention_cpu.cpp; float32 inside."""
+    """The same by csrc/attention_cpu.cpp; float32 inside."""
     return torch.ops.encdiff_native.attention(q, k, v, heads)[0]
 
 
@@ -142,6 +144,42 @@ def native_reasons(x: Tensor, width: int) -> list[str]:
 
 def native_doubts(width: int) -> list[str]:
     return [f"heads are {width} wide; it pays up to 32"] if width > 32 else []
+
+
+def triton_reasons(x: Tensor, maps: str | None, *tensors) -> list[str]:
+    """Why no kernel of attention can serve, whatever the route."""
+    reasons = unavailable(x)
+    if product_dtype(x) not in NAMES or x.dtype not in NAMES:
+        reasons.append(f"x is {x.dtype}")
+    if maps is not None and has_gradient(x, *tensors):
+        reasons.append("attention maps have no gradient there")
+    return reasons
+
+
+def with_maps(y: Tensor, p: Tensor, maps: str | None, mT: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+    """y, or with `maps` the pair of it and p (B, heads, L, N) by head or in the mean; mT: p has its queries last."""
+    if maps is None:
+        return y
+    p = p if maps == "head" else p.mean(1)
+    return y, (p.mT if mT else p).to(y.dtype)
+
+
+def bias_kind(token_bias: Tensor | None) -> str:
+    """What a kernel's code depends on."""
+    return "none" if token_bias is None else "learnt" if has_gradient(token_bias) else "given"
+
+
+def check_weights(x: Tensor, heads: int, w_q: Tensor, w_k: Tensor, w_v: Tensor, w_o: Tensor, width: int | None) -> None:
+    """Raise InputError unless the weights fit x (B, L, C), `heads` and tokens so wide; None: the tokens are x's."""
+    inner, channels = w_q.shape[0], x.shape[2]
+    if heads < 1 or inner % heads:
+        raise InputError(f"heads {heads} must divide the {inner} rows of w_q")
+    of_tokens = inner, channels if width is None else width
+    expected = {"w_q": (inner, channels), "w_k": of_tokens, "w_v": of_tokens, "w_o": (channels, inner)}
+    for (name, shape), w in zip(expected.items(), (w_q, w_k, w_v, w_o), strict=True):
+        if tuple(w.shape) != shape:
+            tokens = "" if width is None else f", context width {width}"
+            raise InputError(f"{name} is {tuple(w.shape)}, must be {shape} for x {tuple(x.shape)}{tokens}")
 
 
 def kernel_bias(token_bias: Tensor | None, heads: int) -> Tensor | None:

@@ -60,6 +60,9 @@ class Family(NamedTuple):
     products: bool = False
 
 
+FAMILIES: dict[str, Family] = {}  # by name; `_families` fills it, which imports every op
+
+
 class Finding(NamedTuple):
     """What became of one variant; `wrong` is empty where it passes, `errors` where it did not run."""
 

@@ -11,7 +11,7 @@ from itertools import product
 import torch
 
 from encdiff.ops import _families_attention
-from encdiff.ops._check import TYPES, Draw, Family, Outputs, Tensors, Variant
+from encdiff.ops._check import FAMILIES, TYPES, Draw, Family, Outputs, Tensors, Variant
 from encdiff.ops.adamw import adamw_reference, adamw_triton
 from encdiff.ops.column_sum import column_sum_reference, column_sum_triton
 from encdiff.ops.column_sum import representatives as of_column_sum
@@ -162,7 +162,7 @@ def _family(name, variants, make, run, kernel, exact, **options) -> Family:
     return Family(name, variants, make, run(kernel), run(exact), **options)
 
 
-FAMILIES = {family.name: family for family in [
+FAMILIES |= {family.name: family for family in [
     *_families_attention.FAMILIES,
     _family("mlp_bank", _mlp_bank_variants, _mlp_bank, _mlp_bank_with, mlp_bank_triton, mlp_bank_reference,
             products=True),

@@ -6,7 +6,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from encdiff.kernels import _cross_attention_plan as plan
+from encdiff.kernels.cross_attention import plan
 from encdiff.ops._attention import merge_heads, softmax, split_heads
 from encdiff.ops._check import TYPES, Draw, Family, Outputs, Tensors, Variant
 from encdiff.ops.cross_attention_folded import (

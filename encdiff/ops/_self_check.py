@@ -29,7 +29,7 @@ from encdiff.errors import InputError
 from encdiff.files.reading import read_json
 from encdiff.files.temporaries import atomic_path
 from encdiff.ops import _build
-from encdiff.ops._check import Finding, Variant, check, is_lost, title
+from encdiff.ops._check import FAMILIES, Finding, Variant, check, is_lost, title
 from encdiff.ops._triton import autocast_off
 
 UNCHECKED = "not checked on this card yet: call it once before a graph is captured"
@@ -107,7 +107,6 @@ def _apart(family: str, variant: Variant, gradients: bool, device: int) -> Findi
     But not from within a backward: there is one thread for that on a GPU, and it cannot wait for another. What the
     device had to say before is raised, and not laid to the kernel.
     """
-    from encdiff.ops._families import FAMILIES
 
     def run() -> Finding:
         try:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from encdiff.errors import InputError
-from encdiff.kernels._cross_attention_plan import (
+from encdiff.kernels.cross_attention.plan import (
     FEW_TOKENS,
     MAX_TOKENS,
     SHORT,
@@ -18,6 +18,8 @@ from encdiff.kernels._cross_attention_plan import (
 )
 from encdiff.ops import _self_check
 from encdiff.ops._attention import (
+    bias_kind,
+    check_weights,
     exact,
     fill_heads,
     kernel_bias,
@@ -34,9 +36,11 @@ from encdiff.ops._attention import (
     stock_attention,
     stock_layer_norm,
     stock_project_out,
+    triton_reasons,
+    with_maps,
 )
 from encdiff.ops._dispatch import Implementation, Op, always
-from encdiff.ops._triton import NAMES, has_gradient
+from encdiff.ops._triton import NAMES, has_gradient, interpreted
 from encdiff.ops._types import check_floating, mixed
 from encdiff.ops.cross_attention_folded import (
     Folded,
@@ -44,8 +48,6 @@ from encdiff.ops.cross_attention_folded import (
     cross_attention_folded_triton,
     failed_folded,
     fold_by_head,
-    interpreted,
-    triton_reasons,
 )
 from encdiff.ops.linear import linear
 
@@ -63,20 +65,22 @@ def cross_attention_reference(
         logits = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
         p = softmax(logits, token_bias)
         y = stock_project_out(merge_heads(p @ v), w_o, b_o, x if residual else None).to(x.dtype)
-    if maps is None:
-        return y
-    return y, (p if maps == "head" else p.mean(1)).to(x.dtype)
+    return with_maps(y, p, maps)
 
 
-def cross_attention_sdpa(
-    x, context, w_q, w_k, w_v, w_o, b_o=None, *,
-    heads, norm_weight=None, norm_bias=None, norm_eps=1e-5, residual=False, token_bias=None, maps=None, projected=None,
-):  # fmt: skip
-    """The stock fused attention between separate projections; cannot return maps."""
-    h = layer_norm(x, norm_weight, norm_bias, norm_eps)
-    q, k, v = (split_heads(t, heads) for t in (F.linear(h, w_q), *(projected or _project(context, w_k, w_v))))
-    a = stock_attention(q, k, v)
-    return project_out(merge_heads(a), w_o, b_o, x if residual else None)
+def _between_projections(attention):
+    """The op with `attention(q, k, v, heads)` between separate projections; neither token bias nor maps."""
+
+    def run(
+        x, context, w_q, w_k, w_v, w_o, b_o=None, *,
+        heads, norm_weight=None, norm_bias=None, norm_eps=1e-5, residual=False, token_bias=None, maps=None,
+        projected=None,
+    ):  # fmt: skip
+        h = layer_norm(x, norm_weight, norm_bias, norm_eps)
+        a = attention(F.linear(h, w_q), *(projected or _project(context, w_k, w_v)), heads)
+        return project_out(a, w_o, b_o, x if residual else None)
+
+    return run
 
 
 def _sdpa_reasons(x, context, *weights, maps=None, token_bias=None, projected=None, **_) -> list[str]:
@@ -92,16 +96,6 @@ def _sdpa_reasons(x, context, *weights, maps=None, token_bias=None, projected=No
 
 def _mixed(x, context, w_q, w_k, w_v, projected) -> list[str]:
     return mixed(x, w_q, *(projected or (context, w_k, w_v)))
-
-
-def cross_attention_native(
-    x, context, w_q, w_k, w_v, w_o, b_o=None, *,
-    heads, norm_weight=None, norm_bias=None, norm_eps=1e-5, residual=False, token_bias=None, maps=None, projected=None,
-):  # fmt: skip
-    """The CPU's own attention between separate projections; neither token bias nor maps."""
-    h = layer_norm(x, norm_weight, norm_bias, norm_eps)
-    k, v = projected or _project(context, w_k, w_v)
-    return project_out(native_attention(F.linear(h, w_q), k, v, heads), w_o, b_o, x if residual else None)
 
 
 def _native_reasons(x, context, w_q, *weights, heads, maps=None, token_bias=None, projected=None, **_) -> list[str]:
@@ -137,7 +131,7 @@ def cross_attention_transposed(
             p = softmax(k @ q, token_bias, dim=-2)  # (B, H, N, L)
             a = (v @ p).flatten(1, 2)  # (B, H*d, L)
             y = products_out(a.mT, w_o.T.expand(len(x), -1, -1), b_o, x if residual else None).to(x.dtype)
-            return y if maps is None else (y, (p.mT if maps == "head" else p.mean(1).mT).to(x.dtype))
+            return with_maps(y, p, maps, mT=True)
 
         inputs = [t for t in (x, k, v, token_bias) if t is not None]
         if torch.compiler.is_compiling() or len(x) <= _together(k, x.shape[1]):  # a graph holds no loop over a batch
@@ -190,8 +184,7 @@ def _route(
             return "folded", []
     if width > head_width_limit(tokens, size):
         return "heads", against
-    bias = "none" if token_bias is None else "learnt" if has_gradient(token_bias) else "given"
-    checked = x, x.shape[1], tokens, width, bias, maps is not None
+    checked = x, x.shape[1], tokens, width, bias_kind(token_bias), maps is not None
     return "heads", _self_check.reasons("cross_attention_heads", x, _heads_variant, *checked, gradients=gradients)
 
 
@@ -213,7 +206,7 @@ def _by_heads(x, k, v, w_q, w_o, b_o, *, heads, norm_weight, norm_bias, norm_eps
     q, bias = linear(h, w_q).contiguous(), kernel_bias(token_bias, heads)
     a, _, p = kernel(q, k, v, bias, heads, width**-0.5, maps is not None)
     y = project_out(a, w_o, b_o, x if residual else None).to(x.dtype)
-    return y if maps is None else (y, (p if maps == "head" else p.mean(1)).to(x.dtype))
+    return with_maps(y, p, maps)
 
 
 def _triton_reasons(
@@ -245,9 +238,9 @@ _op = Op(
     "cross_attention",
     [
         Implementation("triton", cross_attention_triton, _triton_reasons, interpreted),
-        Implementation("native", cross_attention_native, _native_reasons, _native_doubts),
+        Implementation("native", _between_projections(native_attention), _native_reasons, _native_doubts),
         Implementation("transposed", cross_attention_transposed, always, _transposed_doubts, composite=True),
-        Implementation("sdpa", cross_attention_sdpa, _sdpa_reasons),
+        Implementation("sdpa", _between_projections(stock_attention), _sdpa_reasons),
         Implementation("reference", cross_attention_reference, always, composite=True),
     ],
 )
@@ -315,13 +308,4 @@ def _check(x, context, w_q, w_k, w_v, w_o, heads) -> None:
         raise InputError(f"x {tuple(x.shape)} and context {tuple(context.shape)} must be (B, L, C) and (B, N, D)")
     if context.device != x.device:
         raise InputError(f"context is on {context.device}, must be on x's device {x.device}")
-    inner = w_q.shape[0]
-    if heads < 1 or inner % heads:
-        raise InputError(f"heads {heads} must divide the {inner} rows of w_q")
-    channels, width = x.shape[2], context.shape[2]
-    expected = {"w_q": (inner, channels), "w_k": (inner, width), "w_v": (inner, width), "w_o": (channels, inner)}
-    for (name, shape), w in zip(expected.items(), (w_q, w_k, w_v, w_o), strict=True):
-        if tuple(w.shape) != shape:
-            raise InputError(
-                f"{name} is {tuple(w.shape)}, must be {shape} for x {tuple(x.shape)}, context width {width}"
-            )
+    check_weights(x, heads, w_q, w_k, w_v, w_o, context.shape[2])

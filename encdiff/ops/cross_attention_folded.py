@@ -8,8 +8,6 @@ With q = LN(x) Wq^T and the keys k, values v of head h (docs/math.md):
 Where channels are many it may be cheaper to keep k and v as they are, beside Wq and Wo.
 """
 
-from importlib.util import find_spec
-from os import environ
 from typing import Literal, NamedTuple
 
 import torch
@@ -17,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from encdiff.errors import InputError
-from encdiff.kernels._cross_attention_plan import (
+from encdiff.kernels._second import refuse_second
+from encdiff.kernels.cross_attention.plan import (
     FOLDED_CHANNELS,
     FOLDED_TOKENS,
     KEPT_TILES,
@@ -27,22 +26,22 @@ from encdiff.kernels._cross_attention_plan import (
     layer_queries,
     pad,
 )
-from encdiff.kernels._second import refuse_second
 from encdiff.ops import _self_check
 from encdiff.ops._attention import (
+    bias_kind,
     exact,
     kernel_bias,
     product_dtype,
     products_out,
     softmax,
     stock_layer_norm,
+    triton_reasons,
+    with_maps,
 )
 from encdiff.ops._dispatch import Implementation, Op, always
-from encdiff.ops._triton import NAMES, has_gradient
+from encdiff.ops._triton import NAMES, has_gradient, interpreted
 from encdiff.ops._types import check_floating
 from encdiff.ops.column_sum import failed_sum
-
-TRITON = find_spec("triton") is not None
 
 
 class Folded(NamedTuple):
@@ -191,9 +190,7 @@ def cross_attention_folded_reference(
         logits = (keys @ h.mT).unflatten(1, folded.keys.shape[1:3])  # queries last: the softmax runs in vectors of them
         p = softmax(logits, token_bias, dim=-2)
         y = products_out(p.flatten(1, 2).mT, values, b_o, x if residual else None).to(x.dtype)
-    if maps is None:
-        return y
-    return y, (p.mT if maps == "head" else p.mean(1).mT).to(x.dtype)
+    return with_maps(y, p, maps, mT=True)
 
 
 def cross_attention_folded_triton(
@@ -267,8 +264,7 @@ def _types(x, b_o, norm_weight, *_) -> tuple[str, str, str]:
 
 
 def _flags(b_o, norm_weight, token_bias, residual, maps) -> tuple:
-    bias = "none" if token_bias is None else "learnt" if has_gradient(token_bias) else "given"
-    return norm_weight is not None, residual, bias, maps or "none"
+    return norm_weight is not None, residual, bias_kind(token_bias), maps or "none"
 
 
 def failed_kept(context: Tensor, channels: int, width: int) -> list[str]:
@@ -280,27 +276,6 @@ def failed_kept(context: Tensor, channels: int, width: int) -> list[str]:
 def _kept_variant(x, queries, channels, width, *options) -> tuple:
     few = queries < KEPT_TILES[pad(channels, 128), pad(width, 16)].BLOCK_L  # then samples share a tile
     return *_types(x, *options), channels, width, 9 if few else 80, *_flags(*options)
-
-
-def triton_reasons(x: Tensor, maps: str | None, *tensors) -> list[str]:
-    """Why no kernel of cross-attention can serve, whatever the route."""
-    reasons = []
-    if not TRITON:
-        reasons.append("triton is not installed")
-    if not x.is_cuda and environ.get("TRITON_INTERPRET") != "1":
-        reasons.append(f"x is on {x.device.type}")
-    if x.is_cuda and torch.cuda.get_device_capability(x.device) < (8, 0):
-        reasons.append("the GPU is older than compute capability 8.0")
-    if product_dtype(x) not in NAMES or x.dtype not in NAMES:
-        reasons.append(f"x is {x.dtype}")
-    if maps is not None and has_gradient(x, *tensors):
-        reasons.append("attention maps have no gradient there")
-    return reasons
-
-
-def interpreted(x: Tensor, *args, **kwargs) -> list[str]:
-    """The doubt about a Triton kernel that serves only tests."""
-    return [] if x.is_cuda else ["kernels are interpreted on the CPU"]
 
 
 _op = Op(

@@ -8,6 +8,7 @@ from torch import Tensor
 from encdiff.errors import InputError
 from encdiff.ops import _self_check
 from encdiff.ops._attention import (
+    check_weights,
     exact,
     fill_heads,
     layer_norm,
@@ -21,12 +22,12 @@ from encdiff.ops._attention import (
     stock_attention,
     stock_layer_norm,
     stock_project_out,
+    triton_reasons,
 )
 from encdiff.ops._beside import joined
 from encdiff.ops._dispatch import Implementation, Op, always
-from encdiff.ops._triton import NAMES, has_gradient
+from encdiff.ops._triton import NAMES, has_gradient, interpreted
 from encdiff.ops._types import check_floating, mixed
-from encdiff.ops.cross_attention_folded import interpreted, triton_reasons
 from encdiff.ops.linear import linear
 
 FUSED_POSITIONS, FUSED_WIDTH = 1024, 32  # past them, wider heads above all, the stock kernels are at home
@@ -66,13 +67,15 @@ def self_attention_reference(
         return stock_project_out(merge_heads(p @ v), w_o, b_o, x if residual else None).to(x.dtype)
 
 
-def self_attention_sdpa(
-    x, w_q, w_k, w_v, w_o, b_o=None, *, heads, norm_weight=None, norm_bias=None, norm_eps=1e-5, residual=False
-):
-    """The stock fused attention between separate projections."""
-    h = layer_norm(x, norm_weight, norm_bias, norm_eps)
-    q, k, v = (split_heads(F.linear(h, w), heads) for w in (w_q, w_k, w_v))
-    return project_out(merge_heads(stock_attention(q, k, v)), w_o, b_o, x if residual else None)
+def _between_projections(attention):
+    """The op with `attention(q, k, v, heads)` between separate projections."""
+
+    def run(x, w_q, w_k, w_v, w_o, b_o=None, *, heads, norm_weight=None, norm_bias=None, norm_eps=1e-5, residual=False):
+        h = layer_norm(x, norm_weight, norm_bias, norm_eps)
+        a = attention(*(F.linear(h, w) for w in (w_q, w_k, w_v)), heads)
+        return project_out(a, w_o, b_o, x if residual else None)
+
+    return run
 
 
 def self_attention_triton(
@@ -106,15 +109,6 @@ def _variant(x, w_q, heads) -> tuple:
     return NAMES[dtype], width, representative(x.shape[1], width, dtype.itemsize)
 
 
-def self_attention_native(
-    x, w_q, w_k, w_v, w_o, b_o=None, *, heads, norm_weight=None, norm_bias=None, norm_eps=1e-5, residual=False
-):
-    """The CPU's own attention (csrc/attention_cpu.cpp) between separate projections; float32 inside."""
-    h = layer_norm(x, norm_weight, norm_bias, norm_eps)
-    q, k, v = (F.linear(h, w) for w in (w_q, w_k, w_v))
-    return project_out(native_attention(q, k, v, heads), w_o, b_o, x if residual else None)
-
-
 def _native_reasons(x, w_q, *weights, heads, **options) -> list[str]:
     return native_reasons(x, w_q.shape[0] // heads) + mixed(x, w_q, *weights[:2])
 
@@ -131,9 +125,9 @@ def _sdpa_reasons(x, *weights, **options) -> list[str]:
 _op = Op(
     "self_attention",
     [
-        Implementation("native", self_attention_native, _native_reasons, _native_doubts),
+        Implementation("native", _between_projections(native_attention), _native_reasons, _native_doubts),
         Implementation("triton", self_attention_triton, _triton_reasons, interpreted),
-        Implementation("sdpa", self_attention_sdpa, _sdpa_reasons),
+        Implementation("sdpa", _between_projections(stock_attention), _sdpa_reasons),
         Implementation("reference", self_attention_reference, always, composite=True),
     ],
 )
@@ -175,17 +169,7 @@ def self_attention(
     )  # fmt: skip
     if x.ndim != 3:
         raise InputError(f"x is {tuple(x.shape)}, must be (B, L, C)")
-    inner = w_q.shape[0]
-    if heads < 1 or inner % heads:
-        raise InputError(f"heads {heads} must divide the {inner} rows of w_q")
-    for name, w, shape in zip(
-        ("w_q", "w_k", "w_v", "w_o"),
-        (w_q, w_k, w_v, w_o),
-        [(inner, x.shape[2])] * 3 + [(x.shape[2], inner)],
-        strict=True,
-    ):
-        if tuple(w.shape) != shape:
-            raise InputError(f"{name} is {tuple(w.shape)}, must be {shape} for x {tuple(x.shape)}")
+    check_weights(x, heads, w_q, w_k, w_v, w_o, None)
     return _op(
         x, w_q, w_k, w_v, w_o, b_o, heads=heads, norm_weight=norm_weight, norm_bias=norm_bias,
         norm_eps=norm_eps, residual=residual, impl=impl,

@@ -10,10 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._cross_attention_parts import aligned_rows, load_rows, on_device, operand, store_rows
-from ._cross_attention_plan import FEW_TOKENS, HEADS_TILES, heads_tile, pad
-from ._gate import GateCase, gate_signature
-from ._second import refuse_second
+from .._gate import GateCase, gate_signature
+from .._second import refuse_second
+from .parts import aligned_rows, load_rows, on_device, operand, place, store_rows
+from .plan import FEW_TOKENS, HEADS_TILES, heads_tile, pad
 
 # Not specialised, so that the code of a tile is one, the gate's: the figures of the channels alone are.
 GENERAL = ("L", "N", "H", "stride_kb8", "stride_kn8", "stride_bias_b", "stride_bias_h")
@@ -37,12 +37,9 @@ def cross_attention_heads_fwd_kernel(
     """One program: BLOCK_L queries of one head."""
     DTYPE: tl.constexpr = p_k.dtype.element_ty
     D = D8 * 8  # said in this way, the compiler knows that rows are aligned
-    tiles = tl.cdiv(L, BLOCK_L)
-    i_bh = (tl.program_id(0) // tiles).to(tl.int64)
+    i_bh, o_l = place(L, BLOCK_L)
     i_b, i_h = i_bh // H, i_bh % H
-    o_l = tl.program_id(0) % tiles * BLOCK_L + tl.arange(0, BLOCK_L)
-    o_n = tl.arange(0, BLOCK_N)
-    o_d = tl.arange(0, BLOCK_D)
+    o_n, o_d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
     if p_bias is not None:
         p_bias += i_b * stride_bias_b + i_h * stride_bias_h
 
@@ -73,12 +70,9 @@ def cross_attention_heads_bwd_kernel_dq(
     """One program: BLOCK_L queries of one head; also delta = sum over the tokens of P dP, which dk needs."""
     DTYPE: tl.constexpr = p_k.dtype.element_ty
     D = D8 * 8  # said in this way, the compiler knows that rows are aligned
-    tiles = tl.cdiv(L, BLOCK_L)
-    i_bh = (tl.program_id(0) // tiles).to(tl.int64)
+    i_bh, o_l = place(L, BLOCK_L)
     i_b, i_h = i_bh // H, i_bh % H
-    o_l = tl.program_id(0) % tiles * BLOCK_L + tl.arange(0, BLOCK_L)
-    o_n = tl.arange(0, BLOCK_N)
-    o_d = tl.arange(0, BLOCK_D)
+    o_n, o_d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
     if p_bias is not None:
         p_bias += i_b * stride_bias_b + i_h * stride_bias_h
 
@@ -106,10 +100,8 @@ def cross_attention_heads_bwd_kernel_dkv(
     """One program: BLOCK_N tokens of one head, all queries in turn."""
     DTYPE: tl.constexpr = p_k.dtype.element_ty
     D = D8 * 8  # said in this way, the compiler knows that rows are aligned
-    tiles = tl.cdiv(N, BLOCK_N)
-    i_bh = (tl.program_id(0) // tiles).to(tl.int64)
+    i_bh, o_n = place(N, BLOCK_N)
     i_b, i_h = i_bh // H, i_bh % H
-    o_n = tl.program_id(0) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
     o_d = tl.arange(0, BLOCK_D)
     if p_bias is not None:
         p_bias += i_b * stride_bias_b + i_h * stride_bias_h

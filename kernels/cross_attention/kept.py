@@ -15,7 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._cross_attention_parts import (
+from .._gate import GateCase, gate_signature
+from .parts import (
     aligned_rows,
     load_channels,
     normalise,
@@ -24,8 +25,7 @@ from ._cross_attention_parts import (
     over_tokens,
     softmax_by_head,
 )
-from ._cross_attention_plan import KEPT_TILES, pad, samples_of_tile
-from ._gate import GateCase, gate_signature
+from .plan import KEPT_TILES, pad, samples_of_tile
 
 # Not specialised, so that the code of a tile is one, the gate's: the figures of the channels alone are.
 GENERAL = ("B", "L", "N", "H", "S", "stride_xb8", "stride_xl8", "stride_bias_b", "stride_bias_h")

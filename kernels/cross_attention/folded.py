@@ -15,7 +15,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._cross_attention_parts import (
+from .._gate import GateCase, gate_signature
+from .._halves import sum_halves
+from .._second import refuse_second
+from ..column_sum import column_sum
+from .parts import (
     aligned_rows,
     load_channels,
     load_rows,
@@ -23,15 +27,12 @@ from ._cross_attention_parts import (
     on_device,
     operand,
     over_tokens,
+    place,
     softmax_by_head,
     standardise,
     store_rows,
 )
-from ._cross_attention_plan import FOLDED_TILES, FOLDED_TOKENS, pad
-from ._gate import GateCase, gate_signature
-from ._halves import sum_halves
-from ._second import refuse_second
-from .column_sum import column_sum
+from .plan import FOLDED_TILES, FOLDED_TOKENS, pad
 
 # Not specialised, so that the code of a tile is one, the gate's: the figures of the channels alone are.
 GENERAL = ("L", "N", "H", "stride_xb8", "stride_xl8", "stride_kb8", "stride_kh8", "stride_bias_b", "stride_bias_h")
@@ -71,9 +72,7 @@ def cross_attention_folded_fwd_kernel(
     """One program: BLOCK_L queries of one sample."""
     DTYPE: tl.constexpr = p_k.dtype.element_ty
     C = C8 * 8  # said in this way, the compiler knows that rows are aligned
-    tiles = tl.cdiv(L, BLOCK_L)
-    i_b = (tl.program_id(0) // tiles).to(tl.int64)
-    o_l = tl.program_id(0) % tiles * BLOCK_L + tl.arange(0, BLOCK_L)
+    i_b, o_l = place(L, BLOCK_L)
     o_c = tl.arange(0, BLOCK_C)
     o_col = tl.arange(0, GROUP * BLOCK_N)
     o_n = o_col % BLOCK_N
@@ -167,9 +166,7 @@ def cross_attention_folded_bwd_kernel_dx(
     """One program: BLOCK_L queries of one sample, all heads in turn: dx, and its part of dgamma and dbeta."""
     DTYPE: tl.constexpr = p_k.dtype.element_ty
     C = C8 * 8  # said in this way, the compiler knows that rows are aligned
-    tiles = tl.cdiv(L, BLOCK_L)
-    i_b = (tl.program_id(0) // tiles).to(tl.int64)
-    o_l = tl.program_id(0) % tiles * BLOCK_L + tl.arange(0, BLOCK_L)
+    i_b, o_l = place(L, BLOCK_L)
     o_c = tl.arange(0, BLOCK_C)
     o_col = tl.arange(0, GROUP * BLOCK_N)
     o_n = o_col % BLOCK_N

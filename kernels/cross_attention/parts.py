@@ -21,6 +21,13 @@ def operand(b, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def place(n, BLOCK: tl.constexpr):
+    """What a program takes: a sample, or a head of one, and BLOCK of its n rows."""
+    tiles = tl.cdiv(n, BLOCK)
+    return (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles * BLOCK + tl.arange(0, BLOCK)
+
+
+@triton.jit
 def load_rows(p, o_l, o_c, stride_l, L, C):
     """Queries o_l of one sample in float32, zero outside L x C."""
     m = (o_l < L)[:, None] & (o_c < C)[None, :]

@@ -1,0 +1,182 @@
+"""What every data set is: images by index, their factors, parts of the grid; and images as what a model takes."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+
+from encdiff.errors import InputError
+
+Progress = Callable[[int, int], None]  # called with (done, total)
+ACCEPTED = (  # by `open_dataset`, and said where something else is met
+    "must be procedural[:5,5,5,4,4,5] or sprites[:3,6,40,32,32]; a 3dshapes .h5 file; an .npz file of Shapes3D "
+    "(`images`), MPI3D or dSprites; the files of Cars3D, SmallNORB or CelebA; an LMDB of images; or a folder of images"
+)
+
+
+class Dataset(ABC):
+    """Square RGB images, addressed by index; most labelled sets are a complete grid of factors, the last one fastest.
+
+    A subclass sets `name`, `image_size` and, when labelled, `factor_names`, `factor_sizes` and `label_values` (all
+    empty otherwise), and defines `images`; an unlabelled one defines `__len__` too, and one that is labelled but no
+    grid (CelebA) sets `is_grid` to False and defines `__len__` and `factors`.
+    """
+
+    name: str
+    spec: str | None = None  # what `open_dataset` opens it by, from any folder
+    image_size: int
+    factor_names: tuple[str, ...] = ()
+    factor_sizes: tuple[int, ...] = ()
+    images_per_chunk: int = 1  # how many are read, at least, to read one
+    label_values: tuple[np.ndarray, ...] = ()  # float64 (size,) for each factor: what its values stand for
+    is_grid: bool = True  # every combination of factors has equally many images; without meaning where unlabelled
+    instances: int = 1  # images of each combination of factors; consecutive
+    cyclic: tuple[str, ...] = ()  # factors whose last value is next to the first: hues, full turns
+    categories: tuple[str, ...] = ()  # factors whose values have no order
+
+    def __len__(self) -> int:
+        return math.prod(self.factor_sizes) * self.instances
+
+    @abstractmethod
+    def images(self, indices) -> np.ndarray:
+        """uint8 (n, H, W, 3) for integer indices (n,), in any order, repeats allowed; InputError outside 0..len-1."""
+
+    def factors(self, indices) -> np.ndarray:
+        """int64 (n, F) factor values, each in 0..size-1, of integer indices (n,)."""
+        self._need_grid()
+        cells = self.check_indices(indices) // self.instances
+        return np.stack(np.unravel_index(cells, self.factor_sizes), axis=-1).astype(np.int64)
+
+    def indices(self, factors, rng: np.random.RandomState | None = None) -> np.ndarray:
+        """int64 (n,) indices of the images with integer factor values (n, F); the inverse of `factors`.
+
+        Where several images share the factors (`instances` > 1), one drawn by `rng`, or without it the first.
+        """
+        self._need_grid()
+        values = check_factors(factors, self.factor_sizes)
+        first = np.ravel_multi_index(tuple(values.T), self.factor_sizes).astype(np.int64) * self.instances
+        return first if rng is None or self.instances == 1 else first + rng.randint(self.instances, size=len(first))
+
+    def labels(self, indices) -> np.ndarray:
+        """float64 (n, F) physical values (hue 0..0.9, degrees, ...) of integer indices (n,)."""
+        columns = zip(self.label_values, self.factors(indices).T, strict=True)
+        return np.stack([values[column] for values, column in columns], axis=1)
+
+    def select(self, selection: str) -> Dataset:
+        """The part that a spec names after its colon: values per factor such as "5,5,5,4,4,5"; see `SubGrid`."""
+        try:
+            counts = [int(count) for count in selection.split(",")]
+        except ValueError:
+            raise InputError(
+                f"{self.name}:{selection}: must be values per factor such as {','.join(map(str, self.factor_sizes))}"
+                if self.factor_sizes and self.is_grid
+                else f"{self.name}:{selection}: has no grid of factors to select from"
+            ) from None
+        return SubGrid(self, counts)
+
+    def check_indices(self, indices) -> np.ndarray:
+        """The indices as int64 (n,); InputError when they are not integers (n,) in 0..len-1."""
+        array = np.asarray(indices)
+        if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
+            raise InputError(f"indices: {array.dtype} of shape {array.shape}; must be integers of shape (n,)")
+        if array.size and (array.min() < 0 or array.max() >= len(self)):
+            raise InputError(f"indices: {array.min()}..{array.max()}; {self.name} has 0..{len(self) - 1}")
+        return array.astype(np.int64)
+
+    def _need_grid(self) -> None:
+        if not self.factor_sizes:
+            raise InputError(f"{self.name}: has no factors; a labelled data set is needed here")
+        if not self.is_grid:
+            raise InputError(f"{self.name}: is labelled, but no complete grid of factors, which is needed here")
+
+
+class SubGrid(Dataset):
+    """Some values of every factor of a grid; everything else is as in `dataset`.
+
+    `grid` holds for each factor either how many of its values to take or a tuple of them. k values of a cyclic factor
+    are spread over the circle (floor(i * size / k)), of a category they are the first k, of any other factor they are
+    spread over its range with both ends. InputError for an impossible grid.
+    """
+
+    def __init__(self, dataset: Dataset, grid: Sequence[int | Sequence[int]]):
+        dataset._need_grid()
+        self.dataset, self.name, self.image_size = dataset, dataset.name, dataset.image_size
+        self.factor_names, self.cyclic, self.categories = dataset.factor_names, dataset.cyclic, dataset.categories
+        self.images_per_chunk, self.instances = dataset.images_per_chunk, dataset.instances
+        self.values = grid_values(dataset, dataset.factor_sizes, grid)
+        self.factor_sizes = tuple(len(values) for values in self.values)
+        self.label_values = tuple(full[v] for full, v in zip(dataset.label_values, self.values, strict=True))
+
+    def images(self, indices) -> np.ndarray:
+        full = np.stack([v[f] for v, f in zip(self.values, self.factors(indices).T, strict=True)], axis=1)
+        return self.dataset.images(self.dataset.indices(full) + self.check_indices(indices) % self.instances)
+
+
+def grid_values(dataset: Dataset, sizes: Sequence[int], grid: Sequence[int | Sequence[int]]) -> tuple[np.ndarray, ...]:
+    """For each factor the int64 (k,) values, of 0..size-1, that an entry of `grid` stands for; see `SubGrid`."""
+    names = dataset.factor_names
+    if len(grid) != len(names):
+        raise InputError(f"grid: {len(grid)} entries; must be {len(names)}, one for each of {', '.join(names)}")
+    return tuple(_factor_values(dataset, *factor) for factor in zip(names, sizes, grid, strict=True))
+
+
+def _factor_values(dataset, name: str, size: int, entry: int | Sequence[int]) -> np.ndarray:
+    if not isinstance(entry, int | np.integer):
+        values = np.asarray(entry)
+        whole = values.ndim == 1 and values.size and values.dtype.kind in "iu"
+        if not whole or len(set(values.tolist())) < len(values):
+            raise InputError(f"grid: {entry!r} for {name}; must be a count or a tuple of different indices")
+        if values.min() < 0 or values.max() >= size:
+            raise InputError(f"grid: {entry!r} for {name}; indices must lie in 0..{size - 1}")
+        return values.astype(np.int64)
+    if not 1 <= entry <= size:
+        raise InputError(f"grid: {entry} values of {name}; must be 1..{size}")
+    if name in dataset.cyclic:
+        return np.arange(entry) * size // entry
+    if name in dataset.categories:
+        return np.arange(entry)
+    return np.rint(np.linspace(0, size - 1, entry)).astype(np.int64)
+
+
+def check_factors(factors, sizes: tuple[int, ...]) -> np.ndarray:
+    """Factor values as int64 (n, F); InputError when they are not integers (n, F) with 0 <= value < size."""
+    array = np.asarray(factors)
+    if array.ndim != 2 or array.shape[1] != len(sizes) or (array.size and array.dtype.kind not in "iu"):
+        raise InputError(f"factors: {array.dtype} of shape {array.shape}; must be integers of shape (n, {len(sizes)})")
+    if array.size and (array.min() < 0 or (array >= np.array(sizes)).any()):
+        raise InputError(f"factors: a value lies outside 0..size-1 of the sizes {tuple(sizes)}")
+    return array.astype(np.int64)
+
+
+def describe(dataset: Dataset, probes: int = 8) -> dict:
+    """Name, sizes and a SHA-256 over `probes` evenly spaced images: enough to tell whether two data sets are one."""
+    images = dataset.images(np.linspace(0, len(dataset) - 1, probes).astype(np.int64))
+    return {
+        "name": dataset.name,
+        "images": len(dataset),
+        "image_size": int(dataset.image_size),
+        "factor_names": list(dataset.factor_names),
+        "factor_sizes": [int(size) for size in dataset.factor_sizes],
+        "sha256": hashlib.sha256(np.ascontiguousarray(images).tobytes()).hexdigest(),
+    }
+
+
+def to_float(images) -> torch.Tensor:
+    """Images uint8 (n, H, W, 3), array or tensor, as float32 (n, 3, H, W) in [-1, 1]; InputError for anything else."""
+    images = torch.as_tensor(images)
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[-1] != 3:
+        raise InputError(f"images: {images.dtype} of shape {tuple(images.shape)}; must be uint8 of shape (n, H, W, 3)")
+    return images.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format) / 127.5 - 1
+
+
+def to_uint8(images: torch.Tensor) -> torch.Tensor:
+    """Images float (n, 3, H, W) as uint8 (n, H, W, 3): the inverse of `to_float`; values beyond [-1, 1] are clipped."""
+    if not images.is_floating_point() or images.ndim != 4 or images.shape[1] != 3:
+        raise InputError(f"images: {images.dtype} of shape {tuple(images.shape)}; must be float of shape (n, 3, H, W)")
+    levels = ((images.detach().float() + 1) * 127.5).round().clamp(0, 255)
+    return levels.to(torch.uint8).permute(0, 2, 3, 1).contiguous()
