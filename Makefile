@@ -28,9 +28,10 @@ campaign: .venv/.installed-dev  ## minutes of random kills, full disks and damag
 oldest: .venv-oldest/.installed  ## the tests in a second environment, of the oldest torch; needs nvcc for the CUDA half
 	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n 2 tests
 
-lint: .venv/.installed-dev  ## check style and formatting
+lint: .venv/.installed-dev  ## check style, formatting and types
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
+	.venv/bin/mypy
 
 gate: .venv/.installed-dev  ## compile every kernel for three generations of GPU and check its machine code
 	.venv/bin/python -W ignore -m encdiff.kernels._gate
@@ -51,7 +52,7 @@ gpu:  ## with an NVIDIA GPU, without network: check, time, train; OUT=folder ARG
 	@"$(PYTHON)" -m bench.gpu "$(OUT)" $(ARGS)
 
 clean:  ## remove both environments, builds and caches, but never a run
-	rm -rf .venv .venv-oldest build dist encdiff.egg-info encdiff/_C*.so .pytest_cache .ruff_cache .hypothesis .benchmarks .coverage
+	rm -rf .venv .venv-oldest build dist encdiff.egg-info encdiff/_C*.so .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks .coverage
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch comes first and by its exact version, so that nothing else chooses one; it also brings setuptools for the build,

@@ -17,7 +17,7 @@ import h5py
 import numpy as np
 from PIL import Image
 
-from encdiff.data.dataset import Dataset, Progress
+from encdiff.data.dataset import Dataset, Indices, Progress
 from encdiff.data.npz import open_zip, read_header
 from encdiff.errors import InputError
 from encdiff.files.reading import damage
@@ -55,11 +55,11 @@ class ArrayFile(Dataset):
         vars(self).update(state, _images=images.open() if isinstance(images, _Place) else images)
 
     @property
-    def images_per_chunk(self) -> int:
+    def images_per_chunk(self) -> int:  # type: ignore[override]  # read alone, here too
         """How many images must be unpacked to read one: many in a file that was written without thought of it."""
         return (getattr(self._images, "chunks", None) or (1,))[0]
 
-    def images(self, indices) -> np.ndarray:
+    def images(self, indices: Indices) -> np.ndarray:
         order, inverse = np.unique(self.check_indices(indices), return_inverse=True)
         try:
             images = read_rows(self._images, order)
@@ -84,7 +84,7 @@ class _Place(NamedTuple):
         if isinstance(images, h5py.Dataset):
             return cls(file, images.name)
         if isinstance(images, np.memmap):
-            return cls(images.filename, None, (images.dtype, "r", images.offset, images.shape))
+            return cls(str(images.filename), None, (images.dtype, "r", images.offset, images.shape))
         return images
 
     def open(self) -> h5py.Dataset | np.ndarray:

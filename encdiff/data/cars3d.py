@@ -7,12 +7,12 @@ import tarfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO
+from typing import IO, BinaryIO, Literal, cast
 
 import numpy as np
 
 from encdiff.data.arrays import resize
-from encdiff.data.dataset import Dataset, Progress
+from encdiff.data.dataset import Dataset, Indices, Progress
 from encdiff.data.matlab import array_of, read_arrays
 from encdiff.errors import InputError
 from encdiff.files.reading import damage, read_bytes
@@ -58,7 +58,7 @@ class Cars3D(Dataset):
         elevations, azimuths, objects = (np.arange(n, dtype=np.float64) for n in self.factor_sizes)
         self.label_values = (elevations, azimuths * (360 / AZIMUTHS), objects)
 
-    def images(self, indices) -> np.ndarray:
+    def images(self, indices: Indices) -> np.ndarray:
         indices = self.check_indices(indices)
         if self.published_misalignment:
             indices = indices // REPEATS
@@ -82,7 +82,7 @@ def is_tar(path: Path) -> bool:
         return False
 
 
-def _mode(raw: BinaryIO) -> str:
+def _mode(raw: BinaryIO) -> Literal["r|gz", "r|"]:
     """How tarfile is to read: gzipped or plain, and as nothing else, since xz may ask for gigabytes of memory."""
     packed = raw.read(2) == b"\x1f\x8b"
     raw.seek(0)
@@ -129,7 +129,7 @@ def _members(path: Path, progress: Progress | None) -> Iterator[tuple[PurePosixP
                 if entry.isfile() and member.parent.name == "cars" and wanted:
                     if entry.size > MOST:
                         raise InputError(f"{path}: {member} holds {entry.size} bytes, must hold {MOST} at most")
-                    yield member, archive.extractfile(entry).read()
+                    yield member, cast(IO[bytes], archive.extractfile(entry)).read()  # a file's
                 if progress:
                     progress(raw.tell(), path.stat().st_size)
     except InputError:

@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from PIL import Image
 
-from encdiff.data.dataset import Dataset
+from encdiff.data.dataset import Dataset, Indices
 from encdiff.data.folder import load_rgb
 from encdiff.data.npz import read_member
 from encdiff.errors import InputError
@@ -49,7 +49,7 @@ class CelebA(Dataset):
     def __len__(self) -> int:
         return len(self._files)
 
-    def factors(self, indices) -> np.ndarray:
+    def factors(self, indices: Indices) -> np.ndarray:
         return self._attributes[self.check_indices(indices)].astype(np.int64)
 
     def select(self, selection: str) -> CelebA:
@@ -58,11 +58,11 @@ class CelebA(Dataset):
         part._restrict((self.path if self.path.is_dir() else self.path.parent) / PARTITION, selection)
         return part
 
-    def images(self, indices) -> np.ndarray:
+    def images(self, indices: Indices) -> np.ndarray:
         out = np.empty((len(indices), self.image_size, self.image_size, 3), np.uint8)
         for row, index in enumerate(self.check_indices(indices)):
             name = self._files[index]
-            source = self._folder / name if self._zip is None else self._read_member(name)
+            source = self._read_member(name, self._zip) if self._zip else self._folder / name
             out[row] = centre(load_rgb(source, f"{self.path}: {name}"), self.image_size)
         return out
 
@@ -75,7 +75,8 @@ class CelebA(Dataset):
 
     def _open_images(self) -> None:
         """Find the images, in a zip file if there is one, and see that none is missing."""
-        folder, self._zip, self._folder = self.path, None, None
+        folder = self.path
+        self._zip: _Zip | None = None
         packed = folder / f"{IMAGES}.zip" if folder.is_dir() else folder
         self._folder = next((f for f in (folder / IMAGES, folder) if next(f.glob("*.jpg"), None)), None)
         if self._folder is not None:
@@ -83,15 +84,15 @@ class CelebA(Dataset):
         elif packed.is_file():
             self._zip = _Zip(packed)
             self._members = {PurePosixPath(name).name: name for name in self._zip.open().namelist()}
-            there = self._members.keys()
+            there = set(self._members)
         else:
             raise InputError(f"{folder}: holds neither {IMAGES}/*.jpg nor {IMAGES}.zip; CelebA's images must lie here")
         missing = next((file for file in self._files if file not in there), None)
         if missing:
             raise InputError(f"{self._folder or packed}: holds no {missing}, but {ATTRIBUTES} names it")
 
-    def _read_member(self, name: str) -> io.BytesIO:
-        return io.BytesIO(read_member(self.path, self._zip.open(), self._members[name], MOST))
+    def _read_member(self, name: str, packed: _Zip) -> io.BytesIO:
+        return io.BytesIO(read_member(self.path, packed.open(), self._members[name], MOST))
 
 
 def centre(image: Image.Image, size: int) -> np.ndarray:
@@ -108,13 +109,14 @@ class _Zip:
     """A zip file that each process opens for itself: forked ones would move one another's place in it."""
 
     def __init__(self, path: Path):
-        self.path, self._opened = path.absolute(), (0, None)
+        self.path = path.absolute()
+        self._opened: tuple[int, zipfile.ZipFile] | None = None  # by which process
 
     def __getstate__(self) -> dict:
-        return {"path": self.path, "_opened": (0, None)}
+        return {"path": self.path, "_opened": None}
 
     def open(self) -> zipfile.ZipFile:
-        if self._opened[0] != os.getpid():
+        if self._opened is None or self._opened[0] != os.getpid():
             with damage(f"{self.path}: a damaged or truncated zip file"):
                 self._opened = os.getpid(), zipfile.ZipFile(self.path)
         return self._opened[1]

@@ -13,6 +13,8 @@ import torch
 from encdiff.errors import InputError
 
 Progress = Callable[[int, int], None]  # called with (done, total)
+Indices = Sequence[int] | np.ndarray  # (n,) integers
+Factors = Sequence[Sequence[int]] | np.ndarray  # (n, F) integers
 ACCEPTED = (  # by `open_dataset`, and said where something else is met
     "must be procedural[:5,5,5,4,4,5] or sprites[:3,6,40,32,32]; a 3dshapes .h5 file; an .npz file of Shapes3D "
     "(`images`), MPI3D or dSprites; the files of Cars3D, SmallNORB or CelebA; an LMDB of images; or a folder of images"
@@ -43,16 +45,16 @@ class Dataset(ABC):
         return math.prod(self.factor_sizes) * self.instances
 
     @abstractmethod
-    def images(self, indices) -> np.ndarray:
+    def images(self, indices: Indices) -> np.ndarray:
         """uint8 (n, H, W, 3) for integer indices (n,), in any order, repeats allowed; InputError outside 0..len-1."""
 
-    def factors(self, indices) -> np.ndarray:
+    def factors(self, indices: Indices) -> np.ndarray:
         """int64 (n, F) factor values, each in 0..size-1, of integer indices (n,)."""
         self._need_grid()
         cells = self.check_indices(indices) // self.instances
         return np.stack(np.unravel_index(cells, self.factor_sizes), axis=-1).astype(np.int64)
 
-    def indices(self, factors, rng: np.random.RandomState | None = None) -> np.ndarray:
+    def indices(self, factors: Factors, rng: np.random.RandomState | None = None) -> np.ndarray:
         """int64 (n,) indices of the images with integer factor values (n, F); the inverse of `factors`.
 
         Where several images share the factors (`instances` > 1), one drawn by `rng`, or without it the first.
@@ -62,7 +64,7 @@ class Dataset(ABC):
         first = np.ravel_multi_index(tuple(values.T), self.factor_sizes).astype(np.int64) * self.instances
         return first if rng is None or self.instances == 1 else first + rng.randint(self.instances, size=len(first))
 
-    def labels(self, indices) -> np.ndarray:
+    def labels(self, indices: Indices) -> np.ndarray:
         """float64 (n, F) physical values (hue 0..0.9, degrees, ...) of integer indices (n,)."""
         columns = zip(self.label_values, self.factors(indices).T, strict=True)
         return np.stack([values[column] for values, column in columns], axis=1)
@@ -79,7 +81,7 @@ class Dataset(ABC):
             ) from None
         return SubGrid(self, counts)
 
-    def check_indices(self, indices) -> np.ndarray:
+    def check_indices(self, indices: Indices) -> np.ndarray:
         """The indices as int64 (n,); InputError when they are not integers (n,) in 0..len-1."""
         array = np.asarray(indices)
         if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
@@ -112,7 +114,7 @@ class SubGrid(Dataset):
         self.factor_sizes = tuple(len(values) for values in self.values)
         self.label_values = tuple(full[v] for full, v in zip(dataset.label_values, self.values, strict=True))
 
-    def images(self, indices) -> np.ndarray:
+    def images(self, indices: Indices) -> np.ndarray:
         full = np.stack([v[f] for v, f in zip(self.values, self.factors(indices).T, strict=True)], axis=1)
         return self.dataset.images(self.dataset.indices(full) + self.check_indices(indices) % self.instances)
 
@@ -143,7 +145,7 @@ def _factor_values(dataset, name: str, size: int, entry: int | Sequence[int]) ->
     return np.rint(np.linspace(0, size - 1, entry)).astype(np.int64)
 
 
-def check_factors(factors, sizes: tuple[int, ...]) -> np.ndarray:
+def check_factors(factors: Factors, sizes: tuple[int, ...]) -> np.ndarray:
     """Factor values as int64 (n, F); InputError when they are not integers (n, F) with 0 <= value < size."""
     array = np.asarray(factors)
     if array.ndim != 2 or array.shape[1] != len(sizes) or (array.size and array.dtype.kind not in "iu"):
@@ -166,7 +168,7 @@ def describe(dataset: Dataset, probes: int = 8) -> dict:
     }
 
 
-def to_float(images) -> torch.Tensor:
+def to_float(images: np.ndarray | torch.Tensor) -> torch.Tensor:
     """Images uint8 (n, H, W, 3), array or tensor, as float32 (n, 3, H, W) in [-1, 1]; InputError for anything else."""
     images = torch.as_tensor(images)
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[-1] != 3:

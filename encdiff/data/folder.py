@@ -11,7 +11,7 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, ImageOps
 
-from encdiff.data.dataset import Dataset
+from encdiff.data.dataset import Dataset, Indices
 from encdiff.errors import InputError
 from encdiff.files.reading import refuse_special
 
@@ -29,9 +29,10 @@ class ImageFolder(Dataset):
     """
 
     def __init__(self, path: str | os.PathLike, image_size: int | None):
-        self.path, self.name, self.image_size = Path(path), Path(path).resolve().name, image_size
+        self.path, self.name = Path(path), Path(path).resolve().name
         if image_size is None or image_size < 1:
             raise InputError(f"image_size: {image_size}; a folder of images needs one, such as 32 (--image-size 32)")
+        self.image_size = image_size
         if not self.path.is_dir():
             raise InputError(f"{path}: no such folder")
         self.files = sorted(filter(self._wanted, _files(self.path)), key=self._natural)
@@ -41,7 +42,7 @@ class ImageFolder(Dataset):
     def __len__(self) -> int:
         return len(self.files)
 
-    def images(self, indices) -> np.ndarray:
+    def images(self, indices: Indices) -> np.ndarray:
         out = np.empty((len(indices), self.image_size, self.image_size, 3), np.uint8)
         for row, index in enumerate(self.check_indices(indices)):
             out[row] = load_square(self.files[index], self.image_size, self.files[index])

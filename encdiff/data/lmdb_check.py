@@ -48,7 +48,8 @@ class _Damaged(Exception):
 
 class _Walk:
     def __init__(self, stream: BinaryIO, size: int):
-        self.stream, self.seen = stream, set()
+        self.stream = stream
+        self.seen: set[int] = set()
         self.meta = max(self._metas(size), key=lambda meta: meta.transaction)
         if self.meta.page_size * (self.meta.last_page + 1) > size:
             pages = self.meta.last_page + 1

@@ -11,7 +11,7 @@ from weakref import WeakValueDictionary
 
 import numpy as np
 
-from encdiff.data.dataset import Dataset
+from encdiff.data.dataset import Dataset, Indices
 from encdiff.data.folder import load_square
 from encdiff.data.lmdb_check import check_lmdb
 from encdiff.errors import InputError
@@ -31,9 +31,10 @@ class LmdbImages(Dataset):
     """
 
     def __init__(self, path: str | os.PathLike, image_size: int | None):
-        self.path, self.name, self.image_size = Path(path), Path(path).resolve().name, image_size
+        self.path, self.name = Path(path), Path(path).resolve().name
         if image_size is None or image_size < 1:
             raise InputError(f"image_size: {image_size}; an LMDB of images needs one, such as 32 (--image-size 32)")
+        self.image_size = image_size
         if not is_lmdb(self.path):
             raise InputError(f"{path}: not an LMDB; must be one, or the folder of its data.mdb")
         self._file = self.path.resolve()
@@ -53,7 +54,7 @@ class LmdbImages(Dataset):
     def __len__(self) -> int:
         return len(self._keys)
 
-    def images(self, indices) -> np.ndarray:
+    def images(self, indices: Indices) -> np.ndarray:
         out = np.empty((len(indices), self.image_size, self.image_size, 3), np.uint8)
         with _errors(self.path), self._environment.begin() as transaction:
             for row, index in enumerate(self.check_indices(indices)):

@@ -47,7 +47,8 @@ class Batches:
         resident_gib = _resident_gib(self.device) if resident_gib is None else resident_gib
         self._permutations: dict[int, np.ndarray] = {}
         self._next: tuple[int, Future] | None = None
-        self._pool = self._data = None
+        self._pool: ThreadPoolExecutor | None = None
+        self._data: torch.Tensor | None = None
         if len(dataset) * dataset.image_size**2 * 3 <= resident_gib * 2**30:
             self._data = read_all(dataset, progress).to(self.device)
         else:
@@ -88,9 +89,11 @@ class Batches:
 
     def everything(self) -> Iterator[torch.Tensor]:
         """All images of a resident set in order, uint8 (n, H, W, 3) at a time, on the device."""
+        assert self._data is not None, "of a resident set"
         yield from self._data.split(READ)
 
     def _submit(self, step: int) -> Future:
+        assert self._pool is not None, "of a set that is not resident"
         indices = self.batch_indices(step)
         return self._pool.submit(lambda: self._host(self.dataset.images(indices)))
 

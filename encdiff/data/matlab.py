@@ -33,8 +33,8 @@ def read_arrays(content: bytes) -> dict[str, tuple[str, tuple[int, ...], memoryv
         if kind == COMPRESSED:
             ((kind, body),) = _elements(_unpacked(body, order), order)
         if kind == MATRIX and (matrix := _matrix(body, order)):
-            name, *array = matrix
-            found[name] = tuple(array)
+            name, form, shape, data = matrix
+            found[name] = form, shape, data
     return found
 
 

@@ -46,7 +46,7 @@ def check_member(path: Path, archive: zipfile.ZipFile, name: str) -> zipfile.Zip
         raise InputError(f"{path}: {name} is encrypted, must be readable without a password")
     if member.compress_type not in PACKED:
         raise InputError(f"{path}: {name} has compression {member.compress_type}, must be stored or deflated")
-    if member.header_offset + member.compress_size > Path(archive.filename).stat().st_size:
+    if member.header_offset + member.compress_size > Path(archive.filename or path).stat().st_size:
         raise InputError(f"{path}: truncated: {name} ends behind the file; copy it again")
     if member.file_size > PACKED[member.compress_type] * member.compress_size:
         raise InputError(f"{path}: {name} declares {member.file_size} bytes, more than can be in it; it is damaged")

@@ -13,7 +13,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from encdiff.data.dataset import Dataset, check_factors, grid_values
+from encdiff.data.dataset import Dataset, Factors, Indices, check_factors, grid_values
 from encdiff.errors import InputError
 
 FACTOR_NAMES = ("floor_hue", "wall_hue", "object_hue", "scale", "shape", "orientation")
@@ -44,7 +44,7 @@ def factor_labels(sizes: Sequence[int] = FACTOR_SIZES) -> tuple[np.ndarray, ...]
     )
 
 
-def render(factors, image_size: int = 64, sizes: Sequence[int] = FACTOR_SIZES) -> np.ndarray:
+def render(factors: Factors, image_size: int = 64, sizes: Sequence[int] = FACTOR_SIZES) -> np.ndarray:
     """uint8 (n, image_size, image_size, 3) pictures of integer factors (n, 6), each in 0..sizes-1.
 
     The order is FACTOR_NAMES. Hues divide the circle, scales and orientations their ranges, into `sizes` values.
@@ -208,7 +208,7 @@ class ProceduralShapes3D(Dataset):
         self.factor_sizes = tuple(len(v) for v in self.values)
         self.label_values = tuple(full[v] for full, v in zip(factor_labels(), self.values, strict=True))
 
-    def images(self, indices) -> np.ndarray:
+    def images(self, indices: Indices) -> np.ndarray:
         values = self.factors(indices)
         full = np.stack([v[f] for v, f in zip(self.values, values.T, strict=True)], axis=1)
         return render(full, self.image_size)

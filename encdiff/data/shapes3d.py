@@ -40,14 +40,16 @@ class Shapes3D(ArrayFile):
     foreign, of wrong types or shapes, or no complete grid.
     """
 
-    factor_names, cyclic = FACTOR_NAMES, ProceduralShapes3D.cyclic
-    categories = ProceduralShapes3D.categories
+    factor_names: tuple[str, ...] = FACTOR_NAMES
+    cyclic: tuple[str, ...] = ProceduralShapes3D.cyclic
+    categories: tuple[str, ...] = ProceduralShapes3D.categories
 
     def __init__(self, path: str | os.PathLike, image_size: int | None = None, progress: Progress | None = None):
         path = Path(path)
         if not path.is_file():
             raise InputError(f"{path}: no such file; {ACCEPTED}")
         if h5py.is_hdf5(path):
+            labels: np.ndarray | None
             images, labels, (self.factor_names, self.cyclic, self.categories) = _open_h5(path)
         elif zipfile.is_zipfile(path):
             images, labels = _open_npz(path, progress)

@@ -10,15 +10,15 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 import numpy as np
 
 from encdiff.data.arrays import resize
-from encdiff.data.dataset import Dataset, Progress
+from encdiff.data.dataset import Dataset, Indices, Progress
 from encdiff.errors import InputError
 
-DTYPES = {0x1E3D4C55: np.dtype("u1"), 0x1E3D4C54: np.dtype("<i4")}  # by the magic number
+DTYPES: dict[int, np.dtype] = {0x1E3D4C55: np.dtype("u1"), 0x1E3D4C54: np.dtype("<i4")}  # by the magic number
 CATEGORIES = ("animal", "human", "airplane", "truck", "car")
 LARGEST, TIGHTEST = 4096, 1032  # pixels along a side; how many bytes gzip makes of one at most
 CHUNK = 256  # pairs of images read at once
@@ -51,7 +51,7 @@ class SmallNORB(Dataset):
         category, elevation, azimuth, lighting = (values.astype(np.float64) for values in found)
         self.label_values = category, 30 + 5 * elevation, 10 * azimuth, lighting  # angles in degrees
 
-    def images(self, indices) -> np.ndarray:
+    def images(self, indices: Indices) -> np.ndarray:
         return np.repeat(self._images[self.check_indices(indices)][..., None], 3, axis=-1)
 
 
@@ -147,7 +147,7 @@ def _check_size(path: Path, stream: BinaryIO, declared: int) -> None:
 def _open(path: Path) -> BinaryIO:
     with open(path, "rb") as file:
         packed = file.read(2) == b"\x1f\x8b"
-    return gzip.open(path, "rb") if packed else open(path, "rb")
+    return cast(BinaryIO, gzip.open(path, "rb") if packed else open(path, "rb"))
 
 
 def _exactly(stream: BinaryIO, count: int, path: Path) -> bytes:
@@ -164,11 +164,12 @@ def _at_end(stream: BinaryIO, path: Path) -> None:
 
 def _grid(folder: Path, labels: np.ndarray, toys: np.ndarray) -> tuple[np.ndarray, list[np.ndarray], int]:
     """The order that makes labels (n, 4) a grid with consecutive toys, the values of each factor, and images a cell."""
-    values, ranks = zip(*(np.unique(column, return_inverse=True) for column in labels.T), strict=True)
+    pairs = [np.unique(column, return_inverse=True) for column in labels.T]
+    values, ranks = [v for v, _ in pairs], [r for _, r in pairs]
     sizes = [len(v) for v in values]
     if math.prod(sizes) > len(labels):
         raise InputError(f"{folder}: {len(labels)} images in a grid of {' x '.join(map(str, sizes))}; must fill it")
-    cells = np.ravel_multi_index(ranks, sizes)
+    cells = np.ravel_multi_index(tuple(ranks), sizes)
     counts = np.bincount(cells, minlength=math.prod(sizes))
     if counts.min() != counts.max():
         raise InputError(
@@ -177,4 +178,4 @@ def _grid(folder: Path, labels: np.ndarray, toys: np.ndarray) -> tuple[np.ndarra
         )
     if len(np.unique(np.stack([cells, toys]), axis=1).T) < len(cells):
         raise InputError(f"{folder}: some toy has two images of one combination; is a part there twice?")
-    return np.lexsort((toys, cells)), list(values), int(counts[0])
+    return np.lexsort((toys, cells)), values, int(counts[0])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from encdiff.data.dataset import Dataset, check_factors
+from encdiff.data.dataset import Dataset, Factors, Indices, check_factors
 from encdiff.errors import InputError
 
 FACTOR_NAMES = ("shape", "scale", "orientation", "x", "y")
@@ -27,7 +27,7 @@ def factor_labels() -> tuple[np.ndarray, ...]:
     return np.arange(3, dtype=np.float64), np.linspace(0.5, 1, FACTOR_SIZES[1]), turns, positions, positions
 
 
-def render(factors, image_size: int = 64) -> np.ndarray:
+def render(factors: Factors, image_size: int = 64) -> np.ndarray:
     """uint8 (n, image_size, image_size, 3) pictures of integer factors (n, 5), each in 0..FACTOR_SIZES-1.
 
     Positions 0 and 1 put the largest shape just inside the border. The same factors give the same bytes.
@@ -90,5 +90,5 @@ class ProceduralSprites(Dataset):
             raise InputError(f"image_size: {image_size}; must be at least 1")
         self.image_size, self.label_values = image_size, factor_labels()
 
-    def images(self, indices) -> np.ndarray:
+    def images(self, indices: Indices) -> np.ndarray:
         return render(self.factors(indices), self.image_size)

@@ -3,9 +3,10 @@
 Sampling is `solvers.heun(edm_denoiser(network), x, solvers.edm_path(steps), prediction="x0")`.
 """
 
+from collections.abc import Callable
+
 import torch
 
-from encdiff.diffusion.loop import Denoise
 from encdiff.diffusion.losses import diffusion_loss
 from encdiff.errors import InputError
 from encdiff.ops.noise import q_sample
@@ -37,7 +38,10 @@ def edm_weight(sigma: torch.Tensor, sigma_data: float = 0.5) -> torch.Tensor:
     return (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
 
 
-def edm_denoiser(network: Denoise, sigma_data: float = 0.5) -> Denoise:
+Network = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def edm_denoiser(network: Network, sigma_data: float = 0.5) -> Network:
     """D(x (B, ...), sigma (B,)) -> x0 of x's shape, from F = network(c_in x, c_noise (B,)); sigma > 0."""
 
     def denoise(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
@@ -49,7 +53,7 @@ def edm_denoiser(network: Denoise, sigma_data: float = 0.5) -> Denoise:
 
 
 def edm_loss(
-    network: Denoise,
+    network: Network,
     x0: torch.Tensor,
     sigma: torch.Tensor,
     noise: torch.Tensor | None = None,

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import cache
-from typing import NamedTuple, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 
@@ -65,33 +65,32 @@ def run(
     if generator is not None and seed is not None:
         raise InputError("generator and seed are both given, must be one of them: either draws the noise")
     if generator is None and seed is None and any(stage.row[4] for stage in stages):
-        seed = torch.randint(2**63 - 1, ()).item()
+        seed = int(torch.randint(2**63 - 1, ()))
     keeps_x0 = callback is not None or any(stage.history or stage.time is None for stage in stages)
-    past, calls = {}, 0
+    past: dict[str, torch.Tensor] = {}
+    calls = 0
     for i, (time, row, names) in enumerate(stages):
         called = time is not None
-        output, unconditional = past.get("x0", x), None
+        output, unconditional = (past.get("x0", x), None)
         if called:
             output, unconditional = _pair(denoise(x, times[i].expand(len(x))), guidance)
-        wants_x0 = called and keeps_x0
-        fresh = {}
+        fresh: dict[str, Any] = {}
         if row[4]:
             fresh = {"seed": seed, "sample_ids": sample_ids, "draw": i + 1}
             fresh = fresh if generator is None else {"noise": _randn_like(x, generator)}
         reuse = callback is None and i > 1  # no later stage reads these two; the very first x is the caller's
-        x_next = past["x"] if reuse else torch.empty_like(x)
-        x0 = None
-        if wants_x0:
+        x_next, x0 = past["x"] if reuse else torch.empty_like(x), None
+        if called and keeps_x0:
             x0 = past["older x0"] if reuse and "older x0" in past else torch.empty_like(x)
         step(
             x, output, rows[i], clip=clip if called else None, quantile=quantile if called else None,
             unconditional=unconditional, guidance=1.0 if guidance is None else guidance,
-            history=tuple(past[name] for name in names), return_x0=wants_x0,
-            out=(x_next, x0) if wants_x0 else x_next, **fresh,
+            history=tuple(past[name] for name in names), return_x0=x0 is not None,
+            out=x_next if x0 is None else (x_next, x0), **fresh,
         )  # fmt: skip
-        if callback is not None and called:
+        if callback is not None and time is not None and x0 is not None:
             callback(calls, time, x, x0)
-        if wants_x0:
+        if x0 is not None:
             past |= {"older x0": past["x0"]} if "x0" in past else {}
             past["x0"] = x0
         calls += called

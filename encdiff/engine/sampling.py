@@ -29,7 +29,7 @@ class SamplingEngine:
     `options` are those of `EncDiff.sample`, without x_T and token_bias, which are given to the call, and progress.
     """
 
-    def __init__(self, model: EncDiff, precision: Literal["float32", "bf16"] = "float32", **options):
+    def __init__(self, model: EncDiff, precision: Literal["float32", "bf16"] = "float32", **options: Any):
         if precision not in ("float32", "bf16"):
             raise InputError(f"precision is {precision!r}, must be float32 or bf16")
         known = inspect.signature(EncDiff.sample).parameters.keys() - {*GIVEN, "self", "progress"}

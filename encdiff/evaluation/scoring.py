@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -106,7 +107,7 @@ def _plain(result: Mapping) -> dict:
 
 
 def evaluate_model(
-    model: EncDiff, dataset: Dataset, *, protocol: str = "paper", seed: int = 0, baseline: bool = True, **options
+    model: EncDiff, dataset: Dataset, *, protocol: str = "paper", seed: int = 0, baseline: bool = True, **options: Any
 ) -> dict[str, dict]:
     """`evaluate` a trained model and, as the baseline, an untrained one of its configuration, with progress bars.
 

@@ -63,7 +63,7 @@ def ablate(
     device: str = "cpu",
     first_stage: Path | None = None,
     say: Callable[[str], None] = say,
-    **changes,
+    **changes: Any,
 ) -> list[dict]:
     """Train and score a preset under each ablation, seeds 0, 1, ...: a run each in `out/NAME-seedN`.
 

@@ -4,6 +4,7 @@ import signal
 import time
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,7 +40,9 @@ DATA = "procedural:5,5,5,4,4,5"  # docs/recipes.md says why
 SHOWN = "room64"  # of the models that come with the package
 
 
-def demo(run: Path, seed: int, device: str, *, data: str = DATA, protocol: str = "paper", **changes) -> dict[str, dict]:
+def demo(
+    run: Path, seed: int, device: str, *, data: str = DATA, protocol: str = "paper", **changes: Any
+) -> dict[str, dict]:
     """Show a model that comes with the package, then train one and show that.
 
     Pictures of the first go to `packaged/room64/pictures` beside the run's folder, and so does the data; scores and

@@ -76,7 +76,7 @@ def reproduce(
     quick: bool = False,
     device: str = "cpu",
     say: Callable[[str], None] = say,
-    **changes,
+    **changes: Any,
 ) -> dict:
     """Train and score what the paper reports for a data set; returns what `out/results.json` holds.
 

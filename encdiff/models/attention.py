@@ -213,7 +213,7 @@ def pointwise(x: Tensor, conv: nn.Conv2d) -> Tensor:
     return y.transpose(1, 2).unflatten(2, x.shape[2:])
 
 
-def normalise(x: Tensor, norm: nn.GroupNorm, **options) -> Tensor:
+def normalise(x: Tensor, norm: nn.GroupNorm, **options: Any) -> Tensor:
     """`group_norm` with a module's parameters."""
     return ops.group_norm(x, norm.weight, norm.bias, norm.num_groups, norm.eps, **options)
 

@@ -2,6 +2,7 @@
 
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import ModelHubMixin
@@ -73,7 +74,7 @@ class EncDiff(
         write_published(path, self.state_dict(), self.config.scaling_factor)
 
     def save_pretrained(
-        self, save_directory: str | Path, *, push_to_hub: bool = False, repo_id: str | None = None, **hub
+        self, save_directory: str | Path, *, push_to_hub: bool = False, repo_id: str | None = None, **hub: Any
     ) -> str | None:
         """Write `model.safetensors`, `config.json` and a model card to a folder, each whole or not at all.
 
@@ -90,7 +91,7 @@ class EncDiff(
 
     @classmethod
     def from_pretrained(  # type: ignore[override]  # the Hub's options are passed on by name
-        cls, name: str | Path, *, device: str | torch.device = "cpu", **hub
+        cls, name: str | Path, *, device: str | torch.device = "cpu", **hub: Any
     ) -> "EncDiff":
         """Read a model, in eval mode.
 

@@ -35,14 +35,14 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 
     By the fused kernel where `ops.layer_norm` would choose it; as a part of another op it is not recorded.
     """
-    if weight is not None and fuses(x, weight, bias):
+    if weight is not None and bias is not None and fuses(x, weight, bias):
         return layer_norm_triton(x, weight, bias, eps)
     return stock_layer_norm(x, weight, bias, eps)
 
 
 def stock_layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     """The same by PyTorch alone, for references."""
-    if weight is None:
+    if weight is None or bias is None:  # both, or neither
         return x
     dtype = torch.promote_types(x.dtype, weight.dtype)
     return F.layer_norm(x.to(dtype), (x.shape[-1],), weight.to(dtype), bias.to(dtype), eps).to(x.dtype)

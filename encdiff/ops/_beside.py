@@ -57,7 +57,7 @@ class Beside:
 
     def join(self) -> None:
         """What is queued from here on waits for all that was put aside."""
-        if self.pending:
+        if self.stream is not None and self.pending:
             torch.cuda.current_stream(self.stream.device).wait_stream(self.stream)
             self.pending.clear()
             self.bytes = 0
@@ -95,11 +95,12 @@ def sinks_of(x: Tensor, *weights: Tensor) -> tuple[Sink, ...] | None:
 
     That is theirs where one has no sink, and where a compiler or torch.func is to see them, or autocast makes copies.
     """
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or any(sink_of(w) is None for w in weights):
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return None
-    if is_transformed(x, *weights) or autocast_dtype(x) is not None:
+    sinks = tuple(sink for w in weights if (sink := sink_of(w)) is not None)
+    if len(sinks) < len(weights) or is_transformed(x, *weights) or autocast_dtype(x) is not None:
         return None
-    return tuple(map(sink_of, weights))
+    return sinks
 
 
 def joined(x: Tensor, *weights: Tensor) -> Tensor:
@@ -131,5 +132,5 @@ def sink_of(weight: Tensor | None) -> Sink | None:
 
 def give(weight: Tensor, sink: Sink | None) -> Tensor:
     """The weight, whose gradient goes there."""
-    weight._sink = sink
+    weight._sink = sink  # type: ignore[attr-defined]  # a tensor takes attributes
     return weight

@@ -23,8 +23,9 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from io import TextIOWrapper
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 ARCHITECTURES = (80, 90, 100)  # and PTX of the last for what comes after
 CPU_SOURCES = ("noise", "attention")  # X.cpp: checks and registration; X_cpu.cpp: once for each instruction set
@@ -120,10 +121,10 @@ def find_torch() -> Path:
 def find_ninja() -> str | None:
     """The ninja of the package of that name, else the one on PATH, else None."""
     try:
-        from ninja import BIN_DIR as folder
+        from ninja import BIN_DIR
     except ImportError:
-        folder = None
-    found = shutil.which("ninja", path=folder) or shutil.which("ninja")
+        BIN_DIR = ""
+    found = shutil.which("ninja", path=BIN_DIR) or shutil.which("ninja")
     return found and os.path.abspath(found)
 
 
@@ -337,12 +338,13 @@ def check() -> bool:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m encdiff.ops._build", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="_build.py", description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="compile the CUDA half and report each kernel's resources")
     try:
         if parser.parse_args().check:
             return 0 if check() else 1
-        sys.stdout.reconfigure(errors="backslashreplace")  # of a path that the terminal cannot show
+        # a path may hold what the terminal cannot show
+        cast(TextIOWrapper, sys.stdout).reconfigure(errors="backslashreplace")
         print(installed() or find_or_build(find_nvcc() is not None))
     except (BuildError, OSError) as error:
         print(f"encdiff: {error}", file=sys.stderr)

@@ -145,7 +145,7 @@ def _results(
 
 def _rounded(upstream: Tensor, variant: Variant) -> Tensor:
     """As the features are, whose type is the variant's first: both sides then get the same numbers."""
-    return upstream.to(TYPES[variant[0]])
+    return upstream.to(TYPES[str(variant[0])])
 
 
 def relative_error(actual: Tensor, exact: Tensor) -> float:

@@ -41,9 +41,7 @@ def _features(draw: Draw, x: str, own: str, C: int, L: int, norm: bool, bias: st
     return inputs | ({"token_bias": _bias(draw, 3, heads, N)} if bias != "none" else {})
 
 
-def _folded(
-    draw: Draw, x: str, dtype: str, own: str, C: int, norm: bool, residual: bool, bias: str, maps: str
-) -> Tensors:
+def _folded(draw: Draw, x: str, dtype: str, own: str, C: int, norm: bool, residual: bool, bias: str, _: str) -> Tensors:
     tokens = {n: draw(3, 3, 20, C, scale=C**-0.5).to(TYPES[dtype]) for n in ("keys", "values")}
     return tokens | _features(draw, x, own, C, 80, norm, bias, 3, 20)
 
@@ -112,8 +110,9 @@ def _heads_variants() -> Iterator[Variant]:
         yield "bfloat16", 16, False, False, bias, False
 
 
-def _kept(draw: Draw, x: str, dtype: str, own: str, C: int, width: int, L: int, *flags: bool | str) -> Tensors:
-    norm, _, bias, _ = flags
+def _kept(
+    draw: Draw, x: str, dtype: str, own: str, C: int, width: int, L: int, norm: bool, residual: bool, bias: str, _: str
+) -> Tensors:  # fmt: skip
     H = max(1, C // width)
     inner = H * width
     shapes = {"keys": (3, 20, inner), "values": (3, 20, inner), "w_q": (inner, C), "w_o": (inner, C)}
@@ -123,7 +122,7 @@ def _kept(draw: Draw, x: str, dtype: str, own: str, C: int, width: int, L: int, 
 
 def _kept_with(op):
     def run(i: Tensors, x, dtype, own, C, width, L, norm, residual, bias, maps) -> Outputs:
-        kept = Kept(*(i[n] for n in ("keys", "values", "w_q", "w_o")), max(1, C // width))
+        kept = Kept(i["keys"], i["values"], i["w_q"], i["w_o"], max(1, C // width))
         return _run(op, i, kept, residual, bias, maps)
 
     return run

@@ -161,7 +161,8 @@ def _order(x: torch.Tensor) -> list[int] | None:
     """
     if x.is_contiguous():
         return None
-    order = sorted(range(x.ndim), key=lambda d: (-x.stride(d), d))
+    strides = x.stride()
+    order = sorted(range(x.ndim), key=lambda d: (-strides[d], d))
     return order if order[0] == 0 and x.permute(order).is_contiguous() else None
 
 

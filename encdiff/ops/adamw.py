@@ -115,12 +115,23 @@ def adamw(
     )  # fmt: skip
 
 
+Shapes = dict[str, tuple[Tensor | None, tuple[int | None, ...]]]  # of each argument, and what it must be
+
+
 def _check(master, gradient, exp_avg, exp_avg_sq, schedule, average, weights, scale) -> None:
     if master.ndim != 1 or not master.is_floating_point():
         raise InputError(f"master is {tuple(master.shape)} of {master.dtype}, must be (n,) of floating point")
     n, k = len(master), None if average is None else min(average.numel(), len(master))
-    moments = {"exp_avg": (exp_avg, (n,)), "exp_avg_sq": (exp_avg_sq, (n,)), "average": (average, (k,))}
-    others = {"gradient": (gradient, (n,)), "weights": (weights, (n,)), "schedule": (schedule, (4,))}
+    moments: Shapes = {
+        "exp_avg": (exp_avg, (n,)),
+        "exp_avg_sq": (exp_avg_sq, (n,)),
+        "average": (average, (k,)),
+    }
+    others: Shapes = {
+        "gradient": (gradient, (n,)),
+        "weights": (weights, (n,)),
+        "schedule": (schedule, (4,)),
+    }
     others["scale"] = (scale, ())
     check_floating(master=master, **{name: t for name, (t, _) in (moments | others).items()})
     for name, (t, shape) in (moments | others).items():

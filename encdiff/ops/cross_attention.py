@@ -1,6 +1,6 @@
 """Spatial queries attend to a short list of concept tokens: y = x + Wo Attn(LN(x) Wq, S Wk, S Wv) + bo."""
 
-from typing import Literal
+from typing import Literal, overload
 
 import torch
 import torch.nn.functional as F
@@ -84,7 +84,7 @@ def _between_projections(attention):
 
 
 def _sdpa_reasons(x, context, *weights, maps=None, token_bias=None, projected=None, **_) -> list[str]:
-    reasons = _mixed(x, context, *weights[:3], projected)
+    reasons = _mixed(x, context, *weights[:3], projected=projected)
     if maps is not None:
         reasons.append("does not return attention maps")
     if token_bias is not None:
@@ -94,12 +94,12 @@ def _sdpa_reasons(x, context, *weights, maps=None, token_bias=None, projected=No
     return reasons
 
 
-def _mixed(x, context, w_q, w_k, w_v, projected) -> list[str]:
+def _mixed(x, context, w_q, w_k, w_v, *, projected) -> list[str]:
     return mixed(x, w_q, *(projected or (context, w_k, w_v)))
 
 
 def _native_reasons(x, context, w_q, *weights, heads, maps=None, token_bias=None, projected=None, **_) -> list[str]:
-    reasons = native_reasons(x, w_q.shape[0] // heads) + _mixed(x, context, w_q, *weights[:2], projected)
+    reasons = native_reasons(x, w_q.shape[0] // heads) + _mixed(x, context, w_q, *weights[:2], projected=projected)
     if maps is not None:
         reasons.append("does not return attention maps")
     if token_bias is not None:
@@ -122,7 +122,7 @@ def cross_attention_transposed(
     with exact(x) as dtype:
         s, w_q, w_k, w_v, w_o = (t.to(dtype) for t in (context, w_q, w_k, w_v, w_o))
         scale = (w_q.shape[0] // heads) ** -0.5
-        k, v = (F.linear(s, w_k * scale), w_v @ s.mT) if projected is None else _scaled(*projected, scale, dtype)
+        k, v = (F.linear(s, w_k * scale), w_v @ s.mT) if projected is None else _scaled(projected, scale, dtype)
         k, v = split_heads(k, heads), v.unflatten(1, (heads, -1))  # (B, H, N, d), (B, H, d, N)
 
         def attend(x, k, v, token_bias=None):
@@ -144,8 +144,9 @@ def _project(context: Tensor, w_k: Tensor, w_v: Tensor) -> tuple[Tensor, Tensor]
     return F.linear(context, w_k), F.linear(context, w_v)
 
 
-def _scaled(k: Tensor, v: Tensor, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _scaled(projected: tuple[Tensor, Tensor], scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Scaled keys (B, N, H*d), and values (B, H*d, N)."""
+    k, v = projected
     return k.to(dtype) * scale, v.to(dtype).mT
 
 
@@ -244,6 +245,24 @@ _op = Op(
         Implementation("reference", cross_attention_reference, always, composite=True),
     ],
 )
+
+
+@overload
+def cross_attention(
+    x: Tensor, context: Tensor, w_q: Tensor, w_k: Tensor, w_v: Tensor, w_o: Tensor, b_o: Tensor | None = ..., *,
+    heads: int, norm_weight: Tensor | None = ..., norm_bias: Tensor | None = ..., norm_eps: float = ...,
+    residual: bool = ..., token_bias: Tensor | None = ..., maps: None = ...,
+    projected: tuple[Tensor, Tensor] | None = ..., impl: str | None = ...,
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def cross_attention(
+    x: Tensor, context: Tensor, w_q: Tensor, w_k: Tensor, w_v: Tensor, w_o: Tensor, b_o: Tensor | None = ..., *,
+    heads: int, norm_weight: Tensor | None = ..., norm_bias: Tensor | None = ..., norm_eps: float = ...,
+    residual: bool = ..., token_bias: Tensor | None = ..., maps: Literal["head", "mean"],
+    projected: tuple[Tensor, Tensor] | None = ..., impl: str | None = ...,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
 def cross_attention(

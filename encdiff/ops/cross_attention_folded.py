@@ -8,7 +8,7 @@ With q = LN(x) Wq^T and the keys k, values v of head h (docs/math.md):
 Where channels are many it may be cheaper to keep k and v as they are, beside Wq and Wo.
 """
 
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, overload
 
 import torch
 import torch.nn.functional as F
@@ -82,7 +82,8 @@ def fold(context: Tensor, w_q: Tensor, w_k: Tensor, w_v: Tensor, w_o: Tensor, *,
 def keep(context: Tensor, w_q: Tensor, w_k: Tensor, w_v: Tensor, w_o: Tensor, *, heads: int) -> Kept:
     """Keys and values as they are, with the weights around them; arguments as in `cross_attention`."""
     keys, values = (F.linear(context, w) for w in (w_k, w_v))
-    return Kept(keys, values, *(w.to(keys.dtype).contiguous() for w in (w_q, w_o.T)), heads)
+    queries, out = (w.to(keys.dtype).contiguous() for w in (w_q, w_o.T))
+    return Kept(keys, values, queries, out, heads)
 
 
 def fold_matrices(context: Tensor, w_q: Tensor, w_k: Tensor, w_v: Tensor, w_o: Tensor, *, heads: int) -> Folded:
@@ -125,13 +126,13 @@ def fold_by_head_backward(
     k: Tensor, v: Tensor, w_q: Tensor, w_o: Tensor, dkeys: Tensor, dvalues: Tensor, heads: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of k, v, w_q and w_o, each contiguous."""
-    gradients = dk, dv, dw_q, dw_o = [t.new_empty(t.shape) for t in (k, v, w_q, w_o)]
+    dk, dv, dw_q, dw_o = [t.new_empty(t.shape) for t in (k, v, w_q, w_o)]
     scale, (dkeys, dvalues) = (k.shape[-1] // heads) ** -0.5, (t.flatten(1, 2) for t in (dkeys, dvalues))
     _product(_columns(dk.flatten(0, 1), heads), dkeys, _columns(w_q.T, heads), scale)
     _product(_columns(dv.flatten(0, 1), heads), dvalues, _columns(w_o, heads))
     _product(_columns(dw_q.T, heads).mT, _columns(k.flatten(0, 1), heads).mT, dkeys, scale)
     _product(_columns(dw_o, heads), dvalues.mT, _columns(v.flatten(0, 1), heads))
-    return tuple(gradients)
+    return dk, dv, dw_q, dw_o
 
 
 def _columns(t: Tensor, heads: int) -> Tensor:
@@ -185,7 +186,8 @@ def cross_attention_folded_reference(
     with exact(x) as dtype:
         h = stock_layer_norm(x.to(dtype), norm_weight, norm_bias, norm_eps)
         if isinstance(folded, Kept):
-            folded = Kept(*(t.to(dtype) for t in folded[:4]), folded.heads).fold()
+            keys, values, w_q, w_o = (t.to(dtype) for t in folded[:4])
+            folded = Kept(keys, values, w_q, w_o, folded.heads).fold()
         keys, values = (t.to(dtype).flatten(1, 2) for t in folded)  # (B, H*N, C)
         logits = (keys @ h.mT).unflatten(1, folded.keys.shape[1:3])  # queries last: the softmax runs in vectors of them
         p = softmax(logits, token_bias, dim=-2)
@@ -213,7 +215,8 @@ def _sizes(folded: Folded | Kept) -> tuple[int, int, int, int]:
     """B, heads, N, C."""
     if isinstance(folded, Kept):
         return folded.keys.shape[0], folded.heads, folded.keys.shape[1], folded.w_q.shape[1]
-    return tuple(folded.keys.shape)
+    batch, heads, tokens, channels = folded.keys.shape
+    return batch, heads, tokens, channels
 
 
 def _triton_reasons(
@@ -287,6 +290,22 @@ _op = Op(
 )
 
 
+@overload
+def cross_attention_folded(
+    x: Tensor, folded: Folded | Kept, b_o: Tensor | None = ..., *, norm_weight: Tensor | None = ...,
+    norm_bias: Tensor | None = ..., norm_eps: float = ..., residual: bool = ..., token_bias: Tensor | None = ...,
+    maps: None = ..., impl: str | None = ...,
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def cross_attention_folded(
+    x: Tensor, folded: Folded | Kept, b_o: Tensor | None = ..., *, norm_weight: Tensor | None = ...,
+    norm_bias: Tensor | None = ..., norm_eps: float = ..., residual: bool = ..., token_bias: Tensor | None = ...,
+    maps: Literal["head", "mean"], impl: str | None = ...,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+
+
 def cross_attention_folded(
     x: Tensor,
     folded: Folded | Kept,
@@ -322,12 +341,14 @@ def cross_attention_folded(
 
 
 def _fits(x: Tensor, folded: Folded | Kept) -> bool:
-    (keys, values), kept = folded[:2], isinstance(folded, Kept)
-    if keys.shape != values.shape or x.ndim != 3 or keys.ndim != (3 if kept else 4):
+    keys, values = folded[:2]
+    if keys.shape != values.shape or x.ndim != 3 or keys.ndim != (3 if isinstance(folded, Kept) else 4):
         return False
-    inner = (keys.shape[-1], x.shape[2])
-    weights = not kept or (folded.w_q.shape == folded.w_o.shape == inner and inner[0] % folded.heads == 0)
-    return weights and (_sizes(folded)[0], _sizes(folded)[3]) == (x.shape[0], x.shape[2])
+    if isinstance(folded, Kept):
+        inner = (keys.shape[-1], x.shape[2])
+        if not folded.w_q.shape == folded.w_o.shape == inner or inner[0] % folded.heads:
+            return False
+    return (_sizes(folded)[0], _sizes(folded)[3]) == (x.shape[0], x.shape[2])
 
 
 def check_options(x, heads, tokens, norm_weight, norm_bias, token_bias, maps) -> None:

@@ -1,6 +1,7 @@
 """GroupNorm with what follows it in a U-Net: y = SiLU(GN(x) (1 + scale) + shift)."""
 
 from functools import cache
+from typing import Any, Literal, overload
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +23,8 @@ def representatives() -> dict:
     """Tile of kernels/group_norm.py -> one (positions, channels, groups) for all that take it, the narrowest first."""
     from encdiff.kernels.group_norm import BLOCK_D, COLUMNS, WIDTHS, Tile
 
-    lengths, found = (*COLUMNS, max(COLUMNS) + 1), {}
+    lengths = (*COLUMNS, max(COLUMNS) + 1)
+    found: dict = {}
     for D in (*WIDTHS, *(d - 1 for d in BLOCK_D)):
         for L in lengths:
             found.setdefault(Tile.of(L, 8 * D, 8), (L, 8 * D, 8))
@@ -152,6 +154,20 @@ _op = Op(
 )
 
 
+@overload
+def group_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float = ..., *, scale: Tensor | None = ...,
+    shift: Tensor | None = ..., silu: bool = ..., with_input: Literal[False] = ..., impl: str | None = ...,
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def group_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float = ..., *, scale: Tensor | None = ...,
+    shift: Tensor | None = ..., silu: bool = ..., with_input: Literal[True], impl: str | None = ...,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+
+
 def group_norm(
     x: Tensor,
     weight: Tensor,
@@ -187,7 +203,7 @@ def group_norm(
     """
     _check(x, weight, bias, groups, scale, shift)
     arguments = (x, weight, bias, groups, eps)
-    options = dict(scale=scale, shift=shift, silu=silu, impl=impl)
+    options: dict[str, Any] = dict(scale=scale, shift=shift, silu=silu, impl=impl)
     if not with_input:
         return _op(*arguments, **options)
     fused = has_gradient(x) and _op.choose(*arguments, **options, with_input=True).name == "triton"
@@ -201,7 +217,7 @@ def _check(x, weight, bias, groups, scale, shift) -> None:
     if groups < 1 or channels % groups:
         raise InputError(f"groups {groups} must divide the {channels} channels of x")
     check_floating(x=x, weight=weight, bias=bias, scale=scale, shift=shift)
-    shapes = {"weight": (weight, (channels,)), "bias": (bias, (channels,))}
+    shapes: dict[str, tuple[Tensor | None, tuple]] = {"weight": (weight, (channels,)), "bias": (bias, (channels,))}
     shapes |= {"scale": (scale, (batch, channels)), "shift": (shift, (batch, channels))}
     for name, (t, shape) in shapes.items():
         if t is not None and tuple(t.shape) != shape:

@@ -171,7 +171,8 @@ def _check_types(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
 
 
 def _pair(n: int | Pair) -> Pair:
-    return (n, n) if isinstance(n, int) else tuple(n)
+    down, right = (n, n) if isinstance(n, int) else n
+    return down, right
 
 
 def _sums(x: Tensor, bias: Tensor | None, impl: str | None) -> bool:
@@ -183,13 +184,13 @@ def _sums(x: Tensor, bias: Tensor | None, impl: str | None) -> bool:
 
 def _ways(x: Tensor, weight: Tensor, bias: Tensor | None, impl: str | None) -> _Ways:
     learning = (weight,) if bias is None or not bias.requires_grad else (weight, bias)
-    sinks = sinks_of(x, *learning) or ()
-    return _Ways(*sinks, *[None] * (2 - len(sinks)), _sums(x, bias, impl))
+    to_weight, to_bias = (*(sinks_of(x, *learning) or ()), None, None)[:2]
+    return _Ways(to_weight, to_bias, _sums(x, bias, impl))
 
 
-def _cast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+def _cast(x: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
     """As autocast would, where it is on; here, so that autograd sees it."""
-    dtype = autocast_dtype(tensors[0])
+    tensors, dtype = (x, *others), autocast_dtype(x)
     if dtype is None:
         return tensors
     return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)

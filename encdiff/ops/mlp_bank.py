@@ -1,5 +1,7 @@
 """N separate MLPs, one per concept: scalar i, or slice i of a vector, becomes token i."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -23,7 +25,8 @@ def _elu(a: Tensor) -> Tensor:
     return a.clamp_(min=below)
 
 
-ACTIVATIONS = {"elu": _elu, "silu": F.silu, "gelu": F.gelu, "relu": F.relu_}  # of a fresh tensor, some in place
+# of a fresh tensor, some in place
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"elu": _elu, "silu": F.silu, "gelu": F.gelu, "relu": F.relu_}
 
 
 def mlp_bank_reference(scalars, weights, biases, activation="elu"):

@@ -65,7 +65,7 @@ class Segment:
     def norm(self) -> Tensor:
         return torch.linalg.vector_norm(self.gradient, dtype=torch.float32)
 
-    def step(self, schedule: Tensor, scale: Tensor | None, **constants) -> None:
+    def step(self, schedule: Tensor, scale: Tensor | None, **constants: Any) -> None:
         ops.adamw(
             self.master, self.gradient, self.exp_avg, self.exp_avg_sq, schedule,
             average=self.average, weights=self.copy, scale=scale, **constants,

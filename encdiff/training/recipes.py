@@ -1,7 +1,7 @@
 """How to train: the fields of a recipe, and the named ones (docs/recipes.md)."""
 
 from dataclasses import dataclass, replace
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from encdiff.checked import Batch, Checked, Count, Fraction, Natural, NotNegative, Positive, Range, Seed
 from encdiff.errors import InputError
@@ -32,7 +32,7 @@ class TrainConfig(Checked):
     picture_every: Count = 5000
 
     @classmethod
-    def from_preset(cls, name: str, **changes) -> "TrainConfig":
+    def from_preset(cls, name: str, **changes: Any) -> "TrainConfig":
         """A named recipe with some fields changed; the learning rate follows a changed batch size unless given."""
         if name not in RECIPES:
             raise InputError(f"preset {name!r} is unknown, must be one of {', '.join(RECIPES)}")
