@@ -9,10 +9,10 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import bench.gpu as package
+from bench.gpu.measures import LINES_OF, MEASURES, named
 
 ROOT = Path(__file__).parents[2]
 CALLS = {  # the blocks of each, what is wanted most first
@@ -32,24 +32,6 @@ AFTER_TRAINING = 8  # seconds in which what ran beside it must end
 LEARNING = 40  # seconds of a training at least, from its images on
 READING = 45  # seconds after a training for its codes and what is read off them
 LINES = 120  # of the summary at most
-MEASURES = {  # of blocks that are one function of the lab
-    "machine": "machine.measure", "step": "steps.measure", "profile": "steps.measure_profile",
-    "published": "steps.measure_published", "tuned": "tiles.measure_tuned", "unet": "sampling.measure_unet",
-    "whole": "sampling.check", "sampling": "sampling.measure", "ops": "operations.measure", "doctor": "doctor.measure",
-}  # fmt: skip
-LINES_OF = {  # what a block's result is in words
-    "right": "checks.lines", "machine": "machine.lines", "step": "steps.lines", "published": "steps.lines",
-    "profile": "steps.profile_lines", "unet": "steps.lines", "shipped": "shipped.lines",
-    "whole": "sampling.check_lines", "compiled": "compiled.lines", "ops": "operations.lines",
-    "sampling": "sampling.lines", "tiles": "tiles.lines", "tuned": "tiles.tuned_lines", "paper": "paper.lines",
-    "doctor": "doctor.lines",
-}  # fmt: skip
-
-
-def named(function: str) -> Callable:
-    """A function of this package, `module.name`; imported here, after the environment is set."""
-    module, name = function.split(".")
-    return getattr(importlib.import_module(f"bench.gpu.{module}"), name)
 
 
 def link_kernels() -> None:

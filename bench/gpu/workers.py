@@ -111,7 +111,7 @@ def _work(lab: Lab, name: str, seconds: float, ready) -> dict | list:
         step = steps.advance(steps.ours(lab, masters=True, precision="bf16", engine="eager"), lab)
         return {"loss": float(step()["loss"])}
     if kind == "aside":  # a block's own work; of those to be timed later what compiles their kernels
-        from bench.gpu.__main__ import MEASURES, named
+        from bench.gpu.measures import MEASURES, named
 
         name, _, ours = rest.partition(" ")
         os.nice(5)

@@ -1,1 +1,1 @@
-"""Diffusion in plain functions: noise schedules, samplers, losses. Import the modules by name."""
+"""Diffusion in plain functions: noise schedules, samplers, losses. Import the modules by name; imports ops."""

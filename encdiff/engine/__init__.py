@@ -1,4 +1,7 @@
-"""How steps run: as they are, compiled, or as one CUDA graph; for training (`graph`) and for sampling (`sampling`)."""
+"""How steps run: as they are, compiled, or as one CUDA graph; for training (`graph`) and for sampling (`sampling`).
+
+Import the names below from here; imports models and what lies below them.
+"""
 
 from encdiff.engine.graph import ENGINES, Graph, choose
 from encdiff.engine.precision import float32_precision

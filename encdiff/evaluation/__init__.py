@@ -1,4 +1,7 @@
-"""Scores of an encoder: which rows a metric sees (`protocol`), the scores, tables of them, and their files."""
+"""Scores of an encoder: which rows a metric sees (`protocol`), the scores, tables of them, and their files.
+
+Import the names below from here, protocols from their module; imports models, metrics, data and what lies below.
+"""
 
 from encdiff.evaluation.codes import evaluate_codes
 from encdiff.evaluation.encode import encode_dataset, untrained

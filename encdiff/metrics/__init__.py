@@ -1,7 +1,7 @@
 """Disentanglement metrics: pure functions of codes and factors, by the protocols of the published figures.
 
 `METRICS` names those that need codes and factors only, `score` runs several of them; `fid` and `reconstruction`, which
-need images, are imported from their modules. `docs/metrics.md` says what each means.
+need images, are imported from their modules. `docs/metrics.md` says what each means. Imports errors and files alone.
 """
 
 from encdiff.metrics.beta_vae import beta_vae_score

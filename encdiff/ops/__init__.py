@@ -1,4 +1,7 @@
-"""The fused ops: one file each, with its reference beside it and the choice of implementation in `_dispatch`."""
+"""The fused ops: one file each, with its reference beside it and the choice of implementation in `_dispatch`.
+
+Import the names below from here; imports kernels, and those only once they are chosen.
+"""
 
 from encdiff.ops import _families  # noqa: F401 - what the first use of a kernel is checked by
 from encdiff.ops._dispatch import OPS, explain, record_impls, use_impl

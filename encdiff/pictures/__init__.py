@@ -1,7 +1,8 @@
 """Pictures for people: concepts swapped between images, traversed, and where the model attends to each.
 
 Every picture explains itself: title, caption, labelled rows and columns. Small images are enlarged by whole factors
-without smoothing, so a cell holds exactly the pixels that the model gave.
+without smoothing, so a cell holds exactly the pixels that the model gave. Import the names below from here; imports
+models and what lies below them.
 """
 
 from encdiff.pictures.concepts import attention_picture, encode_images, swap_grid, traversal

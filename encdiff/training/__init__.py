@@ -1,4 +1,7 @@
-"""Training: recipes, the step, the loop around it, runs on disk, and the first stage."""
+"""Training: recipes, the step, the loop around it, runs on disk, and the first stage.
+
+Import the names below from here; imports pictures, engine, models and what lies below them.
+"""
 
 from encdiff.training.autoencoder import AutoencoderTrainConfig, train_autoencoder
 from encdiff.training.recipes import RECIPES, TrainConfig
