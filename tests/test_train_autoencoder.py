@@ -125,7 +125,7 @@ def test_fitted_codebook_is_used(tmp_path):
 def test_generator_step_leaves_the_discriminator_its_weights_and_the_reverse():
     training = AutoencoderTraining(tiny(), replace(CONFIG, learning_rate=8e-5))
     images = torch.rand(4, 3, 16, 16) * 2 - 1
-    terms, _ = training._autoencoder_terms(images, adversarial=True)
+    terms, _ = training._autoencoder_terms(images, training.discriminator)
     terms["loss"].backward()
     assert all(p.grad is None and p.requires_grad for p in training.discriminator.parameters())
     assert training.model.encoder.conv_in.weight.grad.abs().sum() > 0

@@ -137,7 +137,7 @@ def graphed(training: AutoencoderTraining, lab: Lab) -> tuple[Callable[..., tupl
     def work(images: Tensor) -> tuple[Tensor, Tensor]:
         optimizer.zero_grad(set_to_none=True)
         with training._autocast():
-            terms, _ = training._autoencoder_terms(to_float(images), adversarial=False)
+            terms, _ = training._autoencoder_terms(to_float(images), judge=None)
         terms["loss"].backward()
         optimizer.step()
         return terms["l1"].detach(), terms["codes_used"]

@@ -1,1 +1,1 @@
-"""Diffusion in plain functions: noise schedules, samplers, losses. Import the modules by name; imports ops."""
+"""Diffusion in plain functions: noise schedules, samplers, losses. Import the modules by name; imports ops, files."""
