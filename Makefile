@@ -53,7 +53,7 @@ gpu:  ## with an NVIDIA GPU, without network: check, time, train; OUT=folder ARG
 
 wheel: .venv/.installed-dev  ## a wheel and an sdist in dist/: build, look through, use in a fresh environment; some minutes
 	rm -rf dist
-	.venv/bin/python -m build --no-isolation
+	.venv/bin/python -m build -q --no-isolation
 	.venv/bin/python tools/check_release.py dist --try
 
 notebook: .venv/.installed-dev  ## make examples/tour.ipynb from examples/tour.py

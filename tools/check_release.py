@@ -24,6 +24,7 @@ BESIDE = (
     "CHANGELOG.md CITATION.cff LICENSE MANIFEST.in PKG-INFO README.md constraints.txt pyproject.toml setup.cfg setup.py"
 )
 LIBRARY = "encdiff/_C.abi3.so"
+CONSTRAINTS = ROOT / "constraints.txt"
 EXAMPLE = """import importlib.metadata, re
 readme = importlib.metadata.metadata("encdiff").get_payload()
 exec("".join(re.findall(r"```python\\n(.*?)```", readme, re.DOTALL)))
@@ -93,22 +94,22 @@ def try_wheel(wheel: Path) -> None:
     with tempfile.TemporaryDirectory(prefix="encdiff-release-") as place:
         programs = Path(place, "venv", "bin")
         venv.create(programs.parent, with_pip=True)
-        environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "ENCDIFF"))}
-        environment["XDG_CACHE_HOME"] = str(Path(place, "cache"))
+        kept = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "ENCDIFF"))}
+        cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+        pip = {"CACHE_DIR": cache / "pip", "CONSTRAINT": CONSTRAINTS, "DISABLE_PIP_VERSION_CHECK": 1, "QUIET": 1}
+        ours = {"XDG_CACHE_HOME": str(Path(place, "cache")), **{f"PIP_{k}": str(v) for k, v in pip.items()}}
 
-        def run(program: str, *arguments: str, **environ: str) -> str:
-            print("$", program, *arguments[:4], flush=True)
-            command = [str(programs / program), *arguments]
-            done = subprocess.run(command, cwd=place, env=environment | environ, stdout=subprocess.PIPE, text=True)
+        def run(*command: str) -> str:
+            print("$", *(argument.splitlines()[0] for argument in command), flush=True)
+            program = [str(programs / command[0]), *command[1:]]
+            done = subprocess.run(program, cwd=place, env=kept | ours, stdout=subprocess.PIPE, text=True)
             print(done.stdout, end="", flush=True)
             done.check_returncode()
             return done.stdout
 
-        pip_cache = {"XDG_CACHE_HOME": os.environ.get("XDG_CACHE_HOME", str(Path.home() / ".cache"))}
-        pip = ["install", "--disable-pip-version-check", "-q", "-c", str(ROOT / "constraints.txt")]
-        torch = re.search(r"^torch==\S+", (ROOT / "constraints.txt").read_text(), re.M)[0]
-        run("pip", *pip, torch, **pip_cache)  # first and exactly, so that nothing else chooses one
-        run("pip", *pip, str(wheel.resolve()), **pip_cache)
+        torch = re.search(r"^torch==\S+", CONSTRAINTS.read_text(), re.M)[0]
+        run("pip", "install", torch)  # first and exactly, so that nothing else chooses one
+        run("pip", "install", str(wheel.resolve()))
         version = run("encdiff", "--version")
         assert version.split()[-1] == wheel.name.split("-")[1], f"the wheel {wheel.name} says it is {version}"
         run("encdiff", "doctor", "--kernels", "adamw")
@@ -116,9 +117,7 @@ def try_wheel(wheel: Path) -> None:
         assert Path(place, "swap.png").read_bytes().startswith(b"\x89PNG")
         run("python", "-c", EXAMPLE)
         built = list(Path(place, "cache").rglob("_C.so"))
-        assert not built or wheel.stem.endswith("-any"), (
-            f"the wheel's own library was not taken, this was built: {built}"
-        )
+        assert not built or wheel.stem.endswith("-any"), f"{built[0]} was built: the wheel's own library was not taken"
 
 
 def main() -> int:
