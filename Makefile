@@ -57,7 +57,7 @@ wheel: .venv/.installed-dev  ## a wheel and an sdist in dist/: build, look throu
 	.venv/bin/python tools/check_release.py dist --try
 
 notebook: .venv/.installed-dev  ## make examples/tour.ipynb from examples/tour.py
-	.venv/bin/jupytext --to ipynb examples/tour.py
+	.venv/bin/jupytext --update --to ipynb examples/tour.py
 
 clean:  ## remove both environments, builds and caches, but never a run
 	rm -rf .venv .venv-oldest build dist encdiff.egg-info encdiff/_C*.so .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks .coverage
