@@ -9,6 +9,7 @@ Exits with 1 and one line for each thing that is missing, too much, or names a f
 import argparse
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -27,7 +28,9 @@ LIBRARY = "encdiff/_C.abi3.so"
 CONSTRAINTS = ROOT / "constraints.txt"
 EXAMPLE = """import importlib.metadata, re
 readme = importlib.metadata.metadata("encdiff").get_payload()
-exec("".join(re.findall(r"```python\\n(.*?)```", readme, re.DOTALL)))
+examples = re.findall(r"```python\\n(.*?)```", readme, re.DOTALL)
+assert examples, "README has no example"
+exec("".join(examples))
 """
 
 
@@ -96,7 +99,8 @@ def try_wheel(wheel: Path) -> None:
         venv.create(programs.parent, with_pip=True)
         kept = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "ENCDIFF"))}
         cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-        pip = {"CACHE_DIR": cache / "pip", "CONSTRAINT": CONSTRAINTS, "DISABLE_PIP_VERSION_CHECK": 1, "QUIET": 1}
+        shutil.copy(CONSTRAINTS, place)  # by its name, since pip takes a path with spaces for two
+        pip = {"CACHE_DIR": cache / "pip", "CONSTRAINT": CONSTRAINTS.name, "DISABLE_PIP_VERSION_CHECK": 1, "QUIET": 1}
         ours = {"XDG_CACHE_HOME": str(Path(place, "cache")), **{f"PIP_{k}": str(v) for k, v in pip.items()}}
 
         def run(*command: str) -> str:
