@@ -8,7 +8,7 @@ PIP := .venv/bin/python -m pip install --disable-pip-version-check -c constraint
 PIP_OLDEST := .venv-oldest/bin/python -m pip install --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test campaign oldest lint gate sanitize bench gpu clean
+.PHONY: help demo test campaign oldest lint gate sanitize bench gpu wheel notebook clean
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
@@ -50,6 +50,14 @@ bench: .venv/.installed-dev  ## time ops and whole models on this machine; RESUL
 
 gpu:  ## with an NVIDIA GPU, without network: check, time, train; OUT=folder ARGS="--call 1", then 2 and 3: 5 to 9 min each
 	@"$(PYTHON)" -m bench.gpu "$(OUT)" $(ARGS)
+
+wheel: .venv/.installed-dev  ## a wheel and an sdist in dist/: build, look through, use in a fresh environment; some minutes
+	rm -rf dist
+	.venv/bin/python -m build -q --no-isolation
+	.venv/bin/python tools/check_release.py dist --try
+
+notebook: .venv/.installed-dev  ## make examples/tour.ipynb from examples/tour.py
+	.venv/bin/jupytext --update --to ipynb examples/tour.py
 
 clean:  ## remove both environments, builds and caches, but never a run
 	rm -rf .venv .venv-oldest build dist encdiff.egg-info encdiff/_C*.so .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks .coverage

@@ -355,6 +355,16 @@ def test_a_library_of_other_sources_is_not_taken(tmp_path, monkeypatch):
     assert _build.installed() is None
 
 
+def test_the_library_names_no_folder_of_the_machine_that_built_it():
+    """Assertions hold the paths of their sources; in a wheel these would be another machine's."""
+    library = _build.installed()
+    if library is None:
+        pytest.skip("no library is installed, or one of other sources: first use builds it elsewhere")
+    held = library.read_bytes()
+    assert b"csrc/noise.cpp\0" in held
+    assert not [place for place in (_build.sources().parent, _build.find_torch().parent) if bytes(place) in held]
+
+
 def test_ptxas_output_is_read():
     log = """ptxas info    : Compiling entry function '_ZN7encdiff3fooE' for 'sm_90'
 ptxas info    : Function properties for _ZN7encdiff3fooE

@@ -178,7 +178,8 @@ def compilations(compiler: str, nvcc: str | None, torch: Path) -> Iterator[Edge]
     if nvcc:
         yield compilation("cuda", "noise.cu", [nvcc, "-ccbin", compiler, *COMMON, *CUDA, *targets(nvcc)])
     common = [compiler, *COMMON, *CPU, *(SANITIZE if sanitized() else [])]
-    include = ["-isystem", str(torch / "include"), *(["-DENCDIFF_WITH_CUDA"] if nvcc else [])]
+    place = f"-fmacro-prefix-map={torch.parent}/="  # so that no error message names the machine that built a wheel
+    include = ["-isystem", str(torch / "include"), place, *(["-DENCDIFF_WITH_CUDA"] if nvcc else [])]
     for name in CPU_SOURCES:
         yield compilation(name, f"{name}.cpp", [*common, *include])
         for isa in ISAS if platform.machine() in ("x86_64", "AMD64") else ["baseline"]:
