@@ -8,7 +8,7 @@ PIP := .venv/bin/python -m pip install --disable-pip-version-check -c constraint
 PIP_OLDEST := .venv-oldest/bin/python -m pip install --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test campaign oldest lint gate sanitize bench gpu clean
+.PHONY: help demo test campaign oldest lint docs gate sanitize bench gpu clean
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
@@ -31,6 +31,9 @@ oldest: .venv-oldest/.installed  ## the tests in a second environment, of the ol
 lint: .venv/.installed-dev  ## check style and formatting
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
+
+docs: .venv/.installed-dev  ## build the documentation: build/docs/index.html
+	.venv/bin/python -m sphinx -W --keep-going -n -q docs build/docs
 
 gate: .venv/.installed-dev  ## compile every kernel for three generations of GPU and check its machine code
 	.venv/bin/python -W ignore -m encdiff.kernels._gate
