@@ -1,4 +1,4 @@
-"""How Sphinx builds the site: `make docs`. Nothing is fetched, and no page asks for a font or script of another host."""
+"""How Sphinx builds the site (`make docs`): nothing is fetched, and no page asks another host for a font or script."""
 
 import sys
 from pathlib import Path
@@ -19,8 +19,9 @@ extensions = [
     "sphinx_design",
     "commands",
     "docstrings",
+    "runs",
 ]
-exclude_patterns = ["results/*/run*"]  # what the benchmarks wrote, linked as files
+exclude_patterns = ["results/*/run*"]  # what the benchmarks wrote: files, not pages
 highlight_language = "text"  # of indented blocks: formulas
 smartquotes_action = "D"  # dashes; quotes are those of strings
 

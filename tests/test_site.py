@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 
 import encdiff
+from encdiff import EncDiff, ops
+from encdiff.models.core import EncDiffCore
+from encdiff.models.edits import EncDiffEdits
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.slow
@@ -33,19 +36,30 @@ def test_every_page_is_there(site):
 
 
 def test_nothing_is_asked_of_another_host(site):
-    tags = [tag for page in site.rglob("*.html") for tag in re.findall(r"<(?:script|link|img|iframe)\b[^>]*>", page.read_text())]
-    styles = [rule for sheet in site.rglob("*.css") for rule in re.findall(r"url\([^)]*\)|@import[^;]*", sheet.read_text())]
-    assert len(tags) > 100
-    assert not [said for said in tags + styles if re.search(r"""(?:=|\(|@import)\s*["']?(?:https?:)?//""", said)]
+    pages, sheets = ([f.read_text() for f in site.rglob(f"*.{kind}")] for kind in ("html", "css"))
+    tags = [tag for page in pages for tag in re.findall(r"<(?:script|link|img|iframe)\b[^>]*>", page)]
+    rules = [rule for sheet in sheets for rule in re.findall(r"(?:@import|url\()[^;)]*", sheet)]
+    assert len(tags) > 100 and rules
+    assert not [tag for tag in tags if re.search(r"""(?:src|href)=["']?(?:https?:)?//""", tag)]
+    assert not [rule for rule in rules if re.match(r"""(?:@import\s*)?(?:url\()?\s*["']?(?:https?:)?//""", rule)]
 
 
 def test_every_public_name_is_described(site):
     text = (site / "api/encdiff.html").read_text()
-    assert not [name for name in encdiff.__all__ if f'id="encdiff.{name}"' not in text and name != "ops"]
+    methods = [name for part in (EncDiff, EncDiffEdits, EncDiffCore) for name in vars(part) if not name.startswith("_")]
+    said = [name for name in encdiff.__all__ if name != "ops"] + [
+        f"EncDiff.{name}" for name in methods if name != "forward"
+    ]
+    assert not [name for name in said if f'id="encdiff.{name}"' not in text]
+
+
+def test_every_op_is_described(site):
+    text = "".join((site / f"api/{page}.html").read_text() for page in ("ops", "encdiff"))
+    names = [name for name in ops.__all__ if name != "OPS"]
+    assert not [n for n in names if f'id="encdiff.ops.{n}"' not in text and f'id="encdiff.{n}"' not in text]
 
 
 def test_every_command_is_described(site):
     text = (site / "guide/command-line.html").read_text()
-    for said in ("encdiff-train-autoencoder", "encdiff-data-render"):
-        assert f'id="{said}"' in text
-    assert "--checkpoint-activations" in text
+    for said in ('id="encdiff-train-autoencoder"', 'id="encdiff-data-render"', "--checkpoint-activations"):
+        assert said in text

@@ -2,14 +2,16 @@
 
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from docutils import nodes
+from sphinx import addnodes
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 from typer.main import get_command
 
-from encdiff.cli import app
+from encdiff.cli.app import app
 
 
 class Commands(SphinxDirective):
@@ -36,9 +38,17 @@ def _item(spelling: str, meaning: str) -> nodes.definition_list_item:
 
 
 def _paragraph(text: str) -> nodes.paragraph:
-    """Text in which options are code."""
-    parts = re.split(r"(--[a-z-]+)", " ".join(text.split()))
-    return nodes.paragraph("", "", *(nodes.literal("", p) if i % 2 else nodes.Text(p) for i, p in enumerate(parts)))
+    """Text in which options are code and pages of the site are links."""
+    paragraph = nodes.paragraph()
+    for part in re.split(r"(--[a-z-]+|docs/\w+\.md)", " ".join(text.split())):
+        if part.startswith("--"):
+            paragraph += nodes.literal("", part)
+        elif part.startswith("docs/"):
+            page = {"refdomain": "std", "reftype": "doc", "reftarget": f"/{Path(part).stem}", "refexplicit": True}
+            paragraph += addnodes.pending_xref("", nodes.inline("", part), refdoc="", refwarn=True, **page)
+        else:
+            paragraph += nodes.Text(part)
+    return paragraph
 
 
 def leaves(context: Any) -> Iterator[Any]:

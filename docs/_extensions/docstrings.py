@@ -1,12 +1,15 @@
 """Docstrings are plain text: `|x|` is a magnitude, and what is indented after a blank line is code or a formula."""
 
+import re
 from collections.abc import Iterator
 
 from sphinx.application import Sphinx
 
+PAGE = re.compile(r"`?docs/(\w+)\.md`?")
+
 
 def literal_blocks(lines: list[str]) -> Iterator[str]:
-    """The lines with `::` before every indented paragraph, and with every bar outside such ones escaped."""
+    """The lines with `::` before every indented paragraph; in all others bars are escaped and pages become links."""
     margin, inside = 0, False  # of the last line of text; in an indented paragraph
     for before, line in zip(["", *lines], lines, strict=False):
         indent = len(line) - len(line.lstrip())
@@ -17,7 +20,7 @@ def literal_blocks(lines: list[str]) -> Iterator[str]:
         elif line.strip() and indent == 0:
             inside = False
         margin = indent if line.strip() and not inside else margin
-        yield line if inside else line.replace("|", "\\|")
+        yield line if inside else PAGE.sub(r":doc:`docs/\1.md </\1>`", line.replace("|", "\\|"))
 
 
 def as_written(app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
