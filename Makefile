@@ -33,7 +33,7 @@ lint: .venv/.installed-dev  ## check style and formatting
 	.venv/bin/ruff format --check .
 
 docs: .venv/.installed-dev  ## build the documentation: build/docs/index.html
-	.venv/bin/python -m sphinx -W --keep-going -n -q docs build/docs
+	.venv/bin/python -m sphinx -E -W --keep-going -n -q docs build/docs
 
 gate: .venv/.installed-dev  ## compile every kernel for three generations of GPU and check its machine code
 	.venv/bin/python -W ignore -m encdiff.kernels._gate
