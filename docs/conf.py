@@ -40,8 +40,8 @@ python_use_unqualified_type_names = True
 python_maximum_signature_line_length = 90
 add_module_names = False
 toc_object_entries_show_parents = "hide"
-# Without inventories of other projects only our own names can be resolved.
-nitpick_ignore_regex = [(r"py:.*", r"(?!encdiff\b).*")]
+# Without inventories of other projects only our own names can be resolved, and of these not type variables such as T.
+nitpick_ignore_regex = [(r"py:.*", r"(?!encdiff\b).*|.*\.[A-Z]")]
 
 html_theme = "furo"
 html_title = f"encdiff {release}"
