@@ -19,6 +19,7 @@ PAGES = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "bench/NOTES.md")),
     *sorted((ROOT / "docs").rglob("*.md")),
     *sorted((ROOT / "encdiff/pretrained").glob("*/README.md")),
+    *sorted((ROOT / "examples").glob("*.md")),
 ]
 LANGUAGES = ("python", "pycon", "bash", "text")
 TARGETS = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
