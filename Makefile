@@ -8,7 +8,7 @@ PIP := .venv/bin/python -m pip install --disable-pip-version-check -c constraint
 PIP_OLDEST := .venv-oldest/bin/python -m pip install --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test campaign oldest lint gate sanitize bench gpu wheel notebook clean
+.PHONY: help demo test campaign oldest lint docs gate sanitize bench gpu wheel notebook clean
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
@@ -33,9 +33,12 @@ lint: .venv/.installed-dev  ## check style, formatting and types
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 
+docs: .venv/.installed-dev  ## build the documentation: build/docs/index.html
+	.venv/bin/python -m sphinx -E -W --keep-going -n -q docs build/docs
+
 gate: .venv/.installed-dev  ## compile every kernel for three generations of GPU and check its machine code
 	.venv/bin/python -W ignore -m encdiff.kernels._gate
-	.venv/bin/python -m encdiff.ops._build --check
+	.venv/bin/python encdiff/ops/_build.py --check
 
 sanitize: .venv/.installed-dev  ## the native library's tests under the address and undefined-behaviour sanitizers
 	ENCDIFF_SANITIZE=1 ASAN_OPTIONS=detect_leaks=0 \

@@ -1,7 +1,7 @@
 """Sums over rows at the paper's sizes, the gradients of biases: PyTorch's, the same compiled, ours.
 
 `bytes` counts the matrix once. At batch 128 and 16x16 in bfloat16 that is 4 MB, 1.4 us of an H100's 2.98 TB/s, where
-PyTorch 2.11 takes 13 us for any of these sizes (docs/results/h100-run1/profile.json); ours: predicted 6 us for two
+PyTorch 2.11 takes 13 us for any of these sizes (docs/results/h100/run1/profile.json); ours: predicted 6 us for two
 launches, 2 to 3 us for one.
 """
 

@@ -20,8 +20,8 @@ from encdiff.ops.cross_attention_folded import Folded, Kept, cross_attention_fol
 class Sampling:
     """What one sampling keeps from one evaluation of the U-Net to the next, by a block's place in it.
 
-    gate: every cross-attention is computed; or its output kept, too; or what was kept is given again (T-GATE, arXiv
-        2404.02747).
+    `gate` says whether every cross-attention is computed, or its output kept, too, or what was kept is given again
+    (T-GATE, arXiv 2404.02747).
     """
 
     tokens: Tensor

@@ -76,7 +76,7 @@ class EncDiffConfig(Checked):
 
     @property
     def code_shape(self) -> tuple[int, ...]:
-        """Of what the encoder makes of one image: (N,), or (N, m) where a concept is a vector."""
+        """The shape of what the encoder makes of one image, (N,), or (N, m) where a concept is a vector."""
         return (self.concepts,) if self.concept_width == 1 else (self.concepts, self.concept_width)
 
     @classmethod

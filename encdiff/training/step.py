@@ -30,11 +30,13 @@ from encdiff.training.runs import load_optimizer, optimizer_tensors
 class Training:
     """Everything that changes from step to step: model, EMA, optimiser, step count.
 
-    masters: for precision "bf16": float32 masters beside a bfloat16 copy that computes (`training.masters`), in place
-        of autocast; None: on a GPU. Checkpoints are the same. The model's parameters then must stay where they are.
-    aside: with masters, in a captured step: gradients of weights are computed on a stream beside the backward pass
-        (`encdiff.ops._beside`), to the same bits, which takes a tenth off the paper's step on an H200 and keeps at most
-        half a gigabyte longer. Not with `checkpoint_activations`, which is to save memory.
+    Args:
+        masters: for precision "bf16": float32 masters beside a bfloat16 copy that computes (`training.masters`), in
+            place of autocast; None: on a GPU. Checkpoints are the same. The model's parameters then must stay where
+            they are.
+        aside: with masters, in a captured step: gradients of weights are computed on a stream beside the backward pass
+            (`encdiff.ops._beside`), to the same bits, which takes a tenth off the paper's step on an H200 and keeps at
+            most half a gigabyte longer. Not with `checkpoint_activations`, which is to save memory.
     """
 
     TERMS: ClassVar[tuple[str, ...]] = ("loss", "gradient_norm", "learning_rate")
