@@ -38,7 +38,7 @@ docs: .venv/.installed-dev  ## build the documentation: build/docs/index.html
 
 gate: .venv/.installed-dev  ## compile every kernel for three generations of GPU and check its machine code
 	.venv/bin/python -W ignore -m encdiff.kernels._gate
-	.venv/bin/python encdiff/ops/_build.py --check
+	.venv/bin/python -P encdiff/ops/_build.py --check
 
 sanitize: .venv/.installed-dev  ## the native library's tests under the address and undefined-behaviour sanitizers
 	ENCDIFF_SANITIZE=1 ASAN_OPTIONS=detect_leaks=0 \

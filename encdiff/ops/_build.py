@@ -1,7 +1,7 @@
 """Build the native noise engine from csrc/: at install, or once at first use into the user's cache.
 
-    python -m encdiff.ops._build          # build it now, where first use would look for it, and print the path
-    python -m encdiff.ops._build --check  # compile the CUDA half for every target; registers, stack, spills per kernel
+    python -P encdiff/ops/_build.py          # build it now, where first use would look for it, and print the path
+    python -P encdiff/ops/_build.py --check  # compile the CUDA half for every target: what each kernel needs
 
 It is compiled against PyTorch's stable ABI and uses no Python API at all, so one build serves every torch >= 2.11 and
 every Python. ENCDIFF_CUDA: `auto` compiles the CUDA half where nvcc is found, `1` insists on it, `0` leaves it out; a
