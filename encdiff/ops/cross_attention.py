@@ -68,7 +68,7 @@ def cross_attention_reference(
     return with_maps(y, p, maps)
 
 
-def _between_projections(attention):
+def _between_projections(what, attention):
     """The op with `attention(q, k, v, heads)` between separate projections; neither token bias nor maps."""
 
     def run(
@@ -80,6 +80,7 @@ def _between_projections(attention):
         a = attention(F.linear(h, w_q), *(projected or _project(context, w_k, w_v)), heads)
         return project_out(a, w_o, b_o, x if residual else None)
 
+    run.__doc__ = f"{what} between separate projections; neither token bias nor maps."
     return run
 
 
@@ -239,9 +240,11 @@ _op = Op(
     "cross_attention",
     [
         Implementation("triton", cross_attention_triton, _triton_reasons, interpreted),
-        Implementation("native", _between_projections(native_attention), _native_reasons, _native_doubts),
+        Implementation(
+            "native", _between_projections("The CPU's own attention", native_attention), _native_reasons, _native_doubts
+        ),
         Implementation("transposed", cross_attention_transposed, always, _transposed_doubts, composite=True),
-        Implementation("sdpa", _between_projections(stock_attention), _sdpa_reasons),
+        Implementation("sdpa", _between_projections("PyTorch's fused attention", stock_attention), _sdpa_reasons),
         Implementation("reference", cross_attention_reference, always, composite=True),
     ],
 )

@@ -67,7 +67,7 @@ def self_attention_reference(
         return stock_project_out(merge_heads(p @ v), w_o, b_o, x if residual else None).to(x.dtype)
 
 
-def _between_projections(attention):
+def _between_projections(what, attention):
     """The op with `attention(q, k, v, heads)` between separate projections."""
 
     def run(x, w_q, w_k, w_v, w_o, b_o=None, *, heads, norm_weight=None, norm_bias=None, norm_eps=1e-5, residual=False):
@@ -75,6 +75,7 @@ def _between_projections(attention):
         a = attention(*(F.linear(h, w) for w in (w_q, w_k, w_v)), heads)
         return project_out(a, w_o, b_o, x if residual else None)
 
+    run.__doc__ = f"{what} between separate projections."
     return run
 
 
@@ -125,9 +126,11 @@ def _sdpa_reasons(x, *weights, **options) -> list[str]:
 _op = Op(
     "self_attention",
     [
-        Implementation("native", _between_projections(native_attention), _native_reasons, _native_doubts),
+        Implementation(
+            "native", _between_projections("The CPU's own attention", native_attention), _native_reasons, _native_doubts
+        ),
         Implementation("triton", self_attention_triton, _triton_reasons, interpreted),
-        Implementation("sdpa", _between_projections(stock_attention), _sdpa_reasons),
+        Implementation("sdpa", _between_projections("PyTorch's fused attention", stock_attention), _sdpa_reasons),
         Implementation("reference", self_attention_reference, always, composite=True),
     ],
 )
