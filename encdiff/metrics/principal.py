@@ -23,7 +23,7 @@ def first_components(codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     codes = np.asarray(codes)
     if codes.ndim != 3 or len(codes) < 2 or not np.isfinite(codes).all():
         raise InputError(f"codes are {codes.shape}, must be (n, N, m), n at least 2, all of them finite")
-    if (most := abs(codes).max(initial=0)) > LARGEST:
+    if (most := float(abs(codes).max(initial=0))) > LARGEST:
         raise InputError(f"codes reach {most:.3g}; they must lie within {LARGEST:.3g}, to be squared")
     mean = codes.mean(axis=0, dtype=np.float64)
     centred = (codes - mean).transpose(1, 0, 2)
