@@ -34,7 +34,7 @@ def vp_path(alphas_cumprod: torch.Tensor, timesteps: torch.Tensor) -> Path:
 
     Between whole timesteps the ratio s/a is interpolated, as k-diffusion does.
     """
-    ratio = ((1 - alphas_cumprod.double()) / alphas_cumprod.double()).sqrt().cpu()
+    ratio = _ratio(alphas_cumprod)
     t = timesteps.double().cpu()
     if t.ndim != 1 or len(t) == 0 or not ((t >= 0) & (t <= len(ratio) - 1)).all() or not (t.diff() < 0).all():
         raise InputError(f"timesteps {tuple(t.shape)} must descend within 0 to {len(ratio) - 1}")
@@ -47,7 +47,7 @@ def vp_path(alphas_cumprod: torch.Tensor, timesteps: torch.Tensor) -> Path:
 
 def vp_karras_path(alphas_cumprod: torch.Tensor, steps: int, rho: float = 7.0) -> Path:
     """As `vp_path`, at EDM's spacing of s/a between the schedule's ends; timesteps rounded to whole ones."""
-    ratio = ((1 - alphas_cumprod.double()) / alphas_cumprod.double()).sqrt().cpu()
+    ratio = _ratio(alphas_cumprod)
     levels = karras_sigmas(steps, ratio[0].item(), ratio[-1].item(), rho)
     log, log_levels = ratio.log(), levels.log()
     low = (torch.searchsorted(log, log_levels, right=True) - 1).clamp(0, len(log) - 2)
@@ -223,6 +223,12 @@ def _to_x0_at(a: float, s: float, prediction: str) -> tuple[float, float]:
     if prediction == "flow":  # e - x0
         return 1 / (a + s), -s / (a + s)
     return 0.0, 1.0
+
+
+def _ratio(alphas_cumprod: torch.Tensor) -> torch.Tensor:
+    """s/a of every timestep, float64 (T,) on the CPU."""
+    alpha_bar = alphas_cumprod.double()
+    return ((1 - alpha_bar) / alpha_bar).sqrt().cpu()
 
 
 def _vp(ratio: torch.Tensor, timesteps: torch.Tensor) -> Path:
