@@ -36,16 +36,19 @@ _HOMES = {
     "train": "encdiff.training",
     "use_impl": "encdiff.ops",
 }
+_ROOMS = (
+    "data", "diffusion", "engine", "evaluation", "experiments", "metrics", "models", "ops", "pictures", "training",
+)  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
     """Import public names when they are first asked for: `import encdiff` alone loads neither torch nor a kernel."""
-    if name == "ops":
-        return import_module("encdiff.ops")
+    if name in _ROOMS:
+        return import_module(f"encdiff.{name}")
     if name in _HOMES:
         return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'encdiff' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+    return sorted([*__all__, *_ROOMS, "__version__", "__doc__", "__file__", "__name__", "__path__"])

@@ -10,6 +10,7 @@ from importlib.util import resolve_name
 from pathlib import Path
 
 import pytest
+from _tiny import TINY
 
 import encdiff
 
@@ -168,3 +169,31 @@ def test_files_are_short():
     files = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
     long = {str(p.relative_to(ROOT)): n for p in files if (n := len(p.read_text().splitlines())) > 400}
     assert not long, f"each of these holds two ideas: {long}"
+
+
+def test_wrong_arguments_of_the_public_functions_are_named(tmp_path):
+    data = encdiff.open_dataset("procedural:2,2,2,2,2,2", 16)
+    with pytest.raises(encdiff.InputError, match=r"^dataset is a str, must be a Dataset: open_dataset makes one$"):
+        encdiff.train(encdiff.EncDiff(TINY), "procedural", tmp_path / "run", encdiff.TrainConfig())
+    with pytest.raises(encdiff.InputError, match=r"^config is a str, must be a TrainConfig: "):
+        encdiff.train(encdiff.EncDiff(TINY), data, tmp_path / "run", "quickstart")
+    with pytest.raises(encdiff.InputError, match=r"^encode is a str, must be a model or a function of images$"):
+        encdiff.evaluate("quickstart", data)
+    with pytest.raises(encdiff.InputError, match=r"^dataset is a list, must be a Dataset"):
+        encdiff.evaluate(encdiff.EncDiff(TINY), [1, 2])
+    with pytest.raises(encdiff.InputError, match=r"^metrics is the text 'mig', must be a list of names$"):
+        encdiff.evaluate(encdiff.EncDiff(TINY), data, metrics="mig")
+    with pytest.raises(encdiff.InputError, match=r"^scalars are int, must be a torch.Tensor"):
+        encdiff.EncDiff(TINY).sample(4)
+    with pytest.raises(encdiff.InputError, match=r"^model is a str, must be an EncDiff$"):
+        encdiff.SamplingEngine("quickstart")
+    with pytest.raises(encdiff.InputError, match=r"^devce is no option here, must be device or one of "):
+        encdiff.EncDiff.from_pretrained("quickstart", devce="cuda")
+    assert not list(tmp_path.iterdir())
+
+
+def test_completion_offers_the_same_names_before_and_after_rooms_are_loaded():
+    code = "import encdiff; a = dir(encdiff); import encdiff.training; assert a == dir(encdiff); print('training' in a)"
+    assert python(code, ROOT).stdout.strip() == "True"
+    assert {"train", "evaluate", "ops", "models", "__version__"} <= set(dir(encdiff))
+    assert encdiff.train.__module__ == "encdiff.training.step", "the function, whatever rooms are loaded"

@@ -3,7 +3,9 @@
 import re
 import subprocess
 import sys
+from html import unescape
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 
@@ -63,3 +65,16 @@ def test_every_command_is_described(site):
     text = (site / "guide/command-line.html").read_text()
     for said in ('id="encdiff-train-autoencoder"', 'id="encdiff-data-render"', "--checkpoint-activations"):
         assert said in text
+
+
+def test_every_link_of_a_built_page_leads_somewhere(site):
+    ids = {page: set(re.findall(r'\bid="([^"]+)"', page.read_text())) for page in site.rglob("*.html")}
+    dead, seen = [], 0
+    for page in ids:
+        for link in re.findall(r'<a\b[^>]*\bhref="([^":]+)"', page.read_text()):
+            path, _, anchor = unescape(unquote(link)).partition("#")
+            target = (page.parent / path).resolve() if path else page
+            seen += 1
+            if not target.exists() or (anchor and target in ids and anchor not in ids[target]):
+                dead.append(f"{page.relative_to(site)}: {link}")
+    assert seen > 1000 and not dead

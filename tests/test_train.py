@@ -310,7 +310,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(dataset
 def test_existing_folders(dataset, tmp_path):
     run = tmp_path / "run"
     train(fresh(), dataset, run, replace(CONFIG, steps=1))
-    with pytest.raises(InputError, match=r"run: holds something already; continue it with --resume or use --overwrite"):
+    with pytest.raises(InputError, match="holds something already; continue it with resume=True"):
         train(fresh(), dataset, run, CONFIG)
     assert load_tensors(run / "checkpoint.safetensors")[1]["step"] == "1"
     with pytest.raises(InputError, match="was begun with learning_rate 0.004, cannot be resumed with 0.1"):

@@ -26,26 +26,26 @@ class Commands(SphinxDirective):
         section = nodes.section("", nodes.title("", "", nodes.literal("", name)), names=[name])
         self.state.document.note_explicit_target(section)  # gives it the id that a link names
         section += nodes.literal_block("", f"{name} {' '.join(command.collect_usage_pieces(context))}", language="text")
-        section += [_paragraph(part) for part in command.help.split("\n\n")]
+        section += [_paragraph(part, self.env.docname) for part in command.help.split("\n\n")]
         records = [parameter.get_help_record(context) for parameter in command.params]
-        section += nodes.definition_list("", *(_item(*record) for record in records if record))
+        section += nodes.definition_list("", *(_item(*record, self.env.docname) for record in records if record))
         return section
 
 
-def _item(spelling: str, meaning: str) -> nodes.definition_list_item:
+def _item(spelling: str, meaning: str, docname: str) -> nodes.definition_list_item:
     term = nodes.term("", "", nodes.literal("", spelling))
-    return nodes.definition_list_item("", term, nodes.definition("", _paragraph(meaning)))
+    return nodes.definition_list_item("", term, nodes.definition("", _paragraph(meaning, docname)))
 
 
-def _paragraph(text: str) -> nodes.paragraph:
-    """Text in which options are code and pages of the site are links."""
+def _paragraph(text: str, docname: str) -> nodes.paragraph:
+    """Text in which options are code and pages of the site are links, as seen from the page `docname`."""
     paragraph = nodes.paragraph()
     for part in re.split(r"(--[a-z-]+|docs/\w+\.md)", " ".join(text.split())):
         if part.startswith("--"):
             paragraph += nodes.literal("", part)
         elif part.startswith("docs/"):
             page = {"refdomain": "std", "reftype": "doc", "reftarget": f"/{Path(part).stem}", "refexplicit": True}
-            paragraph += addnodes.pending_xref("", nodes.inline("", part), refdoc="", refwarn=True, **page)
+            paragraph += addnodes.pending_xref("", nodes.inline("", part), refdoc=docname, refwarn=True, **page)
         else:
             paragraph += nodes.Text(part)
     return paragraph

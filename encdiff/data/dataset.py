@@ -44,6 +44,10 @@ class Dataset(ABC):
     def __len__(self) -> int:
         return math.prod(self.factor_sizes) * self.instances
 
+    def __repr__(self) -> str:
+        factors = ", ".join(f"{name} {size}" for name, size in zip(self.factor_names, self.factor_sizes, strict=True))
+        return f"<{self.name}: {len(self):,} images of {self.image_size}x{self.image_size}, {factors or 'no factors'}>"
+
     @abstractmethod
     def images(self, indices: Indices) -> np.ndarray:
         """uint8 (n, H, W, 3) for integer indices (n,), in any order, repeats allowed; InputError outside 0..len-1."""

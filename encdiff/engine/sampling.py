@@ -30,6 +30,8 @@ class SamplingEngine:
     """
 
     def __init__(self, model: EncDiff, precision: Literal["float32", "bf16"] = "float32", **options: Any):
+        if not isinstance(model, EncDiff):
+            raise InputError(f"model is a {type(model).__name__}, must be an EncDiff")
         if precision not in ("float32", "bf16"):
             raise InputError(f"precision is {precision!r}, must be float32 or bf16")
         known = inspect.signature(EncDiff.sample).parameters.keys() - {*GIVEN, "self", "progress"}

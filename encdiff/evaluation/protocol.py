@@ -161,6 +161,8 @@ def _summary(values: list[float | None]) -> dict:
 
 
 def _run_all(metrics: Sequence[str], run: Callable[..., dict], settings: Protocol, n_jobs, report) -> dict[str, dict]:
+    if isinstance(metrics, str):
+        raise InputError(f"metrics is the text {metrics!r}, must be a list of names")
     if unknown := [name for name in metrics if name not in METRICS]:
         raise InputError(f"metric is {unknown[0]!r}; it must be one of {', '.join(METRICS)}")
     results = {}

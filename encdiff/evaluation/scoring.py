@@ -63,6 +63,10 @@ def evaluate(
     Raises:
         InputError: unlabelled data, an unknown metric, protocol or field, or codes that are not finite.
     """
+    if not callable(encode):
+        raise InputError(f"encode is a {type(encode).__name__}, must be a model or a function of images")
+    if not isinstance(dataset, Dataset):
+        raise InputError(f"dataset is a {type(dataset).__name__}, must be a Dataset: open_dataset makes one")
     settings = settings_of(protocol, seed, **overrides)
     if not dataset.factor_sizes:
         raise InputError(f"{dataset.name} has no factors, which scores need; swap, traverse and attend need none")

@@ -45,6 +45,8 @@ class EncDiffEdits(EncDiffCore):
         inverts; eta belongs to it. From evaluation `gate` of the U-Net on, the cross-attentions repeat what they gave
         there (T-GATE, arXiv 2404.02747): less work, and not exact.
         """
+        if not isinstance(scalars, Tensor):
+            raise InputError(f"scalars are {type(scalars).__name__}, must be a torch.Tensor (B, N); encode gives them")
         with evaluating(self):
             tokens = self.tokens(scalars).to(next(self.unet.parameters()).dtype)
             shape = (len(scalars), *self.latent_shape)

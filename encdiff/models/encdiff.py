@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from huggingface_hub import ModelHubMixin
 
+from encdiff.errors import InputError
 from encdiff.files.checkpoint import (
     build_fitting,
     load_model,
@@ -20,6 +21,8 @@ from encdiff.files.temporaries import atomic_path
 from encdiff.models.card import CARD
 from encdiff.models.config import EncDiffConfig
 from encdiff.models.edits import EncDiffEdits
+
+HUB = {"revision", "cache_dir", "force_download", "token", "local_files_only"}  # options of a download
 
 
 class EncDiff(
@@ -104,6 +107,8 @@ class EncDiff(
         Raises:
             InputError: no such folder or model, a file missing or truncated, or tensors of another configuration.
         """
+        if unknown := sorted(hub.keys() - HUB):
+            raise InputError(f"{unknown[0]} is no option here, must be device or one of {', '.join(sorted(HUB))}")
         config_path, weights_path = (locate(name, file, hub) for file in ("config.json", "model.safetensors"))
         model = load_model(
             lambda values: cls(EncDiffConfig.from_dict(values, str(config_path))), config_path, weights_path

@@ -269,10 +269,11 @@ def user_cache() -> Path:
         raise OSError("this user has no home folder for a cache; let XDG_CACHE_HOME name a folder") from None
 
 
-def find_or_build(torch_has_cuda: bool) -> Path:
+def find_or_build(torch_has_cuda: bool, again: bool = False) -> Path:
     """The installed library, or one in the user's cache, built there by the first process that needs it.
 
-    A failure is kept beside it, so that it costs the compiler's time once; delete the named file to try again.
+    A failure is kept beside it, so that it costs the compiler's time once, and said; `again` tries anew, and its error
+    is the compiler's own.
     """
     if (path := installed()) is not None:
         return path
@@ -285,16 +286,21 @@ def find_or_build(torch_has_cuda: bool) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if failure.exists():
+        if failure.exists() and not again:
             raise BuildError(f"the build failed before, {failure} says why; delete it to try again")
         if not library.exists():
+            failure.unlink(missing_ok=True)
             find_compiler()  # quietly: without a compiler the reference serves, as the install said
             print(f"encdiff: building the native noise engine once, into {folder}", file=sys.stderr, flush=True)
             try:
                 build(library, cache / "encdiff" / f"build-{platform.machine()}", cuda)
             except BuildError as error:
                 failure.write_text(f"{error}\n")
-                raise BuildError(f"the build failed, {failure} says why") from error
+                if again:
+                    raise
+                said = f"the build failed, {failure} says why"
+                print(f"encdiff: {said}; slower implementations serve in its place", file=sys.stderr, flush=True)
+                raise BuildError(said) from error
     return library
 
 
@@ -346,7 +352,7 @@ def main() -> int:
             return 0 if check() else 1
         # a path may hold what the terminal cannot show
         cast(TextIOWrapper, sys.stdout).reconfigure(errors="backslashreplace")
-        print(installed() or find_or_build(find_nvcc() is not None))
+        print(installed() or find_or_build(find_nvcc() is not None, again=True))
     except (BuildError, OSError) as error:
         print(f"encdiff: {error}", file=sys.stderr)
         return 1

@@ -80,7 +80,9 @@ def fit(
             folder.forget_shown()
         _save(training, folder)
     if training.step < config.steps:
-        raise Stopped(f"stopped after step {training.step}; saved {folder.checkpoint}, continue with --resume")
+        raise Stopped(
+            f"stopped after step {training.step}; saved {folder.checkpoint}, continue with resume=True (--resume)"
+        )
 
 
 def _loop(training, batches, folder, recorder, interrupt, on_step) -> None:

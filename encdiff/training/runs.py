@@ -60,13 +60,14 @@ class RunFolder:
 
     def _check(self) -> None:
         if self.resume and not self.checkpoint.is_file():
-            raise InputError(f"{self.checkpoint}: no checkpoint to resume; leave out --resume to begin a run")
+            raise InputError(f"{self.checkpoint}: no checkpoint to resume; begin the run without resume (--resume)")
         if self.path.exists() and not self.path.is_dir():
             raise InputError(f"{self.path}: is a file, must be a folder")
         there = sorted(p.name for p in self.path.iterdir()) if self.path.is_dir() else []
         held = [name for name in there if name not in self.IGNORED and not is_temporary(name)]
         if held and not self.resume and not self.overwrite:
-            raise InputError(f"{self.path}: holds something already; continue it with --resume or use --overwrite")
+            ways = "continue it with resume=True (--resume) or replace it with overwrite=True (--overwrite)"
+            raise InputError(f"{self.path}: holds something already; {ways}")
         foreign = [name for name in held if name not in self.OWN]
         if foreign and self.overwrite:
             raise InputError(f"{self.path}: will not overwrite a folder that also holds {foreign[0]}")

@@ -204,6 +204,9 @@ def lerp(into: list[Tensor], of: list[Tensor], weight: Tensor) -> None:
         torch._foreach_lerp_(into, of, [weight] * len(into))
 
 
+_MADE_BY = {EncDiff: "", Dataset: ": open_dataset makes one", TrainConfig: ": TrainConfig.from_preset makes one"}
+
+
 def train(
     model: EncDiff,
     dataset: Dataset,
@@ -231,6 +234,13 @@ def train(
         InputError: a data set of another image size, a folder or checkpoint that does not fit, or a loss that is no
             longer finite.
     """
+    for name, given, kind in (
+        ("model", model, EncDiff),
+        ("dataset", dataset, Dataset),
+        ("config", config, TrainConfig),
+    ):
+        if not isinstance(given, kind):
+            raise InputError(f"{name} is a {type(given).__name__}, must be a {kind.__name__}{_MADE_BY[kind]}")
     if dataset.image_size != model.config.image_size:
         raise InputError(f"{dataset.name}: images of {dataset.image_size}, the model takes {model.config.image_size}")
     if config.batch_size < 2 and model.config.normalize_scalars:
