@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from markdown_it import MarkdownIt
 from typer.main import get_command
 
 from encdiff.cli.app import app
+
+MarkdownIt = pytest.importorskip("markdown_it", reason="rich or myst-parser bring it").MarkdownIt
 
 ROOT = Path(__file__).parent.parent
 PAGES = [

@@ -8,10 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
 
 import encdiff
 from tools import check_release
+
+yaml = pytest.importorskip("yaml", reason="pyyaml is in the extra dev")
 
 ROOT = Path(__file__).parent.parent
 GITHUB = ROOT / ".github"

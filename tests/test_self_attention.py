@@ -281,3 +281,10 @@ def test_what_native_cannot_serve_says_why():
             call()
     wide = [t.float() for t in weights(8, 48)]
     assert "native: heads are 48 wide; it pays up to 32" in ops.explain("self_attention", x, *wide, heads=1)
+
+
+@pytest.mark.parametrize("given", ["norm_weight", "norm_bias"])
+def test_half_a_layer_norm_is_refused(given):
+    x, w = torch.randn(2, 5, 8), torch.randn(8, 8)
+    with pytest.raises(InputError, match="norm_(weight|bias) is None, must be \\(8,\\), or None as the other one"):
+        ops.self_attention(x, w, w, w, w, heads=2, **{given: torch.ones(8)})

@@ -176,7 +176,7 @@ def test_learning_rate_warms_up_and_decays():
     assert rates == pytest.approx(expected)
     training.step = 1
     terms = training.advance(*random_batch())
-    assert training.adamw.param_groups[0]["lr"] == terms["learning_rate"] == pytest.approx(2e-3)
+    assert training.optimizer.param_groups[0]["lr"] == terms["learning_rate"] == pytest.approx(2e-3)
 
 
 def test_gradients_are_clipped():

@@ -5,8 +5,9 @@ import pytest
 import torch
 from _golden import draw, fill, load, relative_error
 from _place import interpreted
+from _tiny import TINY
 
-from encdiff import ops
+from encdiff import EncDiff, ops
 from encdiff.errors import InputError
 from encdiff.models import attention
 from encdiff.models import unet as unet_module
@@ -206,3 +207,26 @@ def test_features_are_channels_last():
         )
     unet(torch.randn(2, 2, 8, 12), torch.tensor([3, 700]), torch.randn(2, 5, 4))
     assert seen and all(seen)
+
+
+class Wrapped(torch.nn.Module):
+    """As adapters such as LoRA's stand for a layer: its weights are there, its class is not."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer, self.weight, self.bias = layer, layer.weight, layer.bias
+
+    def forward(self, x):
+        return self.layer(x)
+
+
+def test_a_layer_may_be_replaced_by_one_of_another_class():
+    model = EncDiff(TINY).eval()
+    images = torch.rand(2, 3, 16, 16)
+    expected = model.loss(images, seed=3)
+    for block in model.unet.attending:
+        block.attn2.to_out[0] = Wrapped(block.attn2.to_out[0])
+    for block in model.unet.res_blocks:
+        block.in_layers[-1], block.emb_layers[1] = Wrapped(block.in_layers[-1]), Wrapped(block.emb_layers[1])
+    model.encoder[0] = Wrapped(model.encoder[0])
+    torch.testing.assert_close(model.loss(images, seed=3), expected)

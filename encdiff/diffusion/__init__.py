@@ -1,1 +1,4 @@
-"""Diffusion in plain functions: noise schedules, samplers, losses. Import the modules by name; imports ops, files."""
+"""Diffusion in plain functions: noise schedules, samplers, losses. Import the modules by name.
+
+Imports ops and what lies below.
+"""

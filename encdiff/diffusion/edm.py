@@ -12,6 +12,8 @@ from encdiff.errors import InputError
 from encdiff.ops.noise import q_sample
 from encdiff.ops.philox import normal
 
+Network = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # as `loop.Denoise`, but never a pair
+
 
 def edm_sigmas(
     seed: int, sample_ids: torch.Tensor, draw: int | torch.Tensor = 0, *, mean: float = -1.2, std: float = 1.2
@@ -36,9 +38,6 @@ def edm_preconditioning(
 def edm_weight(sigma: torch.Tensor, sigma_data: float = 0.5) -> torch.Tensor:
     """The weight of |D - x0|^2, 1 / c_out^2: at initialisation every noise level counts the same."""
     return (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
-
-
-Network = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def edm_denoiser(network: Network, sigma_data: float = 0.5) -> Network:

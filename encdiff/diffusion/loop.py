@@ -71,7 +71,7 @@ def run(
     calls = 0
     for i, (time, row, names) in enumerate(stages):
         called = time is not None
-        output, unconditional = (past.get("x0", x), None)
+        output, unconditional = past.get("x0", x), None
         if called:
             output, unconditional = _pair(denoise(x, times[i].expand(len(x))), guidance)
         fresh: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""How steps run: as they are, compiled, or as one CUDA graph; for training (`graph`) and for sampling (`sampling`).
+"""How steps run: as they are, compiled, or as one CUDA graph (`graph`), which `sampling` makes of a whole sampling.
 
 Import the names below from here; imports models and what lies below them.
 """

@@ -77,7 +77,7 @@ def evaluate(
         raise InputError(f"{dataset.name} is no complete grid of factors with one image each: use protocol 'heldout'")
     report = progress or (lambda stage, done, total: None)
     began = time.perf_counter()
-    function = _encoder(encode, dataset) if isinstance(encode, EncDiff) else encode
+    function = encoder_of(encode, dataset) if isinstance(encode, EncDiff) else encode
     codes = encode_dataset(function, dataset, batch_size, lambda done, total: report("encode", done, total))
     encoded = time.perf_counter()
 
@@ -134,7 +134,8 @@ def stages(name: str) -> Iterator[Report]:
         yield lambda stage, done, total: tasks(f"{name}: {stage.replace('_', ' ')}", done, total)
 
 
-def _encoder(model: EncDiff, dataset: Dataset) -> Encode:
+def encoder_of(model: EncDiff, dataset: Dataset) -> Encode:
+    """The model's codes as scores need them: in eval mode, of vectors the first principal components."""
     device = next(model.parameters()).device
     with evaluating(model):
         scored = as_scalars(model, dataset)

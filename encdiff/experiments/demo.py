@@ -124,7 +124,7 @@ def score_untrained(file: Path, seed: int, protocol: str) -> dict:
     torch.set_num_threads(1)
     dataset = open_dataset(file)
     model = untrained(EncDiff.from_preset("quickstart"), dataset, seed)
-    return evaluate(model.encode, dataset, protocol=protocol, seed=seed, n_jobs=1)
+    return evaluate(model, dataset, protocol=protocol, seed=seed, n_jobs=1)
 
 
 def _leave_signals_to_the_parent() -> None:

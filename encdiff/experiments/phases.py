@@ -14,8 +14,8 @@ from encdiff.data import Dataset, describe, to_float, to_uint8
 from encdiff.errors import InputError, Stopped
 from encdiff.evaluation import encode_dataset, evaluate_model, plot_importance, read_scores, write_metrics
 from encdiff.evaluation.protocol import DEFAULT
+from encdiff.evaluation.scoring import encoder_of
 from encdiff.evaluation.tables import score_fields
-from encdiff.evaluation.vectors import as_scalars
 from encdiff.files.checkpoint import step_of, tensor_shapes
 from encdiff.metrics.fid import fid, inception_features
 from encdiff.metrics.registry import METRICS
@@ -104,9 +104,8 @@ def score_attributes(model: EncDiff, dataset: Dataset, protocol: str = "paper") 
     disk: `metrics.fid.inception_features` says which.
     """
     if dataset.factor_sizes:
-        device, scored = next(model.parameters()).device, as_scalars(model, dataset)
         with progress_bar("encoding") as report:
-            codes = encode_dataset(lambda images: scored.encode(images.to(device)), dataset, progress=report)
+            codes = encode_dataset(encoder_of(model, dataset), dataset, progress=report)
         found = METRICS["tad"](codes, dataset.factors(np.arange(len(dataset))))
         found |= {"captured": [dataset.factor_names[i] for i in cast(list[int], found["captured"])]}
     else:

@@ -1,4 +1,4 @@
 """Files: written whole or not at all (`temporaries`), read without trust (`reading`), tensors in them (`checkpoint`).
 
-May be imported from anywhere; imports only `errors` and `pretrained`.
+Any room may import it; imports only `errors` and `pretrained`.
 """

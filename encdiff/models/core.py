@@ -14,11 +14,10 @@ from encdiff.models.attention import Sampling
 from encdiff.models.autoencoder import SpaceToDepth, VQAutoencoder
 from encdiff.models.config import EncDiffConfig
 from encdiff.models.encoder import ImageEncoder
+from encdiff.models.layers import part
 from encdiff.models.tokens import MLPBank
 from encdiff.models.unet import UNet
 from encdiff.ops._triton import autocast_off
-
-FirstStage = VQAutoencoder | SpaceToDepth
 
 
 class EncDiffCore(nn.Module):
@@ -27,7 +26,7 @@ class EncDiffCore(nn.Module):
     def __init__(self, config: EncDiffConfig | None = None):
         super().__init__()
         self.config = c = config or EncDiffConfig()
-        first_stage: FirstStage
+        first_stage: VQAutoencoder | SpaceToDepth
         if c.first_stage == "vq":
             first_stage = VQAutoencoder(c.vq_width, c.vq_multipliers, c.vq_depth, codebook_size=c.vq_codes)
         else:
@@ -72,7 +71,7 @@ class EncDiffCore(nn.Module):
         return cast(MLPBank, self.cond_stage_model["net"])
 
     @property
-    def first_stage(self) -> FirstStage:
+    def first_stage(self) -> VQAutoencoder | SpaceToDepth:
         return self.first_stage_model
 
     @property
@@ -154,7 +153,7 @@ class EncDiffCore(nn.Module):
         )
         return losses.diffusion_loss(self.denoise(x_t, t, tokens), target, self.config.loss, weight)
 
-    forward = loss  # what calls the model, such as DistributedDataParallel and DataParallel, trains it
+    forward = loss  # what calls the model, such as DistributedDataParallel, trains it
 
     def _check_images(self, images: Tensor, values: bool = False) -> Tensor:
         """The images in the model's dtype; `values` also reads them on a GPU, which stalls it."""
@@ -169,4 +168,4 @@ class EncDiffCore(nn.Module):
             low, high = images.aminmax()
             if not (low >= -1.001 and high <= 1.001):  # false for NaN
                 raise InputError(f"images span {low:.4g} to {high:.4g}, must lie in [-1, 1] without NaN")
-        return images.to(next(self.encoder.parameters()).dtype)
+        return images.to(part(self.encoder, 0, nn.Conv2d).weight.dtype)

@@ -38,7 +38,5 @@ def zero_init(module: M) -> M:
 
 
 def part(modules: nn.Sequential, place: int, kind: type[M]) -> M:
-    """The module at a place, where one of that kind stands."""
-    module = modules[place]
-    assert isinstance(module, kind), f"{type(module).__name__} at {place}, not {kind.__name__}"
-    return module
+    """The module at a place; type checkers take it for one of that kind, though a user may have put another there."""
+    return modules[place]  # type: ignore[return-value]

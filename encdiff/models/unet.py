@@ -231,11 +231,11 @@ class Resample(nn.Module):
 
     def __init__(self, channels: int, kind: str):
         super().__init__()
-        self.kind, self.name = kind, "op" if kind == "down" else "conv"  # the published code's names
-        self.add_module(self.name, Conv2d(channels, channels, 3, stride=2 if kind == "down" else 1, padding=1))
+        self.kind, self._layer = kind, "op" if kind == "down" else "conv"  # the published code's names
+        self.add_module(self._layer, Conv2d(channels, channels, 3, stride=2 if kind == "down" else 1, padding=1))
 
     def forward(self, x: Tensor) -> Tensor:
-        return getattr(self, self.name)(x if self.kind == "down" else _resample(x, "up"))
+        return getattr(self, self._layer)(x if self.kind == "down" else _resample(x, "up"))
 
 
 def timestep_embedding(t: Tensor, width: int) -> Tensor:

@@ -1,6 +1,6 @@
 """The fused ops: one file each, with its reference beside it and the choice of implementation in `_dispatch`.
 
-Import the names below from here; imports kernels, and those only once they are chosen.
+Import the names below from here; imports kernels (their plans, and Triton code only once it is chosen), files, errors.
 """
 
 from encdiff.ops import _families  # noqa: F401 - what the first use of a kernel is checked by

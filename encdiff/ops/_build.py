@@ -7,7 +7,7 @@ It is compiled against PyTorch's stable ABI and uses no Python API at all, so on
 every Python. ENCDIFF_CUDA: `auto` compiles the CUDA half where nvcc is found, `1` insists on it, `0` leaves it out; a
 GPU is not looked for. CXX and CUDA_HOME name the compilers, else PATH does. ENCDIFF_SANITIZE=1 builds for the address
 and undefined-behaviour sanitizers. Ninja runs the compilers, at once and only for what has changed; without ninja they
-all run, one after the other. setup.py runs this file by its path: nothing of the package is imported, nor torch.
+all run. setup.py runs this file by its path: nothing of the package is imported, nor torch.
 """
 
 import argparse
@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from io import TextIOWrapper
 from pathlib import Path
 from typing import NamedTuple, cast
@@ -124,8 +125,18 @@ def find_ninja() -> str | None:
         from ninja import BIN_DIR
     except ImportError:
         BIN_DIR = ""
-    found = shutil.which("ninja", path=BIN_DIR) or shutil.which("ninja")
-    return found and os.path.abspath(found)
+    for path in (BIN_DIR, None):
+        if (found := shutil.which("ninja", path=path)) and works(found):
+            return os.path.abspath(found)
+    return None
+
+
+def works(program: str) -> bool:
+    """Whether it starts: a script's own interpreter may be gone."""
+    try:
+        return subprocess.run([program, "--version"], capture_output=True, check=False).returncode == 0
+    except OSError:
+        return False
 
 
 def build(target: Path, folder: Path, cuda: bool = True) -> None:
@@ -155,7 +166,9 @@ def copy_sources(folder: Path) -> None:
     copies.mkdir(exist_ok=True)
     wanted = {path.name: path.read_bytes() for path in source_files()}
     for copy in copies.iterdir():
-        if wanted.get(copy.name) == copy.read_bytes():
+        if copy.is_dir():
+            shutil.rmtree(copy)
+        elif wanted.get(copy.name) == copy.read_bytes():
             del wanted[copy.name]
         else:
             copy.unlink()
@@ -175,9 +188,10 @@ def graph(compiler: str, nvcc: str | None, torch: Path) -> list[Edge]:
 
 
 def compilations(compiler: str, nvcc: str | None, torch: Path) -> Iterator[Edge]:
+    made_by = f"-DENCDIFF_TOOLS={versions(compiler, *([nvcc] if nvcc else []))}"  # another version compiles anew
     if nvcc:
-        yield compilation("cuda", "noise.cu", [nvcc, "-ccbin", compiler, *COMMON, *CUDA, *targets(nvcc)])
-    common = [compiler, *COMMON, *CPU, *(SANITIZE if sanitized() else [])]
+        yield compilation("cuda", "noise.cu", [nvcc, "-ccbin", compiler, made_by, *COMMON, *CUDA, *targets(nvcc)])
+    common = [compiler, *COMMON, *CPU, made_by, *(SANITIZE if sanitized() else [])]
     place = f"-fmacro-prefix-map={torch.parent}/="  # so that no error message names the machine that built a wheel
     include = ["-isystem", str(torch / "include"), place, *(["-DENCDIFF_WITH_CUDA"] if nvcc else [])]
     for name in CPU_SOURCES:
@@ -187,21 +201,31 @@ def compilations(compiler: str, nvcc: str | None, torch: Path) -> Iterator[Edge]
     yield compilation("fingerprint", "fingerprint.cpp", [*common, f'-DENCDIFF_SOURCES="{fingerprint()}"'])
 
 
+def versions(*tools: str) -> str:
+    """What the compilers say of themselves, in a few letters."""
+    said = [subprocess.run([tool, "--version"], capture_output=True, check=False).stdout for tool in tools]
+    return hashlib.sha256(b"".join(said)).hexdigest()[:8]
+
+
 def compilation(name: str, source: str, command: list[str]) -> Edge:
     output, source = f"{name}.o", f"csrc/{source}"
     return Edge("compile", output, [source], [*command, "-MMD", "-MF", f"{output}.d", "-c", source, "-o", output])
 
 
 def execute(edges: list[Edge], folder: Path, *keep_open: int) -> str:
-    """Bring the files of the edges up to date; what the commands said. Without ninja every one runs, one by one.
+    """Bring the files of the edges up to date; what the commands said. Without ninja every one runs.
 
     `keep_open` are descriptors of locks: what a killed process leaves running holds them until it ends.
     """
     manifest = folder / "build.ninja"
     manifest.write_bytes(os.fsencode(RULES + "".join(map(statement, edges))))
     ninja = find_ninja()
-    commands = [[ninja]] if ninja else [edge.command for edge in edges]
-    return "".join(run(command, folder, *keep_open) for command in commands)
+    if ninja:
+        return run([ninja], folder, *keep_open)
+    first, last = ([e.command for e in edges if (e.rule == "link") == link] for link in (False, True))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        said = [*pool.map(lambda command: run(command, folder, *keep_open), first)]
+    return "".join(said + [run(command, folder, *keep_open) for command in last])
 
 
 def statement(edge: Edge) -> str:

@@ -80,6 +80,7 @@ def _between_projections(what, attention):
         a = attention(F.linear(h, w_q), *(projected or _project(context, w_k, w_v)), heads)
         return project_out(a, w_o, b_o, x if residual else None)
 
+    run.__name__ = f"cross_attention_{attention.__name__}"
     run.__doc__ = f"{what} between separate projections; neither token bias nor maps."
     return run
 

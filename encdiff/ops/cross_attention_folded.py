@@ -29,6 +29,7 @@ from encdiff.kernels.cross_attention.plan import (
 from encdiff.ops import _self_check
 from encdiff.ops._attention import (
     bias_kind,
+    check_norm,
     exact,
     kernel_bias,
     product_dtype,
@@ -354,10 +355,7 @@ def _fits(x: Tensor, folded: Folded | Kept) -> bool:
 def check_options(x, heads, tokens, norm_weight, norm_bias, token_bias, maps) -> None:
     """Raise InputError unless these options of cross-attention fit x."""
     check_floating(x=x, norm_weight=norm_weight, norm_bias=norm_bias, token_bias=token_bias)
-    for name, t in (("norm_weight", norm_weight), ("norm_bias", norm_bias)):
-        if (t is None) != (norm_weight is None) or (t is not None and tuple(t.shape) != (x.shape[2],)):
-            shape = None if t is None else tuple(t.shape)
-            raise InputError(f"{name} is {shape}, must be ({x.shape[2]},), or None as the other one")
+    check_norm(x, norm_weight, norm_bias)
     if token_bias is not None and tuple(token_bias.shape) not in ((x.shape[0], tokens), (x.shape[0], heads, tokens)):
         raise InputError(f"token_bias is {tuple(token_bias.shape)}, must be (B, N) or (B, heads, N) with N = {tokens}")
     if maps not in (None, "head", "mean"):

@@ -8,6 +8,7 @@ from torch import Tensor
 from encdiff.errors import InputError
 from encdiff.ops import _self_check
 from encdiff.ops._attention import (
+    check_norm,
     check_weights,
     exact,
     fill_heads,
@@ -75,6 +76,7 @@ def _between_projections(what, attention):
         a = attention(*(F.linear(h, w) for w in (w_q, w_k, w_v)), heads)
         return project_out(a, w_o, b_o, x if residual else None)
 
+    run.__name__ = f"self_attention_{attention.__name__}"
     run.__doc__ = f"{what} between separate projections."
     return run
 
@@ -173,6 +175,7 @@ def self_attention(
     if x.ndim != 3:
         raise InputError(f"x is {tuple(x.shape)}, must be (B, L, C)")
     check_weights(x, heads, w_q, w_k, w_v, w_o, None)
+    check_norm(x, norm_weight, norm_bias)
     return _op(
         x, w_q, w_k, w_v, w_o, b_o, heads=heads, norm_weight=norm_weight, norm_bias=norm_bias,
         norm_eps=norm_eps, residual=residual, impl=impl,

@@ -98,7 +98,9 @@ class AutoencoderTraining:
 
     def modules(self) -> dict[str, nn.Module]:
         found: dict[str, nn.Module] = {"model": self.model}
-        return found | {"discriminator": self.discriminator} if self.discriminator else found
+        if self.discriminator is not None:
+            found["discriminator"] = self.discriminator
+        return found
 
     @torch.no_grad()
     def begin(self, images: Tensor) -> None:
@@ -227,7 +229,10 @@ def _check_size(model: VQAutoencoder, dataset: Dataset, config: AutoencoderTrain
 
 
 def load_first_stage(model: EncDiff, first_stage: Path | None) -> None:
-    """Put the first stage of a run, or of a model folder, into a model that needs one; InputError where it does not."""
+    """Put the first stage of a run, or of a model folder, into a model.
+
+    InputError where a model that needs one gets none, or one that needs none gets one.
+    """
     if (model.config.first_stage == "vq") != (first_stage is not None):
         needs = "needs one; make it with encdiff train-autoencoder" if first_stage is None else "takes none"
         raise InputError(f"--first-stage is {first_stage}: this preset {needs}")

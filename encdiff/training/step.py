@@ -5,10 +5,11 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.optim import AdamW
 
 from encdiff import ops
 from encdiff.data import Dataset, to_float
@@ -49,13 +50,14 @@ class Training:
         model.unet.checkpoint_activations = config.checkpoint_activations
         self.ema = copy.deepcopy(model.unet).requires_grad_(False)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.masters: Masters | None = None  # it or `adamw` holds the moments
+        self.masters: Masters | None = None  # or `optimizer`, one of them
+        self.optimizer: AdamW | None = None
         engine, on_gpu = choose(config.engine, self.device), self.device.type == "cuda"
         if masters or (masters is None and config.precision == "bf16" and on_gpu):
             aside = aside and engine == "graph" and not config.checkpoint_activations  # which is to save memory
             self.masters = Masters(model, self.ema, config.betas, config.weight_decay, aside)
         else:
-            self.adamw = self._adamw()
+            self.optimizer = self._adamw()
         self.computing = model if self.masters is None else self.masters.compute  # whose loss it is
         self.latents: Tensor | None = None  # of the whole data set, if that pays
         # one graph for each shape; on a GPU inside the CUDA graph, since compiled parts alone wait for the host
@@ -64,8 +66,8 @@ class Training:
         work = unowned(self._work)
         self._run = Graph(work) if engine == "graph" or (engine == "compile" and on_gpu) else work
 
-    def _adamw(self) -> torch.optim.AdamW:
-        return torch.optim.AdamW(
+    def _adamw(self) -> AdamW:
+        return AdamW(
             self.parameters,
             torch.tensor(self.config.learning_rate, device=self.device),  # a tensor: a captured graph reads it anew
             self.config.betas,
@@ -108,7 +110,7 @@ class Training:
         follow = 1 - min(self.config.ema, (1 + n) / (10 + n))
         inputs["draw"] = torch.full((), draw, device=self.device)
         if self.masters is None:
-            self.adamw.param_groups[0]["lr"].fill_(rate)
+            cast(AdamW, self.optimizer).param_groups[0]["lr"].fill_(rate)
             inputs["follow"] = torch.full((), follow, device=self.device)
         else:
             self.masters.check()
@@ -122,7 +124,7 @@ class Training:
 
     def _work(self, follow: Tensor | None = None, **inputs: Tensor) -> tuple[Tensor, Tensor]:
         """The whole step on the device, nothing read back: loss, gradients, clipping, AdamW, EMA."""
-        (self.masters or self.adamw).zero_grad()
+        (self.masters or cast(AdamW, self.optimizer)).zero_grad()
         with phase("forward"):
             loss = self._compute(self, **inputs)
         with phase("backward"):
@@ -135,7 +137,7 @@ class Training:
             if self.masters is not None:
                 return loss.detach(), self.masters.step(self.config.gradient_clip)
             norm = self._clip()
-            self.adamw.step()
+            cast(AdamW, self.optimizer).step()
         assert follow is not None, "without masters `advance` gives it"
         with phase("average"), torch.no_grad():
             lerp(list(self.ema.parameters()), list(self.model.unet.parameters()), follow)
@@ -162,7 +164,9 @@ class Training:
     def tensors(self) -> dict[str, Tensor]:
         model = {f"model.{k}": v for k, v in self.model.state_dict().items()}
         ema = {f"ema.{k}": v for k, v in self.ema.state_dict().items()}
-        return model | ema | (self.masters.tensors() if self.masters else optimizer_tensors(self.adamw))
+        return (
+            model | ema | (self.masters.tensors() if self.masters else optimizer_tensors(cast(AdamW, self.optimizer)))
+        )
 
     def load(self, tensors: dict[str, Tensor], metadata: dict[str, str], source: Path) -> None:
         """Continue from `tensors`; InputError, naming `source`, if they are of another configuration."""
@@ -170,7 +174,7 @@ class Training:
             own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
             load_state(module, own, source)
         if self.masters is None:
-            load_optimizer(self.adamw, tensors, source)
+            load_optimizer(cast(AdamW, self.optimizer), tensors, source)
         else:
             self.masters.load(tensors, source)
         scale = positive_number(metadata.get("scaling_factor"), "scaling_factor", source)
