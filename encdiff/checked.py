@@ -42,6 +42,15 @@ Fraction = Annotated[float, Range(0, 1)]
 LEVELS = 16  # at most so many entries in a list
 
 
+def check_types(**given: tuple[Any, type, str]) -> None:
+    """Raise InputError for the first argument, by name (value, class, who makes one), that is not of its class."""
+    for name, (value, kind, maker) in given.items():
+        if not isinstance(value, kind):
+            made = f": {maker} makes one" if maker else ""
+            article = "an" if kind.__name__[0] in "AEIOU" else "a"
+            raise InputError(f"{name} is a {type(value).__name__}, must be {article} {kind.__name__}{made}")
+
+
 class Checked:
     """Base of a frozen dataclass whose fields are checked, and lists made tuples, when it is built."""
 

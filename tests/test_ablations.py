@@ -212,7 +212,7 @@ def test_bad_input(small, tmp_path, monkeypatch):
         ablate(small, tmp_path / "new", only=["unchanged", "nothing"])
     with pytest.raises(InputError, match="preset 'best' is unknown"):
         ablate(small, tmp_path / "new", preset="best")
-    with pytest.raises(InputError, match="--first-stage is x: this preset takes none"):
+    with pytest.raises(InputError, match="first_stage .--first-stage. is x: this preset takes none"):
         ablate(small, tmp_path / "new", first_stage="x", say=str)
     monkeypatch.setattr(small, "factor_sizes", ())
     with pytest.raises(InputError, match="procedural: has no factors"):

@@ -153,7 +153,7 @@ def test_train_and_resume(encdiff, tmp_path):
         (["train", "--run", "r", "--data", DATA, "--preset", "best"], "preset 'best' is unknown, must be one of"),
         (
             ["train", "--run", "r", "--data", DATA, "--preset", "shapes3d"],
-            "--first-stage is None: this preset needs one",
+            "first_stage (--first-stage) is None: this preset needs one",
         ),
         (["train", "--run", "r", "--data", "nowhere.h5"], "nowhere.h5"),
         (["train", "--run", "r", "--data", DATA, "--batch-size", "0"], "--batch-size"),
@@ -167,7 +167,10 @@ def test_train_and_resume(encdiff, tmp_path):
         (["swap", "{run}", "--source", "1", "--target", "64"], "64"),
         (["swap", "{run}", "--concepts", "7"], "concept is 7, must be an integer in 0..2"),
         (["swap", "{run}", "--concepts", "x"], "--concepts 'x' must be numbers such as 0,3"),
-        (["train", "--run", "r", "--data", DATA, "--first-stage", "x"], "--first-stage is x: this preset takes none"),
+        (
+            ["train", "--run", "r", "--data", DATA, "--first-stage", "x"],
+            "first_stage (--first-stage) is x: this preset takes none",
+        ),
         (["evaluate", "{run}", "--out", "/proc/none/m.json"], "/proc/none"),
         (["traverse", "{run}", "--index", "64"], "64"),
         (["swap", "{run}", "--device", "cuda:7"], "--device cuda:7: no GPU"),

@@ -13,6 +13,9 @@ import pytest
 from _tiny import TINY
 
 import encdiff
+from encdiff.evaluation import evaluate_model
+from encdiff.models.autoencoder import VQAutoencoder
+from encdiff.training import AutoencoderTrainConfig, train_autoencoder
 
 ROOT = Path(__file__).parent.parent
 # Bottom up. A module imports its own room and the layers below it, nothing beside or above.
@@ -189,6 +192,12 @@ def test_wrong_arguments_of_the_public_functions_are_named(tmp_path):
         encdiff.SamplingEngine("quickstart")
     with pytest.raises(encdiff.InputError, match=r"^devce is no option here, must be device or one of "):
         encdiff.EncDiff.from_pretrained("quickstart", devce="cuda")
+    with pytest.raises(encdiff.InputError, match=r"^dataset is a str, must be a Dataset: open_dataset makes one$"):
+        train_autoencoder(VQAutoencoder(32, (1,), 1), "procedural", tmp_path / "run", AutoencoderTrainConfig())
+    with pytest.raises(encdiff.InputError, match=r"^model is a str, must be an EncDiff$"):
+        evaluate_model("quickstart", data)
+    with pytest.raises(encdiff.InputError, match="^private is given, but is an option of push_to_hub, "):
+        encdiff.EncDiff(TINY).save_pretrained(tmp_path / "model", private=True)
     assert not list(tmp_path.iterdir())
 
 

@@ -205,7 +205,10 @@ def test_commands(encdiff, small, tmp_path, monkeypatch):
         (["reproduce", "shapes3d", "--quick", "--precision", "fp8"], "precision is 'fp8', must be"),
         (["reproduce", "shapes3d", "--quick", "--first-stage", "nowhere"], "nowhere"),
         (["ablate", "--only", "vectors,scalars"], "ablation 'scalars' is unknown"),
-        (["ablate", "--preset", "shapes3d", "--only", "shared"], "--first-stage is None: this preset needs one"),
+        (
+            ["ablate", "--preset", "shapes3d", "--only", "shared"],
+            "first_stage (--first-stage) is None: this preset needs one",
+        ),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(encdiff, tmp_path, monkeypatch, args, message):

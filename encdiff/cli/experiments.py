@@ -7,12 +7,11 @@ from typing import Annotated
 
 import typer
 
-from encdiff.cli.options import Device, Seed
+from encdiff.cli.options import CheckpointEvery, Device, Seed
 from encdiff.cli.support import DATA_HELP, choose_device, given_options, open_data
 from encdiff.terminal import say, say_table
 
 # Modules that load torch are imported inside the commands, so that --help answers at once.
-
 
 DEMO = Path("runs/demo")
 
@@ -27,8 +26,6 @@ class Target(StrEnum):
 Steps = Annotated[int | None, typer.Option(help="Of each training. Default: the preset's.", min=1)]
 BatchSize = Annotated[int | None, typer.Option(help="Default: the preset's; the rate follows.", min=1)]
 Precision = Annotated[str | None, typer.Option(help="float32, tf32 or bf16. Default: the preset's.")]
-CheckpointEvery = Annotated[int | None, typer.Option(help="Steps between checkpoints. Default: 1,000.", min=1)]
-
 
 _say = partial(say, style="bold")
 

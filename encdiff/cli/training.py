@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from encdiff.cli.options import Device
+from encdiff.cli.options import CheckpointEvery, Device
 from encdiff.cli.support import (
     DATA_HELP,
     begun_size,
@@ -21,7 +21,6 @@ from encdiff.errors import InputError
 from encdiff.terminal import say
 
 NewData = Annotated[str | None, typer.Option(help=DATA_HELP + " Default: with --resume, the run's.")]
-CheckpointEvery = Annotated[int | None, typer.Option(help="Steps between checkpoints. Default: 1,000.", min=1)]
 PictureEvery = Annotated[int | None, typer.Option(help="Steps between pictures. Default: the recipe's.", min=1)]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue from the run's checkpoint.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the run in that folder.")]

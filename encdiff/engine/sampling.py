@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from encdiff.checked import check_types
 from encdiff.engine.graph import Graph, unowned
 from encdiff.errors import InputError
 from encdiff.models import EncDiff
@@ -30,8 +31,7 @@ class SamplingEngine:
     """
 
     def __init__(self, model: EncDiff, precision: Literal["float32", "bf16"] = "float32", **options: Any):
-        if not isinstance(model, EncDiff):
-            raise InputError(f"model is a {type(model).__name__}, must be an EncDiff")
+        check_types(model=(model, EncDiff, ""))
         if precision not in ("float32", "bf16"):
             raise InputError(f"precision is {precision!r}, must be float32 or bf16")
         known = inspect.signature(EncDiff.sample).parameters.keys() - {*GIVEN, "self", "progress"}

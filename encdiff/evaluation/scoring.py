@@ -10,6 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from encdiff import __version__
+from encdiff.checked import check_types
 from encdiff.data import Dataset, describe
 from encdiff.errors import InputError
 from encdiff.evaluation.encode import Encode, encode_dataset, untrained
@@ -65,8 +66,7 @@ def evaluate(
     """
     if not callable(encode):
         raise InputError(f"encode is a {type(encode).__name__}, must be a model or a function of images")
-    if not isinstance(dataset, Dataset):
-        raise InputError(f"dataset is a {type(dataset).__name__}, must be a Dataset: open_dataset makes one")
+    check_types(dataset=(dataset, Dataset, "open_dataset"))
     settings = settings_of(protocol, seed, **overrides)
     if not dataset.factor_sizes:
         raise InputError(f"{dataset.name} has no factors, which scores need; swap, traverse and attend need none")
@@ -117,6 +117,7 @@ def evaluate_model(
 
     `options` are those of `evaluate`. Returns the results under "trained" and "untrained".
     """
+    check_types(model=(model, EncDiff, ""), dataset=(dataset, Dataset, "open_dataset"))
     models = {"trained": model}
     if baseline:
         models["untrained"] = untrained(model, dataset, seed)

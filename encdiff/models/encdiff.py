@@ -83,11 +83,14 @@ class EncDiff(
 
         With `push_to_hub`, also upload it as `repo_id` (default: the folder's name); `hub` is for `push_to_hub`.
         """
+        hub.pop("config", None)  # the base class passes it; ours is part of the model
+        about = hub.pop("model_card_kwargs", None) or {}
+        if hub and not push_to_hub:
+            raise InputError(f"{min(hub)} is given, but is an option of push_to_hub, which is False")
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         save_model(folder, self.state_dict(), asdict(self.config))
-        hub.pop("config", None)  # the base class passes it; ours is part of the model
-        card = self.generate_model_card(**{"config": self.config} | (hub.pop("model_card_kwargs", None) or {}))
+        card = self.generate_model_card(**{"config": self.config} | about)
         with atomic_path(folder / "README.md") as temporary:
             temporary.write_text(str(card) + "\n", "utf-8")
         return self.push_to_hub(repo_id or folder.name, **hub) if push_to_hub else None

@@ -12,7 +12,7 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor, nn
 
-from encdiff.checked import Batch, Checked, Count, Natural, NotNegative, Positive, Range, Seed
+from encdiff.checked import Batch, Checked, Count, Natural, NotNegative, Positive, Range, Seed, check_types
 from encdiff.data import Dataset, to_float, to_uint8
 from encdiff.data.loader import Batches
 from encdiff.errors import InputError
@@ -211,6 +211,10 @@ def train_autoencoder(
     Raises:
         InputError: the data set, LPIPS weights, folder or checkpoint do not fit, or the loss stops being finite.
     """
+    check_types(
+        model=(model, VQAutoencoder, ""), dataset=(dataset, Dataset, "open_dataset"),
+        config=(config, AutoencoderTrainConfig, ""),
+    )  # fmt: skip
     _check_size(model, dataset, config)
     fit(AutoencoderTraining(model, config), dataset, run_dir, resume=resume, overwrite=overwrite)
     return model.eval()
@@ -235,7 +239,7 @@ def load_first_stage(model: EncDiff, first_stage: Path | None) -> None:
     """
     if (model.config.first_stage == "vq") != (first_stage is not None):
         needs = "needs one; make it with encdiff train-autoencoder" if first_stage is None else "takes none"
-        raise InputError(f"--first-stage is {first_stage}: this preset {needs}")
+        raise InputError(f"first_stage (--first-stage) is {first_stage}: this preset {needs}")
     if first_stage is not None:
         folder = first_stage / "model" if (first_stage / "model").is_dir() else first_stage
         load_state(model.first_stage, VQAutoencoder.from_pretrained(folder).state_dict(), folder)

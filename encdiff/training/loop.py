@@ -223,5 +223,7 @@ def _summary_writer() -> type:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        raise InputError("tensorboard is not installed; pip install tensorboard, or leave out --tensorboard") from None
+        raise InputError(
+            "tensorboard (--tensorboard) is not installed; pip install tensorboard, or leave it out"
+        ) from None
     return SummaryWriter

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 from encdiff import ops
+from encdiff.checked import check_types
 from encdiff.data import Dataset, to_float
 from encdiff.data.loader import Batches
 from encdiff.engine import Graph, choose, float32_precision
@@ -208,9 +209,6 @@ def lerp(into: list[Tensor], of: list[Tensor], weight: Tensor) -> None:
         torch._foreach_lerp_(into, of, [weight] * len(into))
 
 
-_MADE_BY = {EncDiff: "", Dataset: ": open_dataset makes one", TrainConfig: ": TrainConfig.from_preset makes one"}
-
-
 def train(
     model: EncDiff,
     dataset: Dataset,
@@ -238,13 +236,10 @@ def train(
         InputError: a data set of another image size, a folder or checkpoint that does not fit, or a loss that is no
             longer finite.
     """
-    for name, given, kind in (
-        ("model", model, EncDiff),
-        ("dataset", dataset, Dataset),
-        ("config", config, TrainConfig),
-    ):
-        if not isinstance(given, kind):
-            raise InputError(f"{name} is a {type(given).__name__}, must be a {kind.__name__}{_MADE_BY[kind]}")
+    check_types(
+        model=(model, EncDiff, ""), dataset=(dataset, Dataset, "open_dataset"),
+        config=(config, TrainConfig, "TrainConfig.from_preset"),
+    )  # fmt: skip
     if dataset.image_size != model.config.image_size:
         raise InputError(f"{dataset.name}: images of {dataset.image_size}, the model takes {model.config.image_size}")
     if config.batch_size < 2 and model.config.normalize_scalars:
