@@ -17,7 +17,7 @@ demo: .venv/.installed  ## render data, train a small model, evaluate it, draw p
 	.venv/bin/encdiff demo
 
 test: .venv/.installed-dev  ## run the tests, and every benchmark once as a smoke test
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist worksteal --benchmark-disable tests bench
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --benchmark-disable tests bench
 
 campaign: .venv/.installed-dev  ## minutes of random kills, full disks and damaged files; ARGS="--seed 1" for others
 	OMP_NUM_THREADS=1 .venv/bin/python -m tests.campaign.kills $(ARGS)
