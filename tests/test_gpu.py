@@ -11,12 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from _tiny import TINY
 from PIL import Image
 from safetensors.torch import load_file
 
 from bench.gpu import __main__ as gpu
-from bench.gpu import checks, counterfactual, curves, paper, shipped, workers
+from bench.gpu import checks, curves, paper, shipped, workers
 from bench.gpu.lab import Lab
 from bench.gpu.steps import group_of
 from encdiff import EncDiff
@@ -258,18 +257,3 @@ def test_a_call_waits_for_what_ran_beside_its_training(lab):
     session.workers["aside whole"] = worker(lab, "aside whole", code)
     session.run()
     assert lab.load("whole") == {"a - b": 0.5} and session.said["whole"][1] == ["a - b: 0.5"]
-
-
-def test_swaps_of_a_model_are_read_from_the_command_line(tmp_path, capsys):
-    EncDiff(TINY).save_pretrained(tmp_path / "model")
-    arguments = ["--data", "procedural:2,2,2,2,2,2", "--pairs", "3", "--out", str(tmp_path / "swaps.png")]
-    counterfactual.main([str(tmp_path / "model"), *arguments])
-    captured = capsys.readouterr()
-    rates = json.loads(captured.out)
-    assert rates.keys() >= {"reconstructed, all factors", "scale arrived", "scale swapped, others kept", "psnr"}
-    assert rates["reconstructed, all factors"] < 1 and captured.err == f"picture: {tmp_path / 'swaps.png'}\n"
-    with Image.open(tmp_path / "swaps.png") as picture:
-        assert picture.size == (3 * TINY.image_size, 9 * TINY.image_size)
-    with pytest.raises(SystemExit):
-        counterfactual.main([])
-    assert "the following arguments are required: model" in capsys.readouterr().err

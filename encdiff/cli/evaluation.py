@@ -21,9 +21,10 @@ def evaluate(
         ),
     ] = None,
     metrics: Annotated[
-        str, typer.Option(help="Their names, such as factor_vae,dci,mig; or all (but tad and dci_quick).")
+        str, typer.Option(help="Such as factor_vae,dci,counterfactual; or all of codes (but tad and dci_quick).")
     ] = "factor_vae,dci",
     seeds: Annotated[int, typer.Option(help="Score with so many, from --seed up.", min=1)] = 1,
+    pairs: Annotated[int, typer.Option(help="Swaps that counterfactual judges, for each factor.", min=1)] = 128,
     baseline: Annotated[bool, typer.Option(help="Also score an untrained encoder.")] = True,
     out: Annotated[
         Path | None, typer.Option(help="The JSON to write. Default: metrics.json in the run, or X-metrics.json.")
@@ -36,12 +37,23 @@ def evaluate(
     An .npz holds codes (n, N), factors (n, F) and, if you like, factor_names: four fifths of the rows teach the
     metrics, the others are scored.
     """
-    from encdiff.evaluation import evaluate_codes, evaluate_model, format_table, plot_importance, stages, write_metrics
+    from encdiff.evaluation import (
+        evaluate_codes,
+        evaluate_model,
+        format_swaps,
+        format_table,
+        plot_importance,
+        stages,
+        write_metrics,
+    )  # fmt: skip
+    from encdiff.evaluation.drawn import DRAWN
 
     options: dict[str, Any] = {"metrics": metric_names(metrics), "seed": seed, "seeds": seeds}
     if run.suffix.lower() == ".npz" and not run.is_dir():
         if data or protocol not in (None, "heldout"):
             raise InputError(f"{run}: codes have no --data, and their --protocol is heldout")
+        if drawn := DRAWN.keys() & options["metrics"]:
+            raise InputError(f"--metrics {min(drawn)}: is of what a model draws; an .npz holds codes alone")
         out = writable(out or run.with_name(f"{run.stem}-metrics.json"))
         with stages(run.stem) as report:
             scores = {run.stem: evaluate_codes(run, progress=report, **options)}
@@ -50,8 +62,10 @@ def evaluate(
             protocol, data = "paper", f"{protocol}:{data}" if data else protocol
         model, dataset = open_model(run, data, device)
         out = writable(out or results(run) / "metrics.json")
-        scores = evaluate_model(model, dataset, protocol=protocol or "paper", baseline=baseline, **options)
+        scores = evaluate_model(model, dataset, protocol=protocol or "paper", baseline=baseline, pairs=pairs, **options)
     console.print(format_table(scores))
+    if "counterfactual" in next(iter(scores.values())):
+        console.print(format_swaps(scores["trained"]))
     write_metrics(out, scores)
     say(f"scores: {out}")
     first = next(iter(scores.values()))

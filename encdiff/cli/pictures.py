@@ -7,7 +7,19 @@ from typing import Annotated
 import typer
 
 from encdiff.cli.options import Device, Run, RunData, Seed
-from encdiff.cli.support import draw_images, factor_groups, open_model, parse_concepts, results, save_picture, writable
+from encdiff.cli.support import (
+    draw_images,
+    draw_indices,
+    factor_groups,
+    images_of,
+    knows_truth,
+    open_model,
+    parse_concepts,
+    results,
+    save_picture,
+    true_swaps,
+    writable,
+)
 from encdiff.errors import InputError
 from encdiff.terminal import progress_bar
 
@@ -49,7 +61,8 @@ def swap(
 ) -> None:
     """A picture: each concept of one image put into another.
 
-    After `evaluate`, all concepts that carry one factor are swapped together; --no-by-factor swaps each alone.
+    After `evaluate`, all concepts that carry one factor are swapped together; --no-by-factor swaps each alone. Of a
+    grid of factors the true image that should come out stands beside each.
     """
     from encdiff.pictures import swap_grid
 
@@ -57,15 +70,19 @@ def swap(
     if (source is None) != (target is None) or len(source or ()) != len(target or ()):
         raise InputError(f"--source {source} and --target {target} must be given together, as many of each")
     count = len(source) if source else min(pairs, max(1, len(dataset) // 2))
-    images = draw_images(dataset, [*source, *target] if source and target else None, 2 * count, seed, model)
+    if not source and knows_truth(dataset):
+        source, target = (rows.tolist() for rows in dataset.pairs(count, seed))  # each swap has something to change
+    chosen = draw_indices(dataset, [*source, *target] if source and target else None, 2 * count, seed)
+    images = images_of(dataset, chosen, model)
     path = writable(out or results(run) / "pictures" / "swap.png")
     groups = factor_groups(run, model) if by_factor and not concepts else None
     if alone := parse_concepts(concepts):
         groups = {f"concept {i}": [i] for i in alone}
+    truth = true_swaps(dataset, chosen[:count], chosen[count:], groups or (), model)
     with progress_bar("sampling") as report:
         picture = swap_grid(
-            model, images[:count], images[count:], groups=groups, sampler=sampler.value, steps=steps, seed=seed,
-            progress=report,
+            model, images[:count], images[count:], groups=groups, truth=truth, sampler=sampler.value, steps=steps,
+            seed=seed, progress=report,
         )  # fmt: skip
     save_picture(picture, path)
 
@@ -75,20 +92,36 @@ def traverse(
     data: RunData = None,
     index: Annotated[int | None, typer.Option(help="The image's index in the data. Default: a random one.")] = None,
     concepts: Concepts = None,
-    values: Annotated[int, typer.Option(help="How many values per concept.", min=2)] = 7,
+    values: Annotated[int, typer.Option(help="How many values, of a factor at most.", min=2)] = 7,
+    by_factor: Annotated[bool, typer.Option(help="Move together what carries one factor, once evaluated.")] = True,
     sampler: Sampler = SamplerName.dpm_solver_pp,
     steps: Steps = 20,
     out: Out = None,
     seed: Seed = 0,
     device: Device = "auto",
 ) -> None:
-    """A picture: each concept moved from low to high. It shows one image with that concept's scalar changed."""
-    from encdiff.pictures import concept_labels, encode_images, traversal
+    """A picture: one image, with each factor or each concept moved from one end to the other.
+
+    After `evaluate`, on a grid of factors, all concepts that carry one factor move together, through the values that
+    they have in the images which differ in that factor alone, and the true images stand below. Otherwise, with
+    --no-by-factor or of chosen --concepts, each scalar moves alone, those first that change the image most.
+    """
+    from encdiff.pictures import concept_labels, encode_images, factor_paths, factor_traversal, traversal
 
     model, dataset = open_model(run, data, device)
-    image = draw_images(dataset, None if index is None else [index], 1, seed, model)[0]
+    chosen = draw_indices(dataset, None if index is None else [index], 1, seed)
+    image = images_of(dataset, chosen, model)[0]
     path = writable(out or results(run) / "pictures" / "traverse.png")
-    labels = concept_labels(factor_groups(run, model))
+    groups = factor_groups(run, model)
+    if by_factor and concepts is None and knows_truth(dataset) and groups:
+        paths = factor_paths(dataset, chosen[0], groups, values)
+        with progress_bar("sampling") as report:
+            picture = factor_traversal(
+                model, image, paths, sampler=sampler.value, steps=steps, seed=seed, progress=report
+            )
+        save_picture(picture, path)
+        return
+    labels = concept_labels(groups)
     codes = encode_images(model, draw_images(dataset, None, min(len(dataset), 1000), seed, model))
     with progress_bar("sampling") as report:
         picture = traversal(

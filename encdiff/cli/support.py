@@ -1,7 +1,7 @@
 """What the commands share: options, devices, data, models, files."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
@@ -61,14 +61,16 @@ def begun_size(begun: dict, run: Path) -> int:
 
 
 def metric_names(given: str) -> list[str]:
-    """The names in "a,b"; "all" are all that take any factors and are no estimates."""
+    """The names in "a,b"; "all" are all of codes that take any factors and are no estimates."""
+    from encdiff.evaluation.drawn import DRAWN
     from encdiff.metrics import METRICS
 
     if given == "all":
         return [name for name in METRICS if name not in ("dci_quick", "tad")]
     names = [name.strip() for name in given.split(",")]
-    if unknown := [name for name in names if name not in METRICS]:
-        raise InputError(f"--metrics: {unknown[0]!r} is unknown, must be among {', '.join(METRICS)}, or all")
+    if unknown := [name for name in names if name not in METRICS | DRAWN]:
+        known = ", ".join(METRICS | DRAWN)
+        raise InputError(f"--metrics: {unknown[0]!r} is unknown, must be among {known}, or all")
     return names
 
 
@@ -162,17 +164,44 @@ def results(run: Path) -> Path:
     return run if held(run) == run else Path("runs") / "packaged" / run
 
 
-def draw_images(dataset, indices: Sequence[int] | None, count: int, seed: int, model):
-    """The images of these indices, or as many drawn from the data, on the model's device."""
+def draw_indices(dataset, indices: Sequence[int] | None, count: int, seed: int) -> list[int]:
+    """These indices, or as many drawn from the data."""
     import numpy as np
 
+    if indices is not None:
+        return list(indices)
+    if count > len(dataset):
+        raise InputError(f"{dataset.name}: {len(dataset)} images, {count} are needed")
+    return np.random.default_rng(seed).choice(len(dataset), count, replace=False).tolist()
+
+
+def draw_images(dataset, indices: Sequence[int] | None, count: int, seed: int, model):
+    """The images of these indices, or as many drawn from the data, on the model's device."""
+    return images_of(dataset, draw_indices(dataset, indices, count, seed), model)
+
+
+def images_of(dataset, indices: Sequence[int], model):
+    """Images as the model takes them, on its device."""
     from encdiff.data import to_float
 
-    if indices is None:
-        if count > len(dataset):
-            raise InputError(f"{dataset.name}: {len(dataset)} images, {count} are needed")
-        indices = np.random.default_rng(seed).choice(len(dataset), count, replace=False).tolist()
     return to_float(dataset.images(indices)).to(next(model.parameters()).device)
+
+
+def knows_truth(dataset) -> bool:
+    """Whether the data holds the one image of every combination of factors."""
+    return bool(dataset.factor_sizes) and dataset.is_grid and dataset.instances == 1
+
+
+def true_swaps(dataset, sources: Sequence[int], targets: Sequence[int], names: Iterable[str], model) -> dict:
+    """By factor, the true images that its swaps should give; none where the data has no such images."""
+    if not knows_truth(dataset):
+        return {}
+    factors = {name.replace("_", " "): f for f, name in enumerate(dataset.factor_names)}
+    return {
+        name: images_of(dataset, dataset.swapped(sources, targets, factors[name]), model)
+        for name in names
+        if name in factors
+    }
 
 
 def factor_groups(run: Path, model) -> dict[str, list[int]]:

@@ -68,6 +68,19 @@ class Dataset(ABC):
         first = np.ravel_multi_index(tuple(values.T), self.factor_sizes).astype(np.int64) * self.instances
         return first if rng is None or self.instances == 1 else first + rng.randint(self.instances, size=len(first))
 
+    def pairs(self, count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+        """Random indices int64 (count,) of sources and targets that differ in every factor of more than one value."""
+        rng, sizes = np.random.default_rng(seed), np.array(self.factor_sizes)
+        targets = self.factors(rng.integers(len(self), size=count))
+        ahead = 1 + rng.integers(np.maximum(sizes - 1, 1), size=targets.shape)  # each other value as often
+        return self.indices((targets + ahead) % sizes), self.indices(targets)
+
+    def swapped(self, sources: Indices, targets: Indices, factor: int) -> np.ndarray:
+        """int64 (n,) indices of the images with the targets' factors but this one, which is the sources'."""
+        factors = self.factors(targets)
+        factors[:, factor] = self.factors(sources)[:, factor]
+        return self.indices(factors)
+
     def labels(self, indices: Indices) -> np.ndarray:
         """float64 (n, F) physical values (hue 0..0.9, degrees, ...) of integer indices (n,)."""
         columns = zip(self.label_values, self.factors(indices).T, strict=True)

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from encdiff.errors import InputError
+from encdiff.evaluation.drawn import DRAWN
 from encdiff.files.reading import read_json
 from encdiff.files.temporaries import atomic_path
-from encdiff.metrics.registry import METRICS
+from encdiff.metrics import METRICS
 
 
 def write_metrics(path: str | Path, results: Mapping) -> None:
@@ -39,7 +40,8 @@ def _is_result(result: Any) -> bool:
     protocol = result["protocol"]
     if not isinstance(protocol.get("name"), str) or not _is_number(protocol.get("seed")):
         return False
-    fields = {name: (metric.headline, *metric.further) for name, metric in METRICS.items()} | {"fid": ("fid",)}
+    fields = {name: (metric.headline, *metric.further) for name, metric in (METRICS | DRAWN).items()}
+    fields["fid"] = ("fid",)
     entries = [(result[name], field) for name in fields.keys() & result for field in fields[name]]
     if not all(isinstance(entry, dict) and _is_score(entry, field) for entry, field in entries):
         return False

@@ -13,7 +13,9 @@ from encdiff import __version__
 from encdiff.checked import check_types
 from encdiff.data import Dataset, describe
 from encdiff.errors import InputError
+from encdiff.evaluation.drawn import DRAWN, score_drawn
 from encdiff.evaluation.encode import Encode, encode_dataset, untrained
+from encdiff.evaluation.judge import silent
 from encdiff.evaluation.protocol import (
     DEFAULT,
     Protocol,
@@ -40,6 +42,7 @@ def evaluate(
     protocol: str = "paper",
     seed: int = 0,
     seeds: int = 1,
+    pairs: int = 128,
     batch_size: int = 256,
     n_jobs: int | None = None,
     progress: Report | None = None,
@@ -50,9 +53,11 @@ def evaluate(
     Args:
         encode: a model, which is asked in eval mode, or a function as `encode_dataset` takes it. Of a model whose
             concepts are vectors, their first principal components are scored, and the result's protocol says so.
-        metrics: names in `encdiff.metrics.METRICS`.
+        metrics: names in `encdiff.metrics.METRICS`; of a model also "counterfactual" and "traversal", which are of what
+            it draws (`evaluation.counterfactual`, `evaluation.traversal_effects`), at the first seed.
         protocol: a name in `PROTOCOLS`; `overrides` replace fields of it.
         seeds: how many, from `seed` up; the codes are the same.
+        pairs: how many swaps "counterfactual" judges.
         n_jobs: processes for the slow metrics; None: every core.
         progress: `progress(stage, done, total)` follows the stages "encode" and the metrics.
 
@@ -75,7 +80,10 @@ def evaluate(
         check_grid(len(dataset), dataset.factor_sizes)
     elif settings.subset == "all":
         raise InputError(f"{dataset.name} is no complete grid of factors with one image each: use protocol 'heldout'")
-    report = progress or (lambda stage, done, total: None)
+    report = progress or silent
+    if isinstance(metrics, str):
+        raise InputError(f"metrics is the text {metrics!r}, must be a list of names")
+    drawn, of_codes = [m for m in metrics if m in DRAWN], [m for m in metrics if m not in DRAWN]
     began = time.perf_counter()
     function = encoder_of(encode, dataset) if isinstance(encode, EncDiff) else encode
     codes = encode_dataset(function, dataset, batch_size, lambda done, total: report("encode", done, total))
@@ -83,11 +91,12 @@ def evaluate(
 
     def score(settings: Protocol) -> dict[str, dict]:
         if one_per_cell:
-            return score_grid(codes, dataset.factor_sizes, settings, metrics, n_jobs=n_jobs, report=report)
+            return score_grid(codes, dataset.factor_sizes, settings, of_codes, n_jobs=n_jobs, report=report)
         factors = dataset.factors(np.arange(len(dataset)))
-        return score_rows(codes, factors, settings, metrics, n_jobs=n_jobs, report=report)
+        return score_rows(codes, factors, settings, of_codes, n_jobs=n_jobs, report=report)
 
-    results = over_seeds(score, protocol, settings, seeds, metrics)
+    results = over_seeds(score, protocol, settings, seeds, of_codes)
+    results = score_drawn(drawn, encode, dataset, results, seed, pairs, report) | results
     if isinstance(encode, EncDiff) and (width := encode.config.concept_width) > 1:
         results["protocol"]["code"] = f"first principal component of each concept's {width} numbers"
     return results | {

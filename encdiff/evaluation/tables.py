@@ -1,15 +1,18 @@
 """Scores for people: a table, a picture of the importance matrix."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
 from rich.table import Table
 
+from encdiff.evaluation.drawn import DRAWN
 from encdiff.files.temporaries import atomic_path
 from encdiff.metrics import METRICS
 from encdiff.terminal import plain
+
+SHOWN = METRICS | DRAWN
 
 
 def format_table(results: Mapping[str, dict]) -> Table:
@@ -28,12 +31,37 @@ def format_table(results: Mapping[str, dict]) -> Table:
 
 def score_fields(results: Iterable[Mapping]) -> list[tuple[str, str, str]]:
     """(metric, field, title) of every score that some result has."""
-    held = [name for name in METRICS if any(name in result for result in results)]
+    held = [name for name in SHOWN if any(name in result for result in results)]
     rows = []
     for name in held:
-        rows.append((name, METRICS[name].headline, METRICS[name].title))
-        rows += [(name, field, title) for field, title in METRICS[name].further.items()]
+        rows.append((name, SHOWN[name].headline, SHOWN[name].title))
+        rows += [(name, field, title) for field, title in SHOWN[name].further.items()]
     return rows
+
+
+def format_swaps(result: Mapping) -> Table:
+    """A table of one result's "counterfactual": a row for each factor, and one for the reconstructions."""
+    found = result["counterfactual"]
+    table = Table(title=f"swaps of {found['pairs']} pairs, read by the nearest true image")
+    for i, column in enumerate(("factor", "arrived", "others kept", "exact", "95 %", "PSNR", "concepts")):
+        table.add_column(column, justify="right" if 0 < i < 6 else "left", overflow="fold")
+    for name, swap in found["factors"].items():
+        concepts = ", ".join(map(str, swap["concepts"])) or swap.get("undefined", "")
+        if "exact" not in swap:
+            table.add_row(plain(name), *["-"] * 5, swap["undefined"])
+            continue
+        rates = (f"{swap[rate]:.2f}" for rate in ("arrived", "kept", "exact"))
+        table.add_row(plain(name), *rates, _interval(swap["exact_interval"]), f"{swap['psnr']:.1f}", concepts)
+    rebuilt = found["reconstruction"]
+    table.add_row(
+        "reconstructed", "", "", f"{rebuilt['exact']:.2f}", _interval(rebuilt["exact_interval"]),
+        f"{rebuilt['psnr']:.1f}", "",
+    )  # fmt: skip
+    return table
+
+
+def _interval(ends: Sequence[float]) -> str:
+    return f"{ends[0]:.2f} .. {ends[1]:.2f}"
 
 
 def _cell(result: Mapping, metric: str, field: str) -> str:
@@ -45,7 +73,7 @@ def _cell(result: Mapping, metric: str, field: str) -> str:
 def _over_summary(result: Mapping, metric: str, field: str) -> str:
     """Mean and deviation over the seeds, where there are several."""
     summary = result.get("summary", {}).get(metric)
-    if summary and field != METRICS[metric].headline:
+    if summary and field != SHOWN[metric].headline:
         summary = summary.get("further", {}).get(field)
     return f"{summary['mean']:.3f} +- {summary['std']:.3f}" if summary and summary["std"] is not None else ""
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 from encdiff.data import Dataset, open_dataset, to_float
 from encdiff.data.shapes3d import write_shapes3d
@@ -27,10 +28,10 @@ from encdiff.pictures import (
     attention_picture,
     concept_groups,
     concept_labels,
-    encode_images,
+    factor_paths,
+    factor_traversal,
     save_png,
     swap_grid,
-    traversal,
 )
 from encdiff.terminal import console, progress_bar, say
 from encdiff.training import TrainConfig, train
@@ -115,7 +116,7 @@ def _save_all(drawn: dict[str, Image.Image], folder: Path) -> None:
 
 def _point_to(pictures: Path) -> None:
     say(f"swap one concept between images:      {pictures / 'swap.png'}")
-    say(f"move one concept from low to high:    {pictures / 'traverse.png'}")
+    say(f"move each factor through the data:    {pictures / 'traverse.png'}")
     say(f"where the model attends per concept:  {pictures / 'attend.png'}")
 
 
@@ -133,15 +134,21 @@ def _leave_signals_to_the_parent() -> None:
 
 def _draw(model: EncDiff, dataset: Dataset, result: dict, seed: int) -> dict[str, Image.Image]:
     groups = concept_groups(result["dci"]["importance"], dataset.factor_names)
-    labels = concept_labels(groups)
-    chosen = np.random.default_rng(seed).choice(len(dataset), min(1000, len(dataset)), replace=False)
-    images = to_float(dataset.images(chosen)).to(next(model.parameters()).device)
+    sources, targets = dataset.pairs(5, seed)
+
+    def images(rows: np.ndarray) -> Tensor:
+        return to_float(dataset.images(rows)).to(next(model.parameters()).device)
+
+    factors = {name.replace("_", " "): f for f, name in enumerate(dataset.factor_names)}
+    truth = {name: images(dataset.swapped(sources, targets, factors[name])) for name in groups}
     with progress_bar("sampling swaps") as report:
-        swapped = swap_grid(model, images[:5], images[5:10], groups=groups, seed=seed, progress=report)
-    codes = encode_images(model, images)
-    hues = dataset.factors(chosen)[:, :3]
+        swapped = swap_grid(
+            model, images(sources), images(targets), groups=groups, truth=truth, seed=seed, progress=report
+        )
+    hues = dataset.factors(targets)[:, :3]
     colourful = next((i for i, (floor, wall, thing) in enumerate(hues) if len({floor, wall, thing}) == 3), 0)
+    paths = factor_paths(dataset, int(targets[colourful]), groups)
     with progress_bar("sampling traversals") as report:
-        traversed = traversal(model, images[colourful], codes, labels=labels, seed=seed, progress=report)
-    attended = attention_picture(model, images[:4], labels=labels, seed=seed)
+        traversed = factor_traversal(model, images(targets)[colourful], paths, seed=seed, progress=report)
+    attended = attention_picture(model, images(targets)[:4], labels=concept_labels(groups), seed=seed)
     return {"swap": swapped, "traverse": traversed, "attend": attended}

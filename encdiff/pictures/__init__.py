@@ -5,10 +5,12 @@ without smoothing, so a cell holds exactly the pixels that the model gave. Impor
 models and what lies below them.
 """
 
+from encdiff.metrics.groups import concept_groups, concept_labels
 from encdiff.pictures.concepts import attention_picture, encode_images, swap_grid, traversal
-from encdiff.pictures.groups import concept_groups, concept_labels
+from encdiff.pictures.paths import FactorPath, factor_paths, factor_traversal
 from encdiff.pictures.sheet import save_png
 
 __all__ = [
-    "attention_picture", "concept_groups", "concept_labels", "encode_images", "save_png", "swap_grid", "traversal",
+    "FactorPath", "attention_picture", "concept_groups", "concept_labels", "encode_images", "factor_paths",
+    "factor_traversal", "save_png", "swap_grid", "traversal",
 ]  # fmt: skip

@@ -1,6 +1,7 @@
 """Cells of a picture: images enlarged by whole factors, maps in colour over them, labelled strips."""
 
 import math
+from typing import NamedTuple
 
 import matplotlib
 import numpy as np
@@ -50,20 +51,36 @@ def draw_originals(sheet: Sheet, images: dict[str, Tensor]) -> int:
     return sheet.right + GROUP
 
 
-def draw_strips(sheet: Sheet, left: int, strips: list[tuple[tuple[str, str], list[Image.Image], float]]) -> int:
-    """Labelled strips below each other, each with a dot between its first (0) and last cell (1); returns the next x."""
+class Strip(NamedTuple):
+    """A row of cells under way from one end to the other."""
+
+    label: str
+    note: str  # small above the label
+    cells: list[Image.Image]
+    place: float  # of the dot, between the first cell (0) and the last (1)
+    true: list[Image.Image] = []  # noqa: RUF012 - of a tuple; cells that stand below, as they should be
+
+
+def draw_strips(sheet: Sheet, left: int, strips: list[Strip], ends: tuple[str, str] = ("low", "high")) -> int:
+    """Labelled strips below each other, the ends named above the first; returns the next x."""
     y, x = 24, left + 112
-    for (label, note), cells, place in strips:
-        step = cells[0].width + GAP
-        first, last = x + step // 2, x + (len(cells) - 1) * step + step // 2
-        draw_label(sheet, left + 48, y + step // 2 + 4, label, note, bool(note), 96)
-        for i, cell in enumerate(cells):
+    for strip in strips:
+        step, count = strip.cells[0].width + GAP, len(strip.cells)
+        first, last = x + step // 2, x + (count - 1) * step + step // 2
+        if strip is strips[0]:
+            for end, place in zip(ends, (first, last), strict=True):
+                sheet.text(place, 16, end, 12, SOFT, anchor="ms")
+        draw_label(sheet, left + 48, y + step // 2 + 4, strip.label, strip.note, bool(strip.note), 96)
+        for i, cell in enumerate(strip.cells):
             sheet.image(x + i * step, y, cell)
+        if strip.true:
+            y += step
+            sheet.text(left + 48, y + step // 2, "true", 12, SOFT, anchor="ms")
+            for i, cell in enumerate(strip.true):
+                sheet.image(x + i * step, y, cell)
         sheet.line(first, last, y + step + 4, width=2)
-        sheet.dot(first + place * (last - first), y + step + 5)
+        sheet.dot(first + strip.place * (last - first), y + step + 5)
         y += step + GROUP - GAP
-    sheet.text(first, 16, "low", 12, SOFT, anchor="ms")
-    sheet.text(last, 16, "high", 12, SOFT, anchor="ms")
     return sheet.right + PANEL
 
 

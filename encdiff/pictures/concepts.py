@@ -11,9 +11,9 @@ from PIL import Image
 from torch import Tensor
 
 from encdiff.errors import InputError
+from encdiff.metrics.groups import Groups
 from encdiff.models import EncDiff
-from encdiff.pictures.cells import cells_of, draw_colour_bar, draw_originals, draw_strips, heated
-from encdiff.pictures.groups import Groups
+from encdiff.pictures.cells import Strip, cells_of, draw_colour_bar, draw_originals, draw_strips, heated
 from encdiff.pictures.sheet import Column, Sheet, draw_panels, panels
 
 BATCH = 64  # images encoded or sampled at once
@@ -26,6 +26,7 @@ def swap_grid(
     targets: Tensor,
     *,
     groups: Groups | None = None,
+    truth: Mapping[str, Tensor] | None = None,
     sampler: str = "dpm-solver++",
     steps: int = 20,
     seed: int = 0,
@@ -37,6 +38,7 @@ def swap_grid(
         sources, targets: (K, 3, S, S) in [-1, 1].
         groups: columns, by label, and the concepts each one swaps; None: every concept alone. `concept_groups` makes
             groups from an evaluation: all concepts that carry one factor.
+        truth: by label, the true images (K, 3, S, S) that these swaps should give, drawn beside them.
         progress: called with (images done, images in all).
     """
     if sources.shape != targets.shape:
@@ -49,23 +51,27 @@ def swap_grid(
         swapped = codes.clone()
         swapped[:, list(concepts)] = from_source[:, list(concepts)]
         scalars.append(swapped)
-    rebuilt, *swapped = _sample(model, torch.cat(scalars), None, sampler, steps, seed, progress).split(len(codes))
+    rebuilt, *swapped = sample_batches(model, torch.cat(scalars), None, sampler, steps, seed, progress).split(
+        len(codes)
+    )
 
     fixed = zip(("source", "target", "reconstructed"), (sources, targets, rebuilt), strict=True)
-    notes = [_count_off(concepts) if groups else "" for _, concepts in swaps]
+    columns = []
+    for s, (name, concepts) in zip(swapped, swaps, strict=True):
+        columns.append(Column(cells_of(s), name, _count_off(concepts) if groups else "", bool(groups)))
+        if truth and name in truth:
+            columns.append(Column(cells_of(truth[name]), "true"))
+    told = " Beside each stands the true image that should come out." if truth else ""
     sheet = Sheet(
         "Swapping concepts",
         "The target is rebuilt from its concepts (reconstructed), then again with some of them taken from the source: "
-        "what changes in a column, against the reconstruction, is what its concepts hold.",
+        "what changes in a column, against the reconstruction, is what its concepts hold." + told,
     )
     draw_panels(
         sheet,
         [f"pair {i + 1}" for i in range(len(sources))],
         [Column(cells_of(images), name) for name, images in fixed],
-        [
-            Column(cells_of(s), name, note, bool(groups))
-            for s, (name, _), note in zip(swapped, swaps, notes, strict=True)
-        ],
+        columns,
         "target, with these concepts taken from the source"
         if groups
         else "target, with one concept taken from the source",
@@ -89,7 +95,8 @@ def traversal(
 ) -> Image.Image:
     """One image (3, S, S), a strip per concept: its scalar from the 2nd to the 98th percentile of `codes` (n, N).
 
-    `concepts` chooses some; `labels` names those that carry a factor, and only these are shown. With `invert`,
+    `concepts` chooses some; `labels` names those that carry a factor, and only these are shown. Unless chosen they are
+    in the order of their effect. With `invert`,
     sampling starts from the noise that leads back to the image, which keeps its details, but also traces of its shapes
     where they change (50 steps or more, then, by DDIM); else from noise of `seed`. `progress` as for `swap_grid`.
     """
@@ -106,9 +113,12 @@ def traversal(
         scalars[row, :, c] = torch.linspace(low[c].item(), high[c].item(), columns)
     x_T = model.invert(image[None], steps) if invert else None
     sampler = "ddim" if invert else sampler  # the one that comes back
-    sampled = _sample(model, torch.cat([own, scalars.flatten(0, 1)]), x_T, sampler, steps, seed, progress)
+    sampled = sample_batches(model, torch.cat([own, scalars.flatten(0, 1)]), x_T, sampler, steps, seed, progress)
 
     strips = sampled[1:].unflatten(0, (len(concepts), columns))
+    order = list(range(len(concepts)))
+    if chosen is None:  # those first that change most
+        order.sort(key=lambda row: -float((strips[row] - sampled[:1]).abs().mean()))
     place = ((own[0].cpu() - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)  # of the image's own value
     told = (
         "A label names the factor that the concept tells most of, over the whole data; where several carry it, one "
@@ -116,13 +126,16 @@ def traversal(
     )
     sheet = Sheet(
         "Traversing concepts",
-        f"One scalar moves from low to high while the others stay as they are. {told if labels else ''}The dot marks "
-        "the image's own value.",
+        f"One scalar moves from low to high while the others stay as they are. {told if labels else ''}"
+        f"{'' if chosen else 'Those come first that change the image most. '}The dot marks the image's own value.",
     )
     left = draw_originals(sheet, {"original": image[None], "reconstructed": sampled[:1]})
-    for part in panels(range(len(concepts))):
-        shown = [(_concept_label(concepts[i], labels), cells_of(strips[i]), float(place[concepts[i]])) for i in part]
-        left = draw_strips(sheet, left, shown)
+    shown = [
+        Strip(*_concept_label(concepts[row], labels), cells_of(strips[row]), float(place[concepts[row]]))
+        for row in order
+    ]
+    for part in panels(shown):
+        left = draw_strips(sheet, left, part)
     return sheet.render()
 
 
@@ -174,7 +187,7 @@ def encode_images(model: EncDiff, images: Tensor) -> Tensor:
     return codes
 
 
-def _sample(
+def sample_batches(
     model: EncDiff, scalars: Tensor, x_T: Tensor | None, sampler: str, steps: int, seed: int, progress: Progress | None
 ) -> Tensor:
     """Images (n, 3, S, S) from scalars (n, N), a batch at a time; x_T (1, c, h, w) is the start of all."""

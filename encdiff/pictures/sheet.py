@@ -118,10 +118,10 @@ def _label_height(label: str, note: str, width: int) -> int:
     return LINE * (len(list(_wrap_text(label, _font(12, True), width))) + bool(note))
 
 
-def panels(items: Iterable) -> Iterator[list]:
-    """Parts of nearly equal length, none longer than WRAP."""
+def panels(items: Iterable, most: int = WRAP) -> Iterator[list]:
+    """Parts of nearly equal length, none longer than `most`."""
     items = list(items)
-    length = math.ceil(len(items) / math.ceil(len(items) / WRAP))
+    length = math.ceil(len(items) / math.ceil(len(items) / most))
     return (items[i : i + length] for i in range(0, len(items), length))
 
 

@@ -1,0 +1,94 @@
+"""What swaps and traversals are judged by: the true images of a complete grid, of which the nearest reads an output."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from encdiff.checked import check_types
+from encdiff.data import Dataset, to_float
+from encdiff.engine import SamplingEngine
+from encdiff.errors import InputError
+from encdiff.evaluation.encode import Encode
+from encdiff.evaluation.protocol import Report
+from encdiff.metrics.counterfactual import blurred, nearest
+from encdiff.models import EncDiff
+from encdiff.models.mode import evaluating
+
+Draw = Callable[[Tensor], Tensor]  # codes (B, N) -> images (B, 3, S, S) in [-1, 1]
+BATCH, CHUNK = 64, 2048  # images encoded or drawn at once; true images in memory at once
+BLURS: dict[str, Draw] = {f"blurred {n}x{n}": partial(blurred, factor=n) for n in (2, 4)}
+
+
+def silent(stage: str, done: int, total: int) -> None:
+    """A report to nobody."""
+
+
+class Judge(NamedTuple):
+    """A model and the grid that knows the right answers."""
+
+    encoder: Encode
+    drawer: Draw
+    dataset: Dataset
+    device: torch.device
+    limits: dict[str, Draw]  # by name, what a true image may lose before it is judged
+    report: Report
+
+    @torch.no_grad()
+    def encode(self, rows: np.ndarray) -> Tensor:
+        """Codes (n, N) of the images at these indices."""
+        parts = [rows[i : i + BATCH] for i in range(0, len(rows), BATCH)]
+        return torch.cat([torch.as_tensor(self.encoder(self.images(part))) for part in parts])
+
+    @torch.no_grad()
+    def draw(self, codes: Tensor) -> Tensor:
+        """Images (n, 3, S, S) of codes (n, N)."""
+        done: list[Tensor] = []
+        for part in codes.split(BATCH):
+            done.append(self.drawer(part))
+            self.report("draw", sum(map(len, done)), len(codes))
+        return torch.cat(done)
+
+    def images(self, rows: np.ndarray) -> Tensor:
+        """True images (n, 3, S, S) at these indices."""
+        return to_float(self.dataset.images(rows)).to(self.device)
+
+    def read(self, images: Tensor) -> np.ndarray:
+        """Factors int64 (n, F) of the true images that are nearest."""
+        return self.dataset.factors(nearest(images, self._all()))
+
+    def _all(self) -> Iterator[np.ndarray]:
+        total = len(self.dataset)
+        for start in range(0, total, CHUNK):
+            end = min(start + CHUNK, total)
+            yield self.dataset.images(np.arange(start, end))
+            self.report("judge", end, total)
+
+
+def judge_of(model: EncDiff | Encode, dataset: Dataset, draw: Draw | None, report: Report | None, **sampling) -> Judge:
+    """The judge of a model, drawn with the options of `EncDiff.sample`, or of a function of images and `draw`."""
+    check_types(dataset=(dataset, Dataset, "open_dataset"))
+    if not dataset.factor_sizes or not dataset.is_grid or dataset.instances != 1:
+        raise InputError(
+            f"{dataset.name} is no complete grid of factors with one image each, by which outputs are judged"
+        )
+    if not isinstance(model, EncDiff):
+        if draw is None:
+            raise InputError("draw is None, must be a function of codes to images where the encoder is a function")
+        return Judge(model, draw, dataset, torch.device("cpu"), BLURS, report or silent)
+    size = model.config.image_size
+    if dataset.image_size != size:
+        raise InputError(f"{dataset.name}: images of {dataset.image_size}, the model takes {size}")
+
+    def encode(images: Tensor) -> Tensor:
+        with evaluating(model):
+            return model.encode(images)
+
+    def first_stage(images: Tensor) -> Tensor:
+        return model.to_images(model.to_latents(images))
+
+    device, limits = next(model.parameters()).device, {"first stage": first_stage} | BLURS
+    return Judge(encode, draw or SamplingEngine(model, **sampling), dataset, device, limits, report or silent)

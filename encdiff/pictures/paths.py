@@ -1,0 +1,89 @@
+"""Traversals along the data's own path: all concepts that carry a factor move as they do between true images."""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from encdiff.data import Dataset, to_float
+from encdiff.errors import InputError
+from encdiff.metrics.groups import Groups
+from encdiff.models import EncDiff
+from encdiff.pictures.cells import Strip, cells_of, draw_originals, draw_strips
+from encdiff.pictures.concepts import Progress, encode_images, sample_batches
+from encdiff.pictures.sheet import Sheet, panels
+
+FACTORS = 3  # in a panel: each takes two strips
+
+
+class FactorPath(NamedTuple):
+    """The images of a data set that differ from one of its images in one factor alone."""
+
+    concepts: list[int]  # that carry the factor
+    images: Tensor  # (V, 3, S, S)
+    place: float  # of the image's own value between the first (0) and the last (1)
+
+
+def factor_paths(dataset: Dataset, index: int, groups: Groups, columns: int = 7) -> dict[str, FactorPath]:
+    """Of each of the groups that is a factor of the data, at most `columns` images from its first value to its last.
+
+    Raises InputError unless the data set is a complete grid with one image each, or none of the groups is a factor.
+    """
+    if not dataset.factor_sizes or not dataset.is_grid or dataset.instances != 1:
+        raise InputError(f"{dataset.name} is no complete grid of factors with one image each, which paths lead through")
+    own, paths = dataset.factors([index])[0], {}
+    for f, name in enumerate(dataset.factor_names):
+        label, size = name.replace("_", " "), dataset.factor_sizes[f]
+        if label not in groups or size < 2:
+            continue
+        values = np.unique(np.rint(np.linspace(0, size - 1, min(columns, size))).astype(np.int64))
+        factors = np.repeat(own[None], len(values), axis=0)
+        factors[:, f] = values
+        images = to_float(dataset.images(dataset.indices(factors)))
+        paths[label] = FactorPath(list(groups[label]), images, float(own[f] / (size - 1)))
+    if not paths:
+        raise InputError(f"groups are {', '.join(groups) or 'none'}; none is a factor of {dataset.name}")
+    return paths
+
+
+def factor_traversal(
+    model: EncDiff,
+    image: Tensor,
+    paths: Mapping[str, FactorPath],
+    *,
+    sampler: str = "dpm-solver++",
+    steps: int = 20,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Image.Image:
+    """One image (3, S, S), two strips per factor: what the model draws along its path, and the true images.
+
+    The factor's concepts take the values that they have in the path's images, all others stay as they are. `paths` are
+    of this image, from `factor_paths`; `progress` is called with (images done, images in all).
+    """
+    own = encode_images(model, image[None])
+    scalars = [own]
+    for path in paths.values():
+        moved = own.repeat(len(path.images), *[1] * (own.ndim - 1))
+        moved[:, path.concepts] = encode_images(model, path.images.to(image.device))[:, path.concepts]
+        scalars.append(moved)
+    rebuilt, *drawn = sample_batches(model, torch.cat(scalars), None, sampler, steps, seed, progress).split(
+        [len(part) for part in scalars]
+    )
+    sheet = Sheet(
+        "Traversing factors",
+        "All concepts that carry a factor move together, through the values that they have in the data's images which "
+        "differ from the original in that factor alone; the others stay as they are. Below each strip stand these true "
+        "images; the dot marks the original's own value.",
+    )
+    left = draw_originals(sheet, {"original": image[None], "reconstructed": rebuilt})
+    strips = []
+    for images, (name, path) in zip(drawn, paths.items(), strict=True):
+        note = ", ".join(map(str, path.concepts))
+        strips.append(Strip(name, note, cells_of(images), path.place, cells_of(path.images)))
+    for part in panels(strips, FACTORS):
+        left = draw_strips(sheet, left, part, ("first", "last"))
+    return sheet.render()
