@@ -18,10 +18,16 @@
 # writes its pictures into the current folder: `python examples/tour.py`.
 
 # %%
-import torch
-
 from encdiff import EncDiff, evaluate, open_dataset, to_float
-from encdiff.pictures import attention_picture, concept_groups, encode_images, save_png, swap_grid, traversal
+from encdiff.pictures import (
+    attention_picture,
+    concept_groups,
+    encode_images,
+    factor_paths,
+    factor_traversal,
+    save_png,
+    swap_grid,
+)
 
 # %% [markdown]
 # ## Images
@@ -33,7 +39,8 @@ from encdiff.pictures import attention_picture, concept_groups, encode_images, s
 room = open_dataset("procedural:5,5,5,4,4,5", image_size=64)
 for name, size in zip(room.factor_names, room.factor_sizes, strict=True):
     print(f"{name}: {size} values")
-images = to_float(room.images([1234, 8765]))  # float32 (2, 3, 64, 64) in [-1, 1]
+indices = [1234, 8765]
+images = to_float(room.images(indices))  # float32 (2, 3, 64, 64) in [-1, 1]
 
 # %% [markdown]
 # ## Concepts
@@ -74,13 +81,13 @@ picture
 # %% [markdown]
 # ## Traverse
 #
-# One scalar moves from low to high, while the others stay: of each factor, its first concept. A hue is held by several
-# concepts together, so that one of them alone changes it between some of its values only, or leaves the data.
+# The concepts of one factor move together, through the values that they have in the images of the data which differ in
+# that factor alone; these images stand below. A hue is held by several concepts, so that one of them alone would change
+# it between some of its values only, or leave the data: `encdiff.pictures.traversal` shows that.
 
 # %%
-some = to_float(room.images(torch.arange(0, len(room), 37).numpy()))
-shown = {groups[factor][0]: factor for factor in groups}
-picture = traversal(model, images[0], encode_images(model, some), columns=5, labels=shown, steps=10)
+paths = factor_paths(room, indices[0], groups)
+picture = factor_traversal(model, images[0], paths, steps=10)
 save_png(picture, "tour-traverse.png")
 picture
 
@@ -91,6 +98,7 @@ picture
 # or dark everywhere, where another concept of the floor holds the hue that this image has.
 
 # %%
+shown = {groups[factor][0]: factor for factor in groups}
 picture = attention_picture(model, images, labels=shown)
 save_png(picture, "tour-attend.png")
 picture

@@ -61,8 +61,8 @@ def swap(
 ) -> None:
     """A picture: each concept of one image put into another.
 
-    After `evaluate`, all concepts that carry one factor are swapped together; --no-by-factor swaps each alone. Of a
-    grid of factors the true image that should come out stands beside each.
+    After `evaluate`, all concepts that carry one factor are swapped together; --no-by-factor swaps each alone, and
+    --concepts 0,3 these together. Of a grid of factors the true image that should come out stands beside each.
     """
     from encdiff.pictures import swap_grid
 
@@ -76,8 +76,8 @@ def swap(
     images = images_of(dataset, chosen, model)
     path = writable(out or results(run) / "pictures" / "swap.png")
     groups = factor_groups(run, model) if by_factor and not concepts else None
-    if alone := parse_concepts(concepts):
-        groups = {f"concept {i}": [i] for i in alone}
+    if together := parse_concepts(concepts):
+        groups = {"these concepts": together}
     truth = true_swaps(dataset, chosen[:count], chosen[count:], groups or (), model)
     with progress_bar("sampling") as report:
         picture = swap_grid(
