@@ -4,12 +4,15 @@ Import the names below from here, protocols from their module; imports models, m
 """
 
 from encdiff.evaluation.codes import evaluate_codes
+from encdiff.evaluation.directions import factor_direction, factor_labels, fit_direction
 from encdiff.evaluation.encode import encode_dataset, untrained
 from encdiff.evaluation.results import read_scores, write_metrics
 from encdiff.evaluation.scoring import evaluate, evaluate_model, stages
 from encdiff.evaluation.tables import format_table, plot_importance
+from encdiff.models.directions import Direction, load_direction
 
 __all__ = [
-    "encode_dataset", "evaluate", "evaluate_codes", "evaluate_model", "format_table", "plot_importance", "read_scores",
-    "stages", "untrained", "write_metrics",
+    "Direction", "encode_dataset", "evaluate", "evaluate_codes", "evaluate_model", "factor_direction", "factor_labels",
+    "fit_direction", "format_table", "load_direction", "plot_importance", "read_scores", "stages", "untrained",
+    "write_metrics",
 ]  # fmt: skip
