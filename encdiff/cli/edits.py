@@ -45,7 +45,7 @@ def interpolate(
     first, last = draw_images(dataset, indices, 2, seed, model)
     path = writable(out or results(run) / "pictures" / "interpolate.png")
     if chosen := parse_concepts(concepts):
-        groups = {"these concepts": chosen}
+        groups = {"these alone": chosen}
     else:
         groups = factor_groups(run, model) if by_factor else {}
     with progress_bar("rows") as report:
@@ -120,7 +120,7 @@ def _read(file: Path, out: Path | None, run: Path):
 
 
 def _picture(out: Path | None, run: Path, name: str) -> Path:
-    letters = re.sub(r"\W+", "-", name)[:80]
+    letters = re.sub(r"\W+", "-", name)[:50]
     path = out or results(run) / "pictures" / f"direction-{letters}.png"
     if path.suffix == SUFFIX:
         raise InputError(f"--out {path}: must be a picture such as direction.png; the direction is written beside it")

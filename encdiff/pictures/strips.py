@@ -98,8 +98,8 @@ def _said_of(direction: Direction | Tensor) -> tuple[str, str]:
     task = f"telling {name} from the rest" if direction.kind == "logistic" else f"predicting {name}"
     return f"Along the direction of {name}", (
         f"{told} The direction comes from {task} by {direction.kind} regression of codes: {direction.score_name} "
-        f"{direction.score:.3f} on images held out, {direction.baseline:.3f} with shuffled labels. Strength 1 raises the "
-        "prediction by one of its standard deviations over the data."
+        f"{direction.score:.3f} on images held out, {direction.baseline:.3f} with shuffled labels. Strength 1 raises "
+        "the prediction by one of its standard deviations over the data."
     )
 
 
