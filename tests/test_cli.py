@@ -59,6 +59,8 @@ def test_help_names_every_command(encdiff):
         "evaluate",
         "swap",
         "traverse",
+        "interpolate",
+        "direction",
         "attend",
         "demo",
         "data",

@@ -7,6 +7,7 @@ from torch import Tensor
 import encdiff
 from encdiff import EncDiff, SamplingEngine, TrainConfig, ops
 from encdiff.data import Dataset
+from encdiff.evaluation import Direction, fit_direction
 
 
 def of_models(images: Tensor) -> None:
@@ -15,6 +16,10 @@ def of_models(images: Tensor) -> None:
     assert_type(model.eval(), EncDiff)
     assert_type(model.encode(images), Tensor)
     assert_type(model.swap(images, images, [0, 3]), Tensor)
+    assert_type(model.interpolate(images[0], images[1], 7, concepts=[0, 3]), Tensor)
+    found = fit_direction(images.flatten(1), [0, 1])
+    assert_type(found, Direction)
+    assert_type(model.edit(images, found, strength=2.0), Tensor)
     assert_type(SamplingEngine(model, precision="bf16", steps=20)(images), Tensor)
 
 

@@ -9,6 +9,7 @@ import typer
 from encdiff import __version__
 from encdiff.cli.data import data_app
 from encdiff.cli.doctor import doctor
+from encdiff.cli.edits import direction, interpolate
 from encdiff.cli.evaluation import evaluate
 from encdiff.cli.experiments import ablate, demo, reproduce
 from encdiff.cli.pictures import attend, swap, traverse
@@ -43,7 +44,10 @@ def options(
     pass
 
 
-for command in (train, train_autoencoder, evaluate, swap, traverse, attend, demo, reproduce, ablate, profile, doctor):
+for command in (
+    train, train_autoencoder, evaluate, swap, traverse, interpolate, direction, attend, demo, reproduce, ablate,
+    profile, doctor,
+):  # fmt: skip
     app.command()(command)
 
 

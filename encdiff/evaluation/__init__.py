@@ -4,14 +4,32 @@ Import the names below from here, protocols from their module; imports models, m
 """
 
 from encdiff.evaluation.codes import evaluate_codes
+from encdiff.evaluation.directions import factor_direction, factor_labels, fit_direction
 from encdiff.evaluation.effects import traversal_effects
 from encdiff.evaluation.encode import encode_dataset, untrained
 from encdiff.evaluation.results import read_scores, write_metrics
 from encdiff.evaluation.scoring import evaluate, evaluate_model, stages
 from encdiff.evaluation.swaps import counterfactual
 from encdiff.evaluation.tables import format_swaps, format_table, plot_importance
+from encdiff.models.directions import Direction, load_direction
 
 __all__ = [
-    "counterfactual", "encode_dataset", "evaluate", "evaluate_codes", "evaluate_model", "format_swaps", "format_table",
-    "plot_importance", "read_scores", "stages", "traversal_effects", "untrained", "write_metrics",
+    "Direction",
+    "counterfactual",
+    "encode_dataset",
+    "evaluate",
+    "evaluate_codes",
+    "evaluate_model",
+    "factor_direction",
+    "factor_labels",
+    "fit_direction",
+    "format_swaps",
+    "format_table",
+    "load_direction",
+    "plot_importance",
+    "read_scores",
+    "stages",
+    "traversal_effects",
+    "untrained",
+    "write_metrics",
 ]  # fmt: skip

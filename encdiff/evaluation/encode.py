@@ -30,21 +30,26 @@ def untrained(model: EncDiff, dataset: Dataset, seed: int = 0, batches: int = 50
 
 @torch.inference_mode()
 def encode_dataset(
-    encode: Encode, dataset: Dataset, batch_size: int = 256, progress: Callable[[int, int], None] | None = None
+    encode: Encode,
+    dataset: Dataset,
+    batch_size: int = 256,
+    progress: Callable[[int, int], None] | None = None,
+    rows: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Codes float32 (n, N) of all images in file order.
+    """Codes float32 (n, N) of all images in file order, or of those whose indices (n,) `rows` holds.
 
     encode: images float32 (B,3,H,W) in [-1,1], on the CPU, to codes (B,N) on any device; put its model in eval mode,
     else batch norm makes a code depend on its batch. `progress(done, n)` follows each batch. Raises InputError for an
     empty data set, a batch size below 1, codes of another shape and codes that are not finite.
     """
-    n = len(dataset)
+    n = len(dataset) if rows is None else len(rows)
     if n < 1 or batch_size < 1:
         raise InputError(f"{dataset.name} has {n} images and batch_size is {batch_size}; both must be at least 1")
     codes: np.ndarray | None = None
     for start in range(0, n, batch_size):
         indices = np.arange(start, min(start + batch_size, n))
-        batch = torch.as_tensor(encode(to_float(dataset.images(indices)))).float().cpu().numpy()
+        images = dataset.images(indices if rows is None else rows[indices])
+        batch = torch.as_tensor(encode(to_float(images))).float().cpu().numpy()
         if codes is None:
             codes = np.empty((n, batch.shape[-1] if batch.ndim else 0), np.float32)
         if batch.shape != (len(indices), codes.shape[1]) or not np.isfinite(batch).all():

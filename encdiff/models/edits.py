@@ -13,6 +13,7 @@ from encdiff import ops
 from encdiff.diffusion import samplers, schedules
 from encdiff.errors import InputError
 from encdiff.models.core import EncDiffCore
+from encdiff.models.directions import Direction
 from encdiff.models.mode import evaluating
 from encdiff.models.sample import sample_latents
 
@@ -120,7 +121,7 @@ class EncDiffEdits(EncDiffCore):
         """
         if source.shape != target.shape:
             raise InputError(f"source {tuple(source.shape)} and target {tuple(target.shape)} must have one shape")
-        chosen = [self._check_concept(c) for c in (concepts if isinstance(concepts, Iterable) else [concepts])]
+        chosen = self._check_concepts(concepts)
         scalars = self._codes(target).clone()
         scalars[:, chosen] = self._codes(source)[:, chosen]
         return self.sample(
@@ -138,9 +139,7 @@ class EncDiffEdits(EncDiffCore):
 
         x_T, sample_ids and token_bias have a row for each value.
         """
-        image = image[None] if image.ndim == 3 else image
-        if len(image) != 1:
-            raise InputError(f"image is {tuple(image.shape)}, must be one image (3, S, S)")
+        image = _one(image, "image")
         values = torch.as_tensor(values, dtype=torch.float32, device=image.device)
         codes, each = self._codes(image), self.config.code_shape[1:]
         if values.shape[1:] != each or values.ndim == 0 or not values.isfinite().all():
@@ -153,10 +152,64 @@ class EncDiffEdits(EncDiffCore):
             sample_ids=sample_ids, token_bias=token_bias, progress=progress,
         )  # fmt: skip
 
+    def interpolate(
+        self, source: Tensor, target: Tensor, frames: int = 7, *, concepts: int | Sequence[int] | None = None,
+        x_T: Tensor | None = None, sampler: str = "dpm-solver++", steps: int = 20, eta: float = 0.0,
+        gate: int | None = None, seed: int = 0, sample_ids: Tensor | None = None, token_bias: Tensor | None = None,
+        progress: Progress | None = None,
+    ) -> Tensor:  # fmt: skip
+        """From one image (3, S, S) or (1, 3, S, S) to another: (frames, 3, S, S).
+
+        The scalars move in a straight line, in equal steps, so that the first frame is the source's reconstruction and
+        the last the target's. With `concepts` these alone move; the others stay the source's. x_T, sample_ids and
+        token_bias have a row for each frame.
+        """
+        if not isinstance(frames, int) or isinstance(frames, bool) or frames < 2:
+            raise InputError(f"frames is {frames!r}, must be an integer of at least 2")
+        first, last = (self._codes(_one(i, name)) for i, name in ((source, "source"), (target, "target")))
+        moved = self._check_concepts(range(self.config.concepts) if concepts is None else concepts)
+        way = torch.linspace(0, 1, frames, dtype=first.dtype, device=first.device)
+        scalars = first.repeat_interleave(frames, 0)
+        scalars[:, moved] = first[:, moved].lerp(last[:, moved], way.reshape(-1, *[1] * (first.ndim - 1)))
+        return self.sample(
+            scalars, x_T=x_T, sampler=sampler, steps=steps, eta=eta, gate=gate, seed=seed,
+            sample_ids=sample_ids, token_bias=token_bias, progress=progress,
+        )  # fmt: skip
+
+    def edit(
+        self, images: Tensor, direction: Direction | Tensor, strength: float | Sequence[float] | Tensor = 1.0, *,
+        x_T: Tensor | None = None, sampler: str = "dpm-solver++", steps: int = 20, eta: float = 0.0,
+        gate: int | None = None, seed: int = 0, sample_ids: Tensor | None = None, token_bias: Tensor | None = None,
+        progress: Progress | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Images (B, 3, S, S) with `strength` times the direction added to their scalars: (B, 3, S, S).
+
+        direction: what `encdiff.evaluation.fit_direction` found, or a tensor (N,); of the shape of one image's codes.
+        strength: one number, or one for each image (B,). At 0 an image is its reconstruction.
+        """
+        vector = direction.vector if isinstance(direction, Direction) else direction
+        if not isinstance(vector, Tensor) or vector.shape != self.config.code_shape or not vector.isfinite().all():
+            given = tuple(vector.shape) if isinstance(vector, Tensor) else type(vector).__name__
+            raise InputError(
+                f"direction is {given}, must be finite numbers {self.config.code_shape}, one for each code"
+            )
+        codes = self._codes(images)
+        by = torch.as_tensor(strength, dtype=codes.dtype, device=codes.device)
+        if by.shape not in ((), (len(codes),)) or not by.isfinite().all():
+            raise InputError(f"strength is {strength}, must be a finite number, or {len(codes)}, one for each image")
+        by = by.expand(len(codes)).reshape(-1, *[1] * vector.ndim)
+        return self.sample(
+            codes + by * vector.to(codes), x_T=x_T, sampler=sampler, steps=steps, eta=eta, gate=gate, seed=seed,
+            sample_ids=sample_ids, token_bias=token_bias, progress=progress,
+        )  # fmt: skip
+
     def _codes(self, images: Tensor) -> Tensor:
         with evaluating(self):
             self._check_images(images, values=True)
             return self.encode(images)
+
+    def _check_concepts(self, concepts: int | Iterable[int]) -> list[int]:
+        return [self._check_concept(c) for c in (concepts if isinstance(concepts, Iterable) else [concepts])]
 
     def _check_concept(self, concept: SupportsIndex) -> int:
         try:
@@ -166,3 +219,10 @@ class EncDiffEdits(EncDiffCore):
         if not 0 <= index < self.config.concepts:
             raise InputError(f"concept is {concept!r}, must be an integer in 0..{self.config.concepts - 1}")
         return index
+
+
+def _one(image: Tensor, name: str) -> Tensor:
+    image = image[None] if image.ndim == 3 else image
+    if len(image) != 1:
+        raise InputError(f"{name} is {tuple(image.shape)}, must be one image (3, S, S)")
+    return image

@@ -9,8 +9,19 @@ from encdiff.metrics.groups import concept_groups, concept_labels
 from encdiff.pictures.concepts import attention_picture, encode_images, swap_grid, traversal
 from encdiff.pictures.paths import FactorPath, factor_paths, factor_traversal
 from encdiff.pictures.sheet import save_png
+from encdiff.pictures.strips import edits, interpolation
 
 __all__ = [
-    "FactorPath", "attention_picture", "concept_groups", "concept_labels", "encode_images", "factor_paths",
-    "factor_traversal", "save_png", "swap_grid", "traversal",
+    "FactorPath",
+    "attention_picture",
+    "concept_groups",
+    "concept_labels",
+    "edits",
+    "encode_images",
+    "factor_paths",
+    "factor_traversal",
+    "interpolation",
+    "save_png",
+    "swap_grid",
+    "traversal",
 ]  # fmt: skip

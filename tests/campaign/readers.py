@@ -18,7 +18,7 @@ from encdiff import EncDiff, EncDiffConfig
 from encdiff.cli.support import factor_groups, rebuilt
 from encdiff.data import describe, mpi3d, open_dataset
 from encdiff.data.shapes3d import write_shapes3d
-from encdiff.evaluation import evaluate_codes
+from encdiff.evaluation import Direction, evaluate_codes, load_direction
 from encdiff.experiments.phases import seconds_per_step
 from encdiff.files.checkpoint import load_tensors, save_tensors, step_of
 from encdiff.models.autoencoder import VQAutoencoder
@@ -220,6 +220,10 @@ def read_run(folder: Path) -> None:
     CsvLog(folder / "log.csv", ("step", "loss", "seconds"), step_of(metadata, source))
 
 
+def make_direction(folder: Path) -> None:
+    Direction(torch.ones(3), torch.ones(3), "ridge", 0.5, "R^2", 0.0, "scale").save(folder / "scale.safetensors")
+
+
 READERS = {
     "pictures": Reader(make_pictures, lambda folder: read_all(folder, 8)),
     "lmdb": Reader(make_lmdb, lambda folder: read_all(folder, 8)),
@@ -236,4 +240,5 @@ READERS = {
     "first stage": Reader(make_first_stage, read_first_stage),
     "published": Reader(make_published, lambda path: EncDiff.load_published(path, TINY), "*.ckpt"),
     "run": Reader(make_run, read_run),
+    "direction": Reader(make_direction, lambda path: load_direction(path).ranked(), "*.safetensors"),
 }
