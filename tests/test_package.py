@@ -25,7 +25,7 @@ LAYERS = [
     {"ops"},
     {"diffusion", "data", "metrics", "profiling", "health"},
     {"models"},
-    {"engine", "pictures", "evaluation"},
+    {"engine", "pictures", "evaluation", "prior"},
     {"training"},
     {"experiments"},
     {"cli"},

@@ -13,6 +13,7 @@ from encdiff.cli.evaluation import evaluate
 from encdiff.cli.experiments import ablate, demo, reproduce
 from encdiff.cli.pictures import attend, swap, traverse
 from encdiff.cli.profile import profile
+from encdiff.cli.sample import sample
 from encdiff.cli.support import Commands
 from encdiff.cli.training import train, train_autoencoder
 from encdiff.errors import InputError, Stopped
@@ -43,7 +44,20 @@ def options(
     pass
 
 
-for command in (train, train_autoencoder, evaluate, swap, traverse, attend, demo, reproduce, ablate, profile, doctor):
+for command in (
+    train,
+    train_autoencoder,
+    evaluate,
+    swap,
+    traverse,
+    attend,
+    sample,
+    demo,
+    reproduce,
+    ablate,
+    profile,
+    doctor,
+):
     app.command()(command)
 
 

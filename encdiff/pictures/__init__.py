@@ -7,8 +7,10 @@ models and what lies below them.
 
 from encdiff.pictures.concepts import attention_picture, encode_images, swap_grid, traversal
 from encdiff.pictures.groups import concept_groups, concept_labels
+from encdiff.pictures.samples import sample_sheet
 from encdiff.pictures.sheet import save_png
 
 __all__ = [
-    "attention_picture", "concept_groups", "concept_labels", "encode_images", "save_png", "swap_grid", "traversal",
+    "attention_picture", "concept_groups", "concept_labels", "encode_images", "sample_sheet", "save_png",
+    "swap_grid", "traversal",
 ]  # fmt: skip
