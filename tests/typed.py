@@ -7,6 +7,7 @@ from torch import Tensor
 import encdiff
 from encdiff import EncDiff, SamplingEngine, TrainConfig, ops
 from encdiff.data import Dataset
+from encdiff.prior import MixturePrior, Prior, fit_prior, load_prior
 
 
 def of_models(images: Tensor) -> None:
@@ -16,6 +17,14 @@ def of_models(images: Tensor) -> None:
     assert_type(model.encode(images), Tensor)
     assert_type(model.swap(images, images, [0, 3]), Tensor)
     assert_type(SamplingEngine(model, precision="bf16", steps=20)(images), Tensor)
+
+
+def of_priors(model: EncDiff, codes: Tensor) -> None:
+    prior = fit_prior(codes, "mixture", components=3)
+    assert_type(prior, Prior)
+    assert_type(prior.sample(16, seed=1), Tensor)
+    assert_type(model.sample_prior(16, prior, steps=20), Tensor)
+    assert_type(load_prior(MixturePrior.fit(codes).save("prior")), Prior)
 
 
 def of_runs(model: EncDiff, data: Dataset) -> None:

@@ -47,8 +47,7 @@ def sample(
     The prior is fitted, within a minute, to the codes of up to 10,000 images of the data.
     """
     from encdiff.pictures import sample_sheet
-    from encdiff.prior import fit_prior
-    from encdiff.prior.codes import dataset_codes
+    from encdiff.prior import dataset_codes, fit_prior
 
     if components is not None and prior is not PriorName.mixture:
         raise InputError(f"--components {components} must be left out: it belongs to --prior mixture")
@@ -70,7 +69,7 @@ def sample(
 
 
 def say_judgement(images, model, prior, codes, dataset, **options) -> None:
-    from encdiff.prior.judge import format_judgement, judge
+    from encdiff.prior import format_judgement, judge
 
     with Tasks() as tasks:
         judgement = judge(images, model, prior, codes, dataset, progress=tasks, **options)

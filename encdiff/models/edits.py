@@ -82,8 +82,8 @@ class EncDiffEdits(EncDiffCore):
         """
         if not hasattr(prior, "sample"):
             raise InputError(f"prior is a {type(prior).__name__}, must have sample(count, seed): fit_prior makes one")
-        if batch_size < 1:
-            raise InputError(f"batch_size is {batch_size}, must be at least 1")
+        if count < 1 or batch_size < 1:
+            raise InputError(f"count and batch_size are {count} and {batch_size}, must be at least 1")
         codes = prior.sample(count, seed=seed)
         if tuple(codes.shape) != (count, *self.config.code_shape):
             wanted = (count, *self.config.code_shape)

@@ -9,10 +9,14 @@ from typing import Any
 from encdiff.errors import InputError
 from encdiff.files.checkpoint import load_tensors
 from encdiff.prior.base import Prior, Progress, file_of, read_about
+from encdiff.prior.codes import dataset_codes
 from encdiff.prior.diffusion import DiffusionPrior
+from encdiff.prior.judge import format_judgement, judge
 from encdiff.prior.mixture import MixturePrior
 
-__all__ = ["DiffusionPrior", "MixturePrior", "Prior", "fit_prior", "load_prior"]
+__all__ = [
+    "DiffusionPrior", "MixturePrior", "Prior", "dataset_codes", "fit_prior", "format_judgement", "judge", "load_prior",
+]  # fmt: skip
 
 KINDS: dict[str, type[MixturePrior] | type[DiffusionPrior]] = {
     "mixture": MixturePrior, "diffusion": DiffusionPrior,

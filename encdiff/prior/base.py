@@ -7,6 +7,7 @@ from math import prod
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -97,7 +98,7 @@ def standardised(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def check_whole(**given: tuple[Any, int, int]) -> None:
     """Raise InputError for the first argument, by name (value, least, bound), that is no integer in least..bound-1."""
     for name, (value, least, bound) in given.items():
-        if not isinstance(value, int) or isinstance(value, bool) or not least <= value < bound:
+        if not isinstance(value, int | np.integer) or isinstance(value, bool) or not least <= value < bound:
             most = f"and below 2^{bound.bit_length() - 1}"
             raise InputError(f"{name} is {value!r}, must be a whole number, at least {least} {most}")
 

@@ -22,6 +22,7 @@ from encdiff.evaluation import evaluate_codes
 from encdiff.experiments.phases import seconds_per_step
 from encdiff.files.checkpoint import load_tensors, save_tensors, step_of
 from encdiff.models.autoencoder import VQAutoencoder
+from encdiff.prior import DiffusionPrior, MixturePrior, load_prior
 from encdiff.training import TrainConfig, Training
 from encdiff.training.runs import CsvLog, read_config
 
@@ -220,6 +221,12 @@ def read_run(folder: Path) -> None:
     CsvLog(folder / "log.csv", ("step", "loss", "seconds"), step_of(metadata, source))
 
 
+def make_priors(folder: Path) -> None:
+    codes = np.random.default_rng(0).normal(size=(64, 3))
+    MixturePrior.fit(codes, 2).save(folder / "mixture.safetensors")
+    DiffusionPrior.fit(codes, 1).save(folder / "diffusion.safetensors")
+
+
 READERS = {
     "pictures": Reader(make_pictures, lambda folder: read_all(folder, 8)),
     "lmdb": Reader(make_lmdb, lambda folder: read_all(folder, 8)),
@@ -236,4 +243,5 @@ READERS = {
     "first stage": Reader(make_first_stage, read_first_stage),
     "published": Reader(make_published, lambda path: EncDiff.load_published(path, TINY), "*.ckpt"),
     "run": Reader(make_run, read_run),
+    "prior": Reader(make_priors, lambda path: load_prior(path).sample(2), "*.safetensors"),
 }
