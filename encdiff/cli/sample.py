@@ -21,7 +21,7 @@ NOTE = """\
 floor: as many images of the data's own codes, compared with the other codes. independent, the baseline: of codes whose
 numbers are drawn from the data each by itself, as if none depended on another.
 Frechet distances are from the codes of the data, of the images' codes, encoded again, and of the codes that these were
-drawn from; few images lie far from many. One half of the data's codes lies {halves:.3f} from the other.
+drawn from. As many codes of the data lie {mean:.3f} +- {std:.3f} from the others, in {draws} draws.
 """
 FACTORS = """\
 The distance is the root mean square over pixels, in 0..1. total variation: how far a factor's histogram, read by the
@@ -74,4 +74,4 @@ def say_judgement(images, model, prior, codes, dataset, **options) -> None:
     with Tasks() as tasks:
         judgement = judge(images, model, prior, codes, dataset, progress=tasks, **options)
     console.print(format_judgement(judgement))
-    say((NOTE.format(**judgement) + FACTORS * ("factors" in judgement["sets"]["prior"])).strip())
+    say((NOTE.format(**judgement["chance"]) + FACTORS * ("factors" in judgement["sets"]["prior"])).strip())

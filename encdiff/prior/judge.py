@@ -14,11 +14,11 @@ from encdiff.errors import InputError
 from encdiff.metrics.counterfactual import nearest
 from encdiff.metrics.fid import frechet_distance
 from encdiff.models import EncDiff
-from encdiff.prior.base import Prior
+from encdiff.models.edits import CodePrior
 from encdiff.prior.codes import encode_images
 from encdiff.terminal import plain
 
-CHUNK = 1024  # true images in memory at once
+CHUNK, DRAWS = 1024, 10  # true images in memory at once; sets of the data's codes that show what is chance
 Report = Callable[[str, int, int], None]  # (stage, done, total)
 MEASURES = {
     "frechet": "Frechet distance", "frechet_codes": "Frechet distance of the codes drawn from",
@@ -39,7 +39,7 @@ class Given:
 def judge(
     images: Tensor,
     model: EncDiff,
-    prior: Prior,
+    prior: CodePrior,
     codes: Tensor,
     dataset: Dataset,
     *,
@@ -67,7 +67,8 @@ def judge(
           `distance`, root mean square over pixels in 0..1, the mean over images, and `factors`, for each factor the
           total variation distance of its histogram from the data's, 0 to 1;
 
-        and `halves`, the Frechet distance of one half of the data's codes from the other, `images` m and `codes` n.
+        and `chance`, `mean` and deviation `std` over so many `draws` of m of the data's codes, of their Frechet
+        distance from the others, which says what a difference means; `images` m and `codes` n.
 
     Raises InputError for fewer than 2 images and fewer than 2 m codes.
     """
@@ -98,9 +99,13 @@ def judge(
         found = nearest(torch.cat([drawn[name] for name in own]), everything).reshape(len(own), count)
         for name, indices in zip(own, found, strict=True):
             sets[name] |= _as_pictures(drawn[name], indices, dataset)
-    half = len(codes) // 2
-    halves = _distance(codes[order[:half]], codes[order[half : 2 * half]])
-    return {"sets": sets, "halves": halves, "images": count, "codes": len(codes)}
+    return {"sets": sets, "chance": _chance(codes, count, rng), "images": count, "codes": len(codes)}
+
+
+def _chance(codes: Tensor, count: int, rng: np.random.Generator) -> dict:
+    orders = [torch.from_numpy(rng.permutation(len(codes))) for _ in range(DRAWS)]
+    distances = [_distance(codes[order[:count]], codes[order[count:]]) for order in orders]
+    return {"mean": float(np.mean(distances)), "std": float(np.std(distances)), "draws": DRAWS}
 
 
 def shuffle_columns(codes: Tensor, rng: np.random.Generator) -> Tensor:
