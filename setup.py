@@ -69,6 +69,7 @@ setup(
         "encdiff.pretrained.quickstart.run",
         "encdiff.pretrained.room64",
         "encdiff.pretrained.room64.run",
+        "encdiff.prior",
         "encdiff.training",
     ],
     package_dir={"encdiff.kernels": "kernels", "encdiff.csrc": "csrc"},

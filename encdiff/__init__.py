@@ -37,7 +37,8 @@ _HOMES = {
     "use_impl": "encdiff.ops",
 }
 _ROOMS = (
-    "data", "diffusion", "engine", "evaluation", "experiments", "metrics", "models", "ops", "pictures", "training",
+    "data", "diffusion", "engine", "evaluation", "experiments", "metrics", "models", "ops", "pictures", "prior",
+    "training",
 )  # fmt: skip
 
 

@@ -17,9 +17,9 @@ from campaign.readers import READERS, Reader
 
 
 def test_damaged_files_end_as_a_value_or_one_line():
-    outcomes = list(files.campaign(range(225), seed=7))
+    outcomes = list(files.campaign(range(240), seed=7))
     said = []
-    assert sorted(o.case for o in outcomes) == list(range(225))
+    assert sorted(o.case for o in outcomes) == list(range(240))
     assert files.report(outcomes, said.append), "\n".join(said)
     assert {o.reader for o in outcomes if o.kind == "InputError"} == set(READERS)
 

@@ -26,7 +26,7 @@ LAYERS = [
     {"diffusion", "data", "metrics", "profiling", "health"},
     {"models"},
     {"engine"},
-    {"pictures", "evaluation"},
+    {"pictures", "evaluation", "prior"},
     {"training"},
     {"experiments"},
     {"cli"},

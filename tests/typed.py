@@ -8,6 +8,7 @@ import encdiff
 from encdiff import EncDiff, SamplingEngine, TrainConfig, ops
 from encdiff.data import Dataset
 from encdiff.evaluation import Direction, fit_direction
+from encdiff.prior import MixturePrior, Prior, fit_prior, load_prior
 
 
 def of_models(images: Tensor) -> None:
@@ -21,6 +22,14 @@ def of_models(images: Tensor) -> None:
     assert_type(found, Direction)
     assert_type(model.edit(images, found, strength=2.0), Tensor)
     assert_type(SamplingEngine(model, precision="bf16", steps=20)(images), Tensor)
+
+
+def of_priors(model: EncDiff, codes: Tensor) -> None:
+    prior = fit_prior(codes, "mixture", components=3)
+    assert_type(prior, Prior)
+    assert_type(prior.sample(16, seed=1), Tensor)
+    assert_type(model.sample_prior(16, prior, steps=20), Tensor)
+    assert_type(load_prior(MixturePrior.fit(codes).save("prior")), Prior)
 
 
 def of_runs(model: EncDiff, data: Dataset) -> None:

@@ -14,6 +14,7 @@ from encdiff.cli.evaluation import evaluate
 from encdiff.cli.experiments import ablate, demo, reproduce
 from encdiff.cli.pictures import attend, swap, traverse
 from encdiff.cli.profile import profile
+from encdiff.cli.sample import sample
 from encdiff.cli.support import Commands
 from encdiff.cli.training import train, train_autoencoder
 from encdiff.errors import InputError, Stopped
@@ -45,7 +46,7 @@ def options(
 
 
 for command in (
-    train, train_autoencoder, evaluate, swap, traverse, interpolate, direction, attend, demo, reproduce, ablate,
+    train, train_autoencoder, evaluate, swap, traverse, interpolate, direction, attend, sample, demo, reproduce, ablate,
     profile, doctor,
 ):  # fmt: skip
     app.command()(command)

@@ -14,22 +14,7 @@ from encdiff.evaluation.tables import format_swaps, format_table, plot_importanc
 from encdiff.models.directions import Direction, load_direction
 
 __all__ = [
-    "Direction",
-    "counterfactual",
-    "encode_dataset",
-    "evaluate",
-    "evaluate_codes",
-    "evaluate_model",
-    "factor_direction",
-    "factor_labels",
-    "fit_direction",
-    "format_swaps",
-    "format_table",
-    "load_direction",
-    "plot_importance",
-    "read_scores",
-    "stages",
-    "traversal_effects",
-    "untrained",
-    "write_metrics",
+    "Direction", "counterfactual", "encode_dataset", "evaluate", "evaluate_codes", "evaluate_model", "factor_direction",
+    "factor_labels", "fit_direction", "format_swaps", "format_table", "load_direction", "plot_importance",
+    "read_scores", "stages", "traversal_effects", "untrained", "write_metrics",
 ]  # fmt: skip

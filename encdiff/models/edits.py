@@ -2,7 +2,7 @@
 
 import operator
 from collections.abc import Callable, Iterable, Sequence
-from typing import SupportsIndex
+from typing import Protocol, SupportsIndex
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,14 @@ from encdiff.models.mode import evaluating
 from encdiff.models.sample import sample_latents
 
 Progress = Callable[[int, int], None]  # (done, total)
+
+
+class CodePrior(Protocol):
+    """What codes can be drawn from: `encdiff.prior` has some."""
+
+    def sample(self, count: int, seed: int = 0) -> Tensor:
+        """(count, N) floats, the same for the same seed."""
+        ...
 
 
 class EncDiffEdits(EncDiffCore):
@@ -63,6 +71,33 @@ class EncDiffEdits(EncDiffCore):
                     eta=eta, gate=gate, seed=seed, sample_ids=sample_ids, token_bias=token_bias, progress=progress,
                 )
             )  # fmt: skip
+
+    def sample_prior(
+        self, count: int, prior: CodePrior, *,
+        sampler: str = "dpm-solver++", steps: int = 20, eta: float = 0.0, gate: int | None = None, seed: int = 0,
+        batch_size: int = 64, progress: Progress | None = None,
+    ) -> Tensor:  # fmt: skip
+        """`count` images (count, 3, S, S) without a source image: `sample` of codes that the prior draws by `seed`.
+
+        Image i has the noise of sample id i, whatever the batch size; `progress` is called with (images done, count).
+        """
+        if not hasattr(prior, "sample"):
+            raise InputError(f"prior is a {type(prior).__name__}, must have sample(count, seed): fit_prior makes one")
+        if count < 1 or batch_size < 1:
+            raise InputError(f"count and batch_size are {count} and {batch_size}, must be at least 1")
+        codes = prior.sample(count, seed=seed)
+        if tuple(codes.shape) != (count, *self.config.code_shape):
+            wanted = (count, *self.config.code_shape)
+            raise InputError(f"prior gives codes {tuple(codes.shape)}, must give {wanted} for this model")
+        device, done = next(self.parameters()).device, []
+        for ids in torch.arange(count, device=device).split(batch_size):
+            scalars = codes[ids[0] : ids[-1] + 1].to(device, torch.float32)
+            done.append(
+                self.sample(scalars, sampler=sampler, steps=steps, eta=eta, gate=gate, seed=seed, sample_ids=ids)
+            )
+            if progress:
+                progress(sum(map(len, done)), count)
+        return torch.cat(done)
 
     def invert(self, images: Tensor, steps: int = 50) -> Tensor:
         """The x_T from which `sampler="ddim"` in as many steps comes back to these images by their own concepts."""

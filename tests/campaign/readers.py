@@ -22,6 +22,7 @@ from encdiff.evaluation import Direction, evaluate_codes, load_direction
 from encdiff.experiments.phases import seconds_per_step
 from encdiff.files.checkpoint import load_tensors, save_tensors, step_of
 from encdiff.models.autoencoder import VQAutoencoder
+from encdiff.prior import DiffusionPrior, MixturePrior, load_prior
 from encdiff.training import TrainConfig, Training
 from encdiff.training.runs import CsvLog, read_config
 
@@ -224,6 +225,12 @@ def make_direction(folder: Path) -> None:
     Direction(torch.ones(3), torch.ones(3), "ridge", 0.5, "R^2", 0.0, "scale").save(folder / "scale.safetensors")
 
 
+def make_priors(folder: Path) -> None:
+    codes = np.random.default_rng(0).normal(size=(64, 3))
+    MixturePrior.fit(codes, 2).save(folder / "mixture.safetensors")
+    DiffusionPrior.fit(codes, 1).save(folder / "diffusion.safetensors")
+
+
 READERS = {
     "pictures": Reader(make_pictures, lambda folder: read_all(folder, 8)),
     "lmdb": Reader(make_lmdb, lambda folder: read_all(folder, 8)),
@@ -241,4 +248,5 @@ READERS = {
     "published": Reader(make_published, lambda path: EncDiff.load_published(path, TINY), "*.ckpt"),
     "run": Reader(make_run, read_run),
     "direction": Reader(make_direction, lambda path: load_direction(path).ranked(), "*.safetensors"),
+    "prior": Reader(make_priors, lambda path: load_prior(path).sample(2), "*.safetensors"),
 }
