@@ -8,7 +8,17 @@ import typer
 
 from encdiff.cli.options import Device, Run, RunData, Seed
 from encdiff.cli.pictures import Out, Sampler, SamplerName, Steps
-from encdiff.cli.support import draw_images, factor_groups, open_model, parse_concepts, results, save_picture, writable
+from encdiff.cli.support import (
+    draw_images,
+    draw_pairs,
+    factor_groups,
+    images_of,
+    open_model,
+    parse_concepts,
+    results,
+    save_picture,
+    writable,
+)
 from encdiff.errors import InputError
 from encdiff.terminal import progress_bar, say, say_table
 
@@ -41,11 +51,11 @@ def interpolate(
     model, dataset = open_model(run, data, device)
     if (source is None) != (target is None):
         raise InputError(f"--source {source} and --target {target} must be given together")
-    indices = None if source is None or target is None else [source, target]
-    first, last = draw_images(dataset, indices, 2, seed, model)
+    chosen = draw_pairs(dataset, 1, seed) if source is None or target is None else [source, target]
+    first, last = images_of(dataset, chosen, model)
     path = writable(out or results(run) / "pictures" / "interpolate.png")
-    if chosen := parse_concepts(concepts):
-        groups = {"these alone": chosen}
+    if alone := parse_concepts(concepts):
+        groups = {"these alone": alone}
     else:
         groups = factor_groups(run, model) if by_factor else {}
     with progress_bar("rows") as report:

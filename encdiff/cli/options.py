@@ -8,7 +8,7 @@ import typer
 from encdiff.cli.support import DATA_HELP
 
 RunData = Annotated[str | None, typer.Option(help=DATA_HELP + " Default: what the run was trained on.")]
-RUN_HELP = "A run, a folder that save_pretrained wrote, room64 or quickstart"
+RUN_HELP = "A run, a folder that save_pretrained wrote, room64, room32 or quickstart"
 Run = Annotated[Path, typer.Argument(help=RUN_HELP + ".", show_default=False)]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto takes a GPU if there is one.")]
 Seed = Annotated[int, typer.Option(help="Of all that is random.", min=0)]

@@ -10,6 +10,7 @@ from encdiff.cli.options import Device, Run, RunData, Seed
 from encdiff.cli.support import (
     draw_images,
     draw_indices,
+    draw_pairs,
     factor_groups,
     images_of,
     knows_truth,
@@ -70,9 +71,7 @@ def swap(
     if (source is None) != (target is None) or len(source or ()) != len(target or ()):
         raise InputError(f"--source {source} and --target {target} must be given together, as many of each")
     count = len(source) if source else min(pairs, max(1, len(dataset) // 2))
-    if not source and knows_truth(dataset):
-        source, target = (rows.tolist() for rows in dataset.pairs(count, seed))  # each swap has something to change
-    chosen = draw_indices(dataset, [*source, *target] if source and target else None, 2 * count, seed)
+    chosen = [*source, *target] if source and target else draw_pairs(dataset, count, seed)
     images = images_of(dataset, chosen, model)
     path = writable(out or results(run) / "pictures" / "swap.png")
     groups = factor_groups(run, model) if by_factor and not concepts else None

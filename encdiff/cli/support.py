@@ -142,7 +142,7 @@ def open_model(run: Path, data: str | None, device: str):
     folder = held(run)
     if not folder.is_dir():
         raise InputError(
-            f"{run}: no such folder; must be a run, a folder that save_pretrained wrote, room64 or quickstart"
+            f"{run}: no such folder; must be a run, a folder that save_pretrained wrote, room64, room32 or quickstart"
         )
     of_run = (folder / "checkpoint.safetensors").is_file()
     model = EncDiff.from_pretrained(folder / "model" if of_run else folder, device=choose_device(device))
@@ -173,6 +173,13 @@ def draw_indices(dataset, indices: Sequence[int] | None, count: int, seed: int) 
     if count > len(dataset):
         raise InputError(f"{dataset.name}: {len(dataset)} images, {count} are needed")
     return np.random.default_rng(seed).choice(len(dataset), count, replace=False).tolist()
+
+
+def draw_pairs(dataset, count: int, seed: int) -> list[int]:
+    """Indices of so many sources, then of as many targets; of a grid pairs that differ in every factor."""
+    if knows_truth(dataset):
+        return [int(index) for rows in dataset.pairs(count, seed) for index in rows]
+    return draw_indices(dataset, None, 2 * count, seed)
 
 
 def draw_images(dataset, indices: Sequence[int] | None, count: int, seed: int, model):
