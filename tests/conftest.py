@@ -15,6 +15,7 @@ import torch
 from _place import DEVICE
 from _tiny import TINY
 from hypothesis import settings
+from PIL import ImageDraw
 
 from encdiff import EncDiff
 
@@ -61,3 +62,13 @@ def images() -> torch.Tensor:
     generator = torch.Generator().manual_seed(1)
     colours, texture = torch.rand(4, 3, 1, 1, generator=generator), torch.rand(4, 3, 16, 16, generator=generator)
     return (0.7 * colours + 0.3 * texture) * 2 - 1
+
+
+@pytest.fixture
+def texts(monkeypatch) -> list[str]:
+    """What is written on pictures while the test runs."""
+    written, draw = [], ImageDraw.ImageDraw.text
+    monkeypatch.setattr(
+        ImageDraw.ImageDraw, "text", lambda self, xy, text, **how: (written.append(text), draw(self, xy, text, **how))
+    )
+    return written

@@ -104,6 +104,44 @@ def test_evaluate_swap_traverse_attend(encdiff, run):
             assert min(picture.size) > 50
 
 
+def test_swaps_are_judged_and_shown_beside_the_truth(encdiff, run, texts):
+    code, text = encdiff("evaluate", run, "--protocol", "quick", "--metrics", "dci,counterfactual", "--pairs", 2)
+    assert code == 0 and "swaps exact" in text and "swaps of 2 pairs, read by the nearest true image" in text
+    found = json.loads((run / "metrics.json").read_text())["trained"]["counterfactual"]
+    assert found["pairs"] == 2 and found["factors"].keys() >= {"floor hue", "shape"}
+    assert encdiff("swap", run, "--steps", 1, "--pairs", 1)[0] == 0 and "true" in texts
+    assert encdiff("traverse", run, "--steps", 1)[0] == 0 and "Traversing factors" in texts
+    del texts[:]
+    assert encdiff("traverse", run, "--steps", 1, "--no-by-factor")[0] == 0 and "Traversing concepts" in texts
+    assert encdiff("swap", run, "--steps", 1, "--pairs", 1, "--concepts", "0,2")[0] == 0 and "chosen" in texts
+    code, text = encdiff("evaluate", run, "--pairs", 5)
+    assert (code, text) == (2, "error: --pairs 5: needs counterfactual among --metrics")
+
+
+def test_factors_of_other_data_leave_single_scalars(encdiff, run, tmp_path, texts):
+    scores = {"disentanglement": 1.0, "completeness": 1.0, "informativeness_test": 1.0, "importance": [[1, 0]] * 3}
+    about = {"protocol": {"name": "paper", "seed": 0}, "data": {"name": "a", "factor_names": ["size", "colour"]}}
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "run" / "metrics.json").write_text(json.dumps({"trained": {"dci": scores} | about}))
+    assert encdiff("traverse", tmp_path / "run", "--steps", 1)[0] == 0 and "Traversing concepts" in texts
+
+
+def test_codes_alone_cannot_be_drawn(encdiff, tmp_path):
+    np.savez(tmp_path / "codes.npz", codes=np.zeros((9, 2)), factors=np.zeros((9, 2), int))
+    code, text = encdiff("evaluate", tmp_path / "codes.npz", "--metrics", "counterfactual")
+    assert code == 2 and "--metrics counterfactual: is of what a model draws; an .npz holds codes alone" in text
+
+
+def test_a_direction_overwrites_no_weights(encdiff, run, tmp_path):
+    shutil.copytree(run / "model", tmp_path / "model")
+    before = (tmp_path / "model" / "model.safetensors").read_bytes()
+    code, text = encdiff(
+        "direction", tmp_path / "model", "--data", DATA, "--factor", "scale", "--out", tmp_path / "model" / "model.png"
+    )
+    assert code == 2 and "model.safetensors: is no direction and would be overwritten" in text
+    assert (tmp_path / "model" / "model.safetensors").read_bytes() == before
+
+
 def test_a_model_folder_serves_too(encdiff, run, tmp_path):
     assert (
         encdiff("swap", run / "model", "--data", DATA, "--steps", 1, "--pairs", 1, "--out", tmp_path / "x" / "s.png")[0]

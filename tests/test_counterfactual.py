@@ -3,6 +3,7 @@
 import io
 import json
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from scipy.stats import binomtest
 from encdiff import EncDiff, InputError, evaluate, open_dataset
 from encdiff.data import Dataset, SubGrid, to_float
 from encdiff.evaluation import counterfactual, format_swaps, judge, read_scores, traversal_effects, write_metrics
+from encdiff.evaluation.drawn import DRAWN
 from encdiff.metrics.counterfactual import blurred, closeness, explained_variance, nearest, swap_rates, wilson_interval
 
 NAMES = ["floor hue", "wall hue", "object hue", "scale", "shape", "orientation"]
@@ -50,7 +52,7 @@ class Oracle:
 
 
 def judged(oracle: Oracle, **options) -> dict:
-    return counterfactual(oracle.encode, oracle.room, draw=oracle.draw, **{"pairs": 24} | options)
+    return counterfactual(oracle.encode, oracle.room, **{"draw": oracle.draw, "pairs": 24} | options)
 
 
 def test_a_model_without_faults_gets_one(room):
@@ -163,32 +165,61 @@ def test_a_scalar_of_one_factor_moves_that_one_alone(room):
     found = traversal_effects(oracle.encode, room, draw=oracle.draw, images=3, values=5)
     np.testing.assert_allclose(found["effect"], np.eye(7, 6), atol=1e-12)
     assert found["purity"] == found["reach"] == 1.0 and (found["images"], found["values"]) == (3, 5)
+    single = SubGrid(room, (3, 2, 2, 2, 4, 1))
+    narrow = Oracle(single)
+    assert traversal_effects(narrow.encode, single, draw=narrow.draw, images=2, values=5)["reach"] == 1.0
     joined = Oracle(room, join=(3, 4))
     effect = traversal_effects(joined.encode, room, draw=joined.draw, images=3, values=8)["effect"]
     assert effect[3][3] == effect[3][4] == 1.0, "one scalar moves both"
 
 
-def test_of_a_model_it_is_one_of_the_scores(room, tmp_path):
-    torch.manual_seed(0)
-    model = EncDiff(TINY).train()
-    names, told = ("factor_vae", "counterfactual", "traversal"), set()
+def test_of_a_model_it_is_one_of_the_scores(room, tmp_path, monkeypatch):
+    monkeypatch.setitem(
+        DRAWN, "traversal", DRAWN["traversal"]._replace(function=partial(traversal_effects, steps=1, values=2))
+    )
+    model, told = EncDiff(TINY).train(), set()
     options = dict(factor_vae_variance=100, factor_vae_train=50, factor_vae_eval=50)
+    names = ("factor_vae", "counterfactual", "traversal")
     result = evaluate(model, room, metrics=names, pairs=3, progress=lambda *step: told.add(step[0]), **options)
-    assert model.training and 0 <= result["counterfactual"]["exact"] <= 1
+    assert model.training, "in the mode that it was in"
     assert result["counterfactual"]["judge"]["first stage"] == 1.0, "space to depth loses nothing"
     assert {"counterfactual draw", "counterfactual judge", "traversal draw"} <= told
     write_metrics(tmp_path / "metrics.json", {"trained": result})
     assert read_scores(tmp_path / "metrics.json")["trained"]["traversal"].keys() >= {"purity", "reach", "effect"}
-    direct = counterfactual(model, room, pairs=3)
-    assert direct == result["counterfactual"], "no DCI to say which concepts are whose"
-    with pytest.raises(InputError, match="metrics: counterfactual is of what a model draws, encode must be an EncDiff"):
-        evaluate(model.eval().encode, room, metrics=names, **options)
+    assert counterfactual(model, room, pairs=3) == result["counterfactual"], "no DCI to say which concepts are whose"
+
+
+def test_what_cannot_be_drawn_is_refused_before_anything_is_computed(room):
+    model, told = EncDiff(TINY), []
+    for given, data, pairs, message in (
+        (model.encode, room, 1, "metrics: counterfactual is of what a model draws, encode must be an EncDiff"),
+        (model, Twins(16, (2, 2, 2, 2, 2, 2)), 1, "no complete grid of factors with one image each, which judges"),
+        (model, room, 0, "pairs is 0"),
+    ):
+        with pytest.raises(InputError, match=message):
+            evaluate(
+                given, data, metrics=["counterfactual", "mig"], pairs=pairs, protocol="heldout",
+                progress=lambda *step: told.append(step),
+            )  # fmt: skip
+    assert not told
+
+
+def test_a_model_in_bfloat16_is_judged(room):
+    assert counterfactual(EncDiff(TINY).to(torch.bfloat16), room, pairs=2, steps=1)["judge"]["first stage"] == 1.0
 
 
 def test_concepts_that_are_vectors_are_swapped_whole(room):
-    model = EncDiff(replace(TINY, concept_width=2))
-    found = counterfactual(model, room, pairs=2, steps=1)
-    assert {c for swap in found["factors"].values() for c in swap["concepts"]} <= {0, 1, 2}
+    model, given = EncDiff(replace(TINY, concept_width=2)).eval(), []
+
+    def draw(codes: torch.Tensor) -> torch.Tensor:
+        given.append(codes)
+        return torch.zeros(len(codes), 3, 16, 16)
+
+    pair = tuple(int(rows[0]) for rows in room.pairs(1))
+    counterfactual(model, room, draw=draw, pairs=[pair], groups={"scale": [1]})
+    source, target = (model.encode(to_float(room.images([index])))[0] for index in pair)
+    codes = torch.cat(given)  # of the reconstruction, then of the six factors
+    assert codes[4, 1].equal(source[1]) and codes[4, [0, 2]].equal(target[[0, 2]]) and codes[0].equal(target)
     assert np.shape(traversal_effects(model, room, images=1, values=2, steps=1)["effect"]) == (3, 6)
 
 
@@ -204,10 +235,22 @@ def test_what_cannot_be_judged_is_refused(room):
             model, open_dataset("procedural:2,2,2,2,2,2", 32)
         ),
         "no complete grid of factors": lambda: counterfactual(model, Twins(16, (2, 2, 2, 2, 2, 2))),
+        "draw gave ndarray, must give a torch.Tensor": lambda: judged(oracle, draw=lambda codes: codes.numpy()),
+        r"draw gave \(64, 3, 8, 8\), must give": lambda: judged(oracle, draw=lambda c: torch.zeros(len(c), 3, 8, 8)),
+        r"encode gave codes \(24, 2\), must give": lambda: counterfactual(
+            lambda images: torch.full((len(images), 2), torch.nan), room, draw=oracle.draw, pairs=24
+        ),
+        "draw is a int, must be a function": lambda: counterfactual(oracle.encode, room, draw=3),
+        "seed is -1": lambda: judged(oracle, seed=-1),
+        "concept 0.5 of scale": lambda: judged(oracle, groups={"scale": [0.5]}),
+        "groups are .1., must be a dict of lists": lambda: judged(oracle, groups=[1]),
+        r"importance is \(9, 6\), must be 7 rows": lambda: judged(oracle, importance=np.ones((9, 6))),
+        r"importance is \(7, 6\), must be 7 rows of finite": lambda: judged(oracle, importance=np.full((7, 6), np.nan)),
+        r"pairs are \[\(0, 1\), \(2,\)\], must be a number": lambda: judged(oracle, pairs=[(0, 1), (2,)]),
         "there is no factor 'size'": lambda: judged(oracle, groups={"size": [0]}),
-        r"concept 7 of scale, must be in 0..6": lambda: judged(oracle, groups={"scale": [7]}),
+        r"concept 7 of scale, must be an integer in 0..6": lambda: judged(oracle, groups={"scale": [7]}),
         "source and target of every pair are equal": lambda: judged(oracle, pairs=[(3, 3), (5, 5)]),
-        r"pairs are of shape \(3,\)": lambda: judged(oracle, pairs=[1, 2, 3]),
+        r"pairs are \[1, 2, 3\], must be a number": lambda: judged(oracle, pairs=[1, 2, 3]),
         "indices: 5..99999": lambda: judged(oracle, pairs=[(0, 5), (0, 99999)]),
         "pairs is 0": lambda: judged(oracle, pairs=0),
         "every factor has a single value": lambda: counterfactual(

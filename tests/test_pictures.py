@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from _tiny import TINY
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from encdiff import EncDiff, InputError, open_dataset
 from encdiff.data import to_float, to_uint8
@@ -32,16 +32,6 @@ def places(picture: Image.Image, image: torch.Tensor, cell: int = 96) -> list[tu
     corners &= np.abs(pixels[cell - 1 :, cell - 1 :] - wanted[-1, -1]).max(-1) <= 1
     found = [tuple(at) for at in np.argwhere(corners).tolist()]
     return [(y, x) for y, x in found if np.abs(pixels[y : y + cell, x : x + cell] - wanted).max() <= 1]
-
-
-@pytest.fixture
-def texts(monkeypatch) -> list[str]:
-    """What is written on pictures while the test runs."""
-    written, draw = [], ImageDraw.ImageDraw.text
-    monkeypatch.setattr(
-        ImageDraw.ImageDraw, "text", lambda self, xy, text, **how: (written.append(text), draw(self, xy, text, **how))
-    )
-    return written
 
 
 def test_swap_cells_are_what_the_model_swaps(model, images, texts):
@@ -87,8 +77,26 @@ def test_a_factor_is_traversed_by_all_its_concepts_through_the_data(model, texts
         t[0] - d[0] == 100 for t, d in zip(true, drawn, strict=True)
     )
     assert texts.count("true") == 2 and {"first", "last", "shape", "0, 2", "floor hue"} <= {*texts}
-    with pytest.raises(InputError, match="groups are hue; none is a factor of procedural"):
-        factor_paths(room, index, {"hue": [0]})
+    for message, call in {
+        "groups are hue; none is a factor of procedural": lambda: factor_paths(room, index, {"hue": [0]}),
+        "columns is 1, must be at least 2": lambda: factor_paths(room, index, {"shape": [0]}, columns=1),
+        "paths are none": lambda: factor_traversal(model, own[0], {}),
+        "concept is 3, must be an integer in 0..2": lambda: factor_traversal(
+            model, own[0], factor_paths(room, index, {"floor_hue": [3]})
+        ),
+        r"truth of a is \(1, 3, 8, 8\), must be \(1, 3, 16, 16\)": lambda: swap_grid(
+            model, own, own, groups={"a": [0]}, truth={"a": torch.zeros(1, 3, 8, 8)}, **OPTIONS
+        ),
+    }.items():
+        with pytest.raises(InputError, match=message):
+            call()
+
+
+def test_the_mode_survives_an_error(model):
+    model.train()
+    with pytest.raises(InputError):
+        encode_images(model, torch.zeros(1, 3, 5, 5))
+    assert model.training
 
 
 def test_unchosen_strips_are_in_the_order_of_their_effect(model, images, texts):

@@ -118,6 +118,7 @@ def _fit(model, dataset, factor: str | None, value: int | None, out: Path | None
     assert factor is not None, "or there is a file"
     name = factor_labels(dataset, [], factor, value).name
     path = _picture(out, run, name)
+    _refuse_others(path.with_suffix(SUFFIX))
     with progress_bar("encoding") as report:
         return factor_direction(model, dataset, factor, value, seed=seed, progress=report), path
 
@@ -135,6 +136,18 @@ def _picture(out: Path | None, run: Path, name: str) -> Path:
     if path.suffix == SUFFIX:
         raise InputError(f"--out {path}: must be a picture such as direction.png; the direction is written beside it")
     return writable(path)
+
+
+def _refuse_others(path: Path) -> None:
+    """InputError for a file that is there and no direction: a model's weights have the same ending."""
+    from encdiff.evaluation import load_direction
+
+    if not path.exists():
+        return
+    try:
+        load_direction(path)
+    except InputError:
+        raise InputError(f"{path}: is no direction and would be overwritten; choose another --out") from None
 
 
 def _spread(count: int) -> list[float]:

@@ -24,7 +24,9 @@ def evaluate(
         str, typer.Option(help="Such as factor_vae,dci,counterfactual; or all of codes (but tad and dci_quick).")
     ] = "factor_vae,dci",
     seeds: Annotated[int, typer.Option(help="Score with so many, from --seed up.", min=1)] = 1,
-    pairs: Annotated[int, typer.Option(help="Swaps that counterfactual judges, for each factor.", min=1)] = 128,
+    pairs: Annotated[
+        int | None, typer.Option(help="Swaps that counterfactual judges, for each factor. Default: 128.", min=1)
+    ] = None,
     baseline: Annotated[bool, typer.Option(help="Also score an untrained encoder.")] = True,
     out: Annotated[
         Path | None, typer.Option(help="The JSON to write. Default: metrics.json in the run, or X-metrics.json.")
@@ -49,6 +51,9 @@ def evaluate(
     from encdiff.evaluation.drawn import DRAWN
 
     options: dict[str, Any] = {"metrics": metric_names(metrics), "seed": seed, "seeds": seeds}
+    if pairs and "counterfactual" not in options["metrics"]:
+        raise InputError(f"--pairs {pairs}: needs counterfactual among --metrics")
+    options |= {"pairs": pairs} if pairs else {}
     if run.suffix.lower() == ".npz" and not run.is_dir():
         if data or protocol not in (None, "heldout"):
             raise InputError(f"{run}: codes have no --data, and their --protocol is heldout")
@@ -62,7 +67,7 @@ def evaluate(
             protocol, data = "paper", f"{protocol}:{data}" if data else protocol
         model, dataset = open_model(run, data, device)
         out = writable(out or results(run) / "metrics.json")
-        scores = evaluate_model(model, dataset, protocol=protocol or "paper", baseline=baseline, pairs=pairs, **options)
+        scores = evaluate_model(model, dataset, protocol=protocol or "paper", baseline=baseline, **options)
     console.print(format_table(scores))
     if "counterfactual" in next(iter(scores.values())):
         console.print(format_swaps(scores["trained"]))

@@ -13,7 +13,6 @@ from encdiff.cli.support import (
     draw_pairs,
     factor_groups,
     images_of,
-    knows_truth,
     open_model,
     parse_concepts,
     results,
@@ -76,7 +75,7 @@ def swap(
     path = writable(out or results(run) / "pictures" / "swap.png")
     groups = factor_groups(run, model) if by_factor and not concepts else None
     if together := parse_concepts(concepts):
-        groups = {"these concepts": together}
+        groups = {"chosen": together}
     truth = true_swaps(dataset, chosen[:count], chosen[count:], groups or (), model)
     with progress_bar("sampling") as report:
         picture = swap_grid(
@@ -112,7 +111,9 @@ def traverse(
     image = images_of(dataset, chosen, model)[0]
     path = writable(out or results(run) / "pictures" / "traverse.png")
     groups = factor_groups(run, model)
-    if by_factor and concepts is None and knows_truth(dataset) and groups:
+    sizes = zip(dataset.factor_names, dataset.factor_sizes, strict=True)
+    factors = {name.replace("_", " ") for name, size in sizes if size > 1}
+    if by_factor and concepts is None and dataset.is_complete and factors & groups.keys():
         paths = factor_paths(dataset, chosen[0], groups, values)
         with progress_bar("sampling") as report:
             picture = factor_traversal(

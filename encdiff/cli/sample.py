@@ -48,22 +48,24 @@ def sample(
     """
     from encdiff.pictures import sample_sheet
     from encdiff.prior import dataset_codes, fit_prior
+    from encdiff.prior.codes import FITTED
 
     if components is not None and prior is not PriorName.mixture:
         raise InputError(f"--components {components} must be left out: it belongs to --prior mixture")
     model, dataset = open_model(run, data, device)
     path = writable(out or results(run) / "pictures" / "sample.png")
+    if judge and not 2 <= count <= min(FITTED, len(dataset)) // 2:
+        half = min(FITTED, len(dataset)) // 2
+        raise InputError(f"--count {count} must be in 2..{half}, half of the data's codes, for --judge")
     with progress_bar("encoding") as report:
         codes = dataset_codes(model, dataset, seed=seed, progress=report)
-    if judge and not 2 <= count <= len(codes) // 2:
-        raise InputError(f"--count {count} must be in 2..{len(codes) // 2}, half of the data's codes, for --judge")
     with progress_bar("fitting") as report:
         fitted = fit_prior(codes, prior.value, components=components, seed=seed, progress=report)
     with progress_bar("sampling") as report:
         images = model.sample_prior(
             count, fitted, sampler=sampler.value, steps=steps, seed=seed, progress=report
-        ).cpu()  # fmt: skip
-    save_picture(sample_sheet(images, fitted.title, fitted.fitted), path)
+        )  # fmt: skip
+    save_picture(sample_sheet(images.cpu(), fitted.title, fitted.fitted), path)
     if judge:
         say_judgement(images, model, fitted, codes, dataset, sampler=sampler.value, steps=steps, seed=seed)
 

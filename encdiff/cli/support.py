@@ -177,7 +177,7 @@ def draw_indices(dataset, indices: Sequence[int] | None, count: int, seed: int) 
 
 def draw_pairs(dataset, count: int, seed: int) -> list[int]:
     """Indices of so many sources, then of as many targets; of a grid pairs that differ in every factor."""
-    if knows_truth(dataset):
+    if dataset.is_complete:
         return [int(index) for rows in dataset.pairs(count, seed) for index in rows]
     return draw_indices(dataset, None, 2 * count, seed)
 
@@ -194,14 +194,9 @@ def images_of(dataset, indices: Sequence[int], model):
     return to_float(dataset.images(indices)).to(next(model.parameters()).device)
 
 
-def knows_truth(dataset) -> bool:
-    """Whether the data holds the one image of every combination of factors."""
-    return bool(dataset.factor_sizes) and dataset.is_grid and dataset.instances == 1
-
-
 def true_swaps(dataset, sources: Sequence[int], targets: Sequence[int], names: Iterable[str], model) -> dict:
     """By factor, the true images that its swaps should give; none where the data has no such images."""
-    if not knows_truth(dataset):
+    if not dataset.is_complete:
         return {}
     factors = {name.replace("_", " "): f for f, name in enumerate(dataset.factor_names)}
     return {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -68,8 +68,24 @@ class Dataset(ABC):
         first = np.ravel_multi_index(tuple(values.T), self.factor_sizes).astype(np.int64) * self.instances
         return first if rng is None or self.instances == 1 else first + rng.randint(self.instances, size=len(first))
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether every combination of factors has its one image."""
+        return bool(self.factor_sizes) and self.is_grid and self.instances == 1
+
+    def batches(self, size: int = 2048, progress: Progress | None = None) -> Iterator[np.ndarray]:
+        """All images in order, uint8 (size, H, W, 3) at a time."""
+        for start in range(0, len(self), size):
+            end = min(start + size, len(self))
+            yield self.images(np.arange(start, end))
+            if progress:
+                progress(end, len(self))
+
     def pairs(self, count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
         """Random indices int64 (count,) of sources and targets that differ in every factor of more than one value."""
+        self._need_grid()
+        if count < 1 or seed < 0:
+            raise InputError(f"count and seed are {count} and {seed}; must be at least 1 and 0")
         rng, sizes = np.random.default_rng(seed), np.array(self.factor_sizes)
         targets = self.factors(rng.integers(len(self), size=count))
         ahead = 1 + rng.integers(np.maximum(sizes - 1, 1), size=targets.shape)  # each other value as often

@@ -1,6 +1,6 @@
-"""Scores of an encoder: which rows a metric sees (`protocol`), the scores, tables of them, and their files.
+"""Scores of an encoder and of what a model draws, directions fitted to labels, tables of them, and their files.
 
-Import the names below from here, protocols from their module; imports models, metrics, data and what lies below.
+Import the names below from here, protocols from their module; imports engine, models and what lies below.
 """
 
 from encdiff.evaluation.codes import evaluate_codes

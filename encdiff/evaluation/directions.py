@@ -14,6 +14,7 @@ from sklearn.model_selection import train_test_split
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
+from encdiff.checked import check_types
 from encdiff.data import Dataset
 from encdiff.data.dataset import Indices
 from encdiff.errors import InputError
@@ -93,6 +94,8 @@ def factor_direction(
 
     `progress(done, total)` follows the encoding.
     """
+    check_types(model=(model, EncDiff, ""), dataset=(dataset, Dataset, "open_dataset"))
+    check_at_least(0, seed=seed)
     check_at_least(1, images=images)
     rows = np.sort(np.random.default_rng(seed).choice(len(dataset), min(images, len(dataset)), replace=False))
     labels = factor_labels(dataset, rows, factor, value)

@@ -6,8 +6,10 @@ from typing import Any, NamedTuple
 from encdiff.data import Dataset
 from encdiff.errors import InputError
 from encdiff.evaluation.effects import traversal_effects
+from encdiff.evaluation.judge import check_complete
 from encdiff.evaluation.protocol import Report
 from encdiff.evaluation.swaps import counterfactual
+from encdiff.metrics.factor_vae import check_at_least
 from encdiff.models import EncDiff
 
 
@@ -34,12 +36,20 @@ DRAWN: dict[str, Drawn] = {
 }  # fmt: skip
 
 
+def check_drawn(names: list[str], model: Any, dataset: Dataset, pairs: int) -> None:
+    """InputError, before anything is computed, for what these scores cannot be of."""
+    if not names:
+        return
+    if not isinstance(model, EncDiff):
+        raise InputError(f"metrics: {names[0]} is of what a model draws, encode must be an EncDiff")
+    check_complete(dataset)
+    check_at_least(1, pairs=pairs)
+
+
 def score_drawn(
     names: list[str], model: Any, dataset: Dataset, results: Mapping[str, dict], seed: int, pairs: int, report: Report
 ) -> dict[str, dict]:
     """The named scores of a model; the concepts of a factor are told by DCI's importance where `results` has it."""
-    if names and not isinstance(model, EncDiff):
-        raise InputError(f"metrics: {names[0]} is of what a model draws, encode must be an EncDiff")
     given: dict[str, dict] = {
         "counterfactual": {"pairs": pairs, "importance": results.get("dci", {}).get("importance")}
     }

@@ -5,13 +5,11 @@ import torch
 
 from encdiff.data import Dataset
 from encdiff.evaluation.encode import Encode
-from encdiff.evaluation.judge import Draw, judge_of
+from encdiff.evaluation.judge import KNOWN, Draw, judge_of
 from encdiff.evaluation.protocol import Report
 from encdiff.metrics.counterfactual import traversal_effect
 from encdiff.metrics.factor_vae import check_at_least
 from encdiff.models import EncDiff
-
-KNOWN = 2000  # images that tell a scalar's range
 
 
 def traversal_effects(
@@ -29,13 +27,15 @@ def traversal_effects(
     """How far each factor moves while one scalar goes through the data's range, read by the nearest true image.
 
     Arguments and errors as for `counterfactual`; in each of `images` random images each scalar takes `values` values
-    from its 2nd to its 98th percentile.
+    from its 2nd to its 98th percentile; of a concept that is a vector all numbers go together.
 
     Returns:
-        What JSON can hold. `effect`: N rows of F, the share of a factor's values, but its own, that are met along a
-        scalar. `purity`: of all movement the share that is of the factor which each scalar moves most; None where
-        nothing moves. `reach`: how far the best single scalar moves a factor, mean over the factors.
+        What JSON can hold. `effect`: N rows of F, how many values of a factor are met along a scalar beside the first,
+        as a share of all its others, or of `values` - 1 where these are fewer. `purity`: of all movement the share
+        that is of the factor which each scalar moves most; None where nothing moves. `reach`: how far the best single
+        scalar moves a factor, mean over the factors of more than one value.
     """
+    check_at_least(0, seed=seed)
     check_at_least(1, images=images)
     check_at_least(2, values=values)
     judge = judge_of(model, dataset, draw, progress, sampler=sampler, steps=steps, seed=seed)
@@ -53,7 +53,7 @@ def traversal_effects(
     return {
         "purity": float(effect.max(1).sum()) / moved if moved else None,
         **({} if moved else {"undefined": "no scalar moves any factor"}),
-        "reach": float(effect.max(0).mean()),
+        "reach": float(effect.max(0)[np.array(dataset.factor_sizes) > 1].mean()),
         "effect": effect.tolist(),
         "images": len(base),
         "values": values,

@@ -1,8 +1,8 @@
 """What swaps and traversals are judged by: the true images of a complete grid, of which the nearest reads an output."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,7 +19,8 @@ from encdiff.models import EncDiff
 from encdiff.models.mode import evaluating
 
 Draw = Callable[[Tensor], Tensor]  # codes (B, N) -> images (B, 3, S, S) in [-1, 1]
-BATCH, CHUNK = 64, 2048  # images encoded or drawn at once; true images in memory at once
+BATCH, CHUNK = 64, 2048  # images encoded, drawn or blurred at once; true images in memory at once
+KNOWN = 2000  # images that tell what a concept carries, and its range
 BLURS: dict[str, Draw] = {f"blurred {n}x{n}": partial(blurred, factor=n) for n in (2, 4)}
 
 
@@ -41,16 +42,30 @@ class Judge(NamedTuple):
     def encode(self, rows: np.ndarray) -> Tensor:
         """Codes (n, N) of the images at these indices."""
         parts = [rows[i : i + BATCH] for i in range(0, len(rows), BATCH)]
-        return torch.cat([torch.as_tensor(self.encoder(self.images(part))) for part in parts])
+        codes = torch.cat([torch.as_tensor(self.encoder(self.images(part))) for part in parts])
+        if codes.ndim < 2 or len(codes) != len(rows) or not codes.isfinite().all():
+            raise InputError(f"encode gave codes {tuple(codes.shape)}, must give ({len(rows)}, N), finite")
+        return codes
 
     @torch.no_grad()
     def draw(self, codes: Tensor) -> Tensor:
         """Images (n, 3, S, S) of codes (n, N)."""
         done: list[Tensor] = []
         for part in codes.split(BATCH):
-            done.append(self.drawer(part))
+            done.append(self._checked(self.drawer(part), len(part)))
             self.report("draw", sum(map(len, done)), len(codes))
         return torch.cat(done)
+
+    def limited(self, images: Tensor) -> list[Tensor]:
+        """Images (n, 3, S, S) as each of the limits leaves them."""
+        return [torch.cat([lose(part) for part in images.split(BATCH)]) for lose in self.limits.values()]
+
+    def _checked(self, images: Any, count: int) -> Tensor:
+        size = self.dataset.image_size
+        if not isinstance(images, Tensor) or images.shape != (count, 3, size, size):
+            found = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
+            raise InputError(f"draw gave {found}, must give a torch.Tensor ({count}, 3, {size}, {size})")
+        return images.to(self.device, torch.float32)
 
     def images(self, rows: np.ndarray) -> Tensor:
         """True images (n, 3, S, S) at these indices."""
@@ -58,23 +73,22 @@ class Judge(NamedTuple):
 
     def read(self, images: Tensor) -> np.ndarray:
         """Factors int64 (n, F) of the true images that are nearest."""
-        return self.dataset.factors(nearest(images, self._all()))
+        return self.dataset.factors(nearest(images, self.dataset.batches(CHUNK, partial(self.report, "judge"))))
 
-    def _all(self) -> Iterator[np.ndarray]:
-        total = len(self.dataset)
-        for start in range(0, total, CHUNK):
-            end = min(start + CHUNK, total)
-            yield self.dataset.images(np.arange(start, end))
-            self.report("judge", end, total)
+
+def check_complete(dataset: Dataset) -> None:
+    """InputError unless the data set holds the right answers."""
+    check_types(dataset=(dataset, Dataset, "open_dataset"))
+    if not dataset.is_complete:
+        raise InputError(f"{dataset.name} is no complete grid of factors with one image each, which judges outputs")
 
 
 def judge_of(model: EncDiff | Encode, dataset: Dataset, draw: Draw | None, report: Report | None, **sampling) -> Judge:
     """The judge of a model, drawn with the options of `EncDiff.sample`, or of a function of images and `draw`."""
-    check_types(dataset=(dataset, Dataset, "open_dataset"))
-    if not dataset.factor_sizes or not dataset.is_grid or dataset.instances != 1:
-        raise InputError(
-            f"{dataset.name} is no complete grid of factors with one image each, by which outputs are judged"
-        )
+    check_complete(dataset)
+    for name, given in (("model", model), ("draw", draw)):
+        if given is not None and not callable(given):
+            raise InputError(f"{name} is a {type(given).__name__}, must be a function (model: or an EncDiff)")
     if not isinstance(model, EncDiff):
         if draw is None:
             raise InputError("draw is None, must be a function of codes to images where the encoder is a function")
@@ -88,7 +102,8 @@ def judge_of(model: EncDiff | Encode, dataset: Dataset, draw: Draw | None, repor
             return model.encode(images)
 
     def first_stage(images: Tensor) -> Tensor:
-        return model.to_images(model.to_latents(images))
+        dtype = next(model.unet.parameters()).dtype
+        return model.to_images(model.to_latents(images.to(dtype))).float()
 
     device, limits = next(model.parameters()).device, {"first stage": first_stage} | BLURS
     return Judge(encode, draw or SamplingEngine(model, **sampling), dataset, device, limits, report or silent)

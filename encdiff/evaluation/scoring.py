@@ -13,7 +13,7 @@ from encdiff import __version__
 from encdiff.checked import check_types
 from encdiff.data import Dataset, describe
 from encdiff.errors import InputError
-from encdiff.evaluation.drawn import DRAWN, score_drawn
+from encdiff.evaluation.drawn import DRAWN, check_drawn, score_drawn
 from encdiff.evaluation.encode import Encode, encode_dataset, untrained
 from encdiff.evaluation.judge import silent
 from encdiff.evaluation.protocol import (
@@ -57,7 +57,7 @@ def evaluate(
             it draws (`evaluation.counterfactual`, `evaluation.traversal_effects`), at the first seed.
         protocol: a name in `PROTOCOLS`; `overrides` replace fields of it.
         seeds: how many, from `seed` up; the codes are the same.
-        pairs: how many swaps "counterfactual" judges.
+        pairs: how many swaps of each factor "counterfactual" judges.
         n_jobs: processes for the slow metrics; None: every core.
         progress: `progress(stage, done, total)` follows the stages "encode" and the metrics.
 
@@ -75,7 +75,7 @@ def evaluate(
     settings = settings_of(protocol, seed, **overrides)
     if not dataset.factor_sizes:
         raise InputError(f"{dataset.name} has no factors, which scores need; swap, traverse and attend need none")
-    one_per_cell = dataset.is_grid and dataset.instances == 1
+    one_per_cell = dataset.is_complete
     if one_per_cell:
         check_grid(len(dataset), dataset.factor_sizes)
     elif settings.subset == "all":
@@ -84,6 +84,7 @@ def evaluate(
     if isinstance(metrics, str):
         raise InputError(f"metrics is the text {metrics!r}, must be a list of names")
     drawn, of_codes = [m for m in metrics if m in DRAWN], [m for m in metrics if m not in DRAWN]
+    check_drawn(drawn, encode, dataset, pairs)
     began = time.perf_counter()
     function = encoder_of(encode, dataset) if isinstance(encode, EncDiff) else encode
     codes = encode_dataset(function, dataset, batch_size, lambda done, total: report("encode", done, total))

@@ -9,14 +9,13 @@ import torch
 from encdiff.data import Dataset
 from encdiff.errors import InputError
 from encdiff.evaluation.encode import Encode
-from encdiff.evaluation.judge import Draw, Judge, judge_of
+from encdiff.evaluation.judge import KNOWN, Draw, Judge, judge_of
 from encdiff.evaluation.protocol import Report
 from encdiff.metrics.counterfactual import closeness, explained_variance, swap_rates, wilson_interval
 from encdiff.metrics.factor_vae import check_at_least
 from encdiff.metrics.groups import concept_groups
 from encdiff.models import EncDiff
 
-KNOWN = 2000  # images that tell what a concept carries, where nothing else does
 Importance = Sequence[Sequence[float]] | np.ndarray  # (N, F)
 
 
@@ -62,7 +61,7 @@ def counterfactual(
     names = [name.replace("_", " ") for name in dataset.factor_names]
     of_source, of_target = dataset.factors(sources), dataset.factors(targets)
     from_source, own = judge.encode(sources), judge.encode(targets)
-    owners = _owners(judge, names, groups, importance, seed)
+    owners = _owners(judge, names, own.shape[1], groups, importance, seed)
     _check_concepts(owners, own.shape[1])
 
     wanted, codes = [of_target], [own]  # of the reconstructions, then of each factor's swaps
@@ -74,9 +73,7 @@ def counterfactual(
         codes.append(swapped)
     right = np.concatenate(wanted)
     drawn, true = judge.draw(torch.cat(codes)), judge.images(dataset.indices(right))
-    read, *limits = judge.read(
-        torch.cat([drawn, *(lose(true) for lose in judge.limits.values())])
-    ).reshape(-1, *right.shape)  # fmt: skip
+    read, *limits = judge.read(torch.cat([drawn, *judge.limited(true)])).reshape(-1, *right.shape)
 
     counts = [len(part) for part in wanted]
     of_read = np.split(read, np.cumsum(counts)[:-1])
@@ -99,41 +96,56 @@ def counterfactual(
 
 def _pairs(dataset: Dataset, pairs: int | Sequence[tuple[int, int]], seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Indices of sources and targets."""
-    if isinstance(pairs, int):
-        check_at_least(1, pairs=pairs)
+    check_at_least(0, seed=seed)
+    if isinstance(pairs, int | np.integer) and not isinstance(pairs, bool):
+        check_at_least(1, pairs=int(pairs))
         if max(dataset.factor_sizes) < 2:
             raise InputError(f"{dataset.name}: every factor has a single value; there is nothing to swap")
-        return dataset.pairs(pairs, seed)
-    given = np.asarray(pairs)
+        return dataset.pairs(int(pairs), seed)
+    try:
+        given = np.asarray(pairs)
+    except ValueError:  # rows of different lengths
+        given = np.empty(0)
     if given.ndim != 2 or given.shape[1] != 2 or not len(given):
-        raise InputError(f"pairs are of shape {given.shape}, must be a number, or indices (source, target) of each")
+        raise InputError(f"pairs are {str(pairs)[:80]}, must be a number, or indices (source, target) of each")
     sources, targets = (dataset.check_indices(column) for column in given.T)
     if (dataset.factors(sources) == dataset.factors(targets)).all():
         raise InputError("pairs: source and target of every pair are equal in all factors; there is nothing to swap")
     return sources, targets
 
 
-def _owners(judge: Judge, names: list[str], groups, importance: Importance | None, seed: int) -> dict[str, list[int]]:
+def _owners(
+    judge: Judge, names: list[str], concepts: int, groups, importance: Importance | None, seed: int
+) -> dict[str, list[int]]:
     """The concepts of every factor; none of those that no concept carries."""
     if groups is not None:
+        if not isinstance(groups, Mapping) or not all(isinstance(owned, Sequence) for owned in groups.values()):
+            raise InputError(f"groups are {str(groups)[:80]}, must be a dict of lists of concepts")
         named = {name.replace("_", " "): list(concepts) for name, concepts in groups.items()}
         if unknown := sorted(named.keys() - set(names)):
             raise InputError(f"groups: there is no factor {unknown[0]!r}, must be of {', '.join(names)}")
     else:
-        named = concept_groups(_explained(judge, seed) if importance is None else importance, names)
+        named = concept_groups(_explained(judge, seed) if importance is None else _checked(importance, concepts), names)
     return {name: named.get(name, []) for name in names}
 
 
 def _check_concepts(owners: Mapping[str, Sequence[int]], concepts: int) -> None:
     for name, owned in owners.items():
-        if wrong := [c for c in owned if not 0 <= c < concepts]:
-            raise InputError(f"groups: concept {wrong[0]} of {name}, must be in 0..{concepts - 1}")
+        if wrong := [c for c in owned if not isinstance(c, int | np.integer) or not 0 <= c < concepts]:
+            raise InputError(f"groups: concept {wrong[0]!r} of {name}, must be an integer in 0..{concepts - 1}")
+
+
+def _checked(importance: Importance, concepts: int) -> np.ndarray:
+    matrix = np.asarray(importance, dtype=float)
+    if matrix.ndim != 2 or len(matrix) != concepts or not np.isfinite(matrix).all():
+        raise InputError(f"importance is {matrix.shape}, must be {concepts} rows of finite numbers, one a concept")
+    return matrix
 
 
 def _explained(judge: Judge, seed: int) -> np.ndarray:
     """The share of each concept's variance that a factor explains, (N, F); of vectors the mean over their numbers."""
     rows = np.random.default_rng(seed).choice(len(judge.dataset), min(KNOWN, len(judge.dataset)), replace=False)
-    codes, factors = judge.encode(rows).cpu().numpy(), judge.dataset.factors(rows)
+    codes, factors = judge.encode(rows).float().cpu().numpy(), judge.dataset.factors(rows)
     shares = explained_variance(codes.reshape(len(codes), -1), factors)
     return shares.reshape(codes.shape[1], -1, factors.shape[1]).mean(1)
 

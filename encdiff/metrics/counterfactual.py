@@ -99,10 +99,10 @@ def blurred(images: Tensor, factor: int) -> Tensor:
 
 
 def traversal_effect(read: np.ndarray, sizes: tuple[int, ...]) -> np.ndarray:
-    """How far each factor moves along each scalar, as a share of its values but one: float64 (N, F), each in 0 .. 1.
+    """How far each factor moves along each scalar: float64 (N, F), each in 0 .. 1, mean over images.
 
-    read: int (N, images, V, F), the factor values of outputs along a scalar's V values, averaged over images. 0: the
-    factor stays as it is; 1: all of its values are met.
+    read: int (N, images, V, F), the factor values of outputs along a scalar's V values. 0: the factor stays as it is;
+    1: as many of its values are met as there are, or as V can meet.
     """
     concepts, images = read.shape[:2]
     effect = np.zeros((concepts, len(sizes)))

@@ -83,9 +83,12 @@ class EncDiffEdits(EncDiffCore):
         """
         if not hasattr(prior, "sample"):
             raise InputError(f"prior is a {type(prior).__name__}, must have sample(count, seed): fit_prior makes one")
-        if count < 1 or batch_size < 1:
-            raise InputError(f"count and batch_size are {count} and {batch_size}, must be at least 1")
+        for name, whole in (("count", count), ("batch_size", batch_size)):
+            if not isinstance(whole, int) or whole < 1:
+                raise InputError(f"{name} is {whole!r}, must be a whole number of at least 1")
         codes = prior.sample(count, seed=seed)
+        if not isinstance(codes, Tensor) or not codes.isfinite().all():
+            raise InputError("prior gives codes that are no torch.Tensor, or not finite; must be finite numbers")
         if tuple(codes.shape) != (count, *self.config.code_shape):
             wanted = (count, *self.config.code_shape)
             raise InputError(f"prior gives codes {tuple(codes.shape)}, must give {wanted} for this model")

@@ -102,7 +102,7 @@ class EncDiff(
         """Read a model, in eval mode.
 
         Args:
-            name: a folder that `save_pretrained` wrote, `room64` or `quickstart`, which come with the package, or the
+            name: a folder that `save_pretrained` wrote, `room64`, `room32` or `quickstart`, which come with it, or the
                 name of a model on the Hub.
             device: where to put it.
             hub: for a model on the Hub: revision, cache_dir, force_download, token, local_files_only.

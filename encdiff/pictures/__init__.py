@@ -6,11 +6,12 @@ models and what lies below them.
 """
 
 from encdiff.metrics.groups import concept_groups, concept_labels
-from encdiff.pictures.concepts import attention_picture, encode_images, swap_grid, traversal
+from encdiff.models.batches import encode_images
+from encdiff.pictures.concepts import attention_picture, swap_grid, traversal
+from encdiff.pictures.lines import edits, interpolation
 from encdiff.pictures.paths import FactorPath, factor_paths, factor_traversal
 from encdiff.pictures.samples import sample_sheet
 from encdiff.pictures.sheet import save_png
-from encdiff.pictures.strips import edits, interpolation
 
 __all__ = [
     "FactorPath", "attention_picture", "concept_groups", "concept_labels", "edits", "encode_images", "factor_paths",

@@ -13,10 +13,11 @@ from torch import Tensor
 from encdiff.errors import InputError
 from encdiff.metrics.groups import Groups
 from encdiff.models import EncDiff
+from encdiff.models.batches import encode_images
 from encdiff.pictures.cells import Strip, cells_of, draw_colour_bar, draw_originals, draw_strips, heated
 from encdiff.pictures.sheet import Column, Sheet, draw_panels, panels
 
-BATCH = 64  # images encoded or sampled at once
+BATCH = 64  # images sampled at once
 Progress = Callable[[int, int], None]  # (done, total)
 
 
@@ -47,7 +48,7 @@ def swap_grid(
     from_source, codes = encode_images(model, sources), encode_images(model, targets)
     scalars = [codes]
     for _, concepts in swaps:
-        _check_concepts(model, concepts)
+        check_concepts(model, concepts)
         swapped = codes.clone()
         swapped[:, list(concepts)] = from_source[:, list(concepts)]
         scalars.append(swapped)
@@ -61,7 +62,9 @@ def swap_grid(
         columns.append(Column(cells_of(s), name, _count_off(concepts) if groups else "", bool(groups)))
         if truth and name in truth:
             columns.append(Column(cells_of(truth[name]), "true"))
-    told = " Beside each stands the true image that should come out." if truth else ""
+        if truth and name in truth and truth[name].shape != targets.shape:
+            raise InputError(f"truth of {name} is {tuple(truth[name].shape)}, must be {tuple(targets.shape)}")
+    told = " Beside a swap stands the true image that should come out." if truth else ""
     sheet = Sheet(
         "Swapping concepts",
         "The target is rebuilt from its concepts (reconstructed), then again with some of them taken from the source: "
@@ -178,15 +181,6 @@ def attention_picture(
     return sheet.render()
 
 
-def encode_images(model: EncDiff, images: Tensor) -> Tensor:
-    """Scalars (n, N) of images (n, 3, S, S), in eval mode, without gradients."""
-    was_training = model.training
-    with torch.no_grad():
-        codes = torch.cat([model.eval().encode(batch) for batch in images.split(BATCH)])
-    model.train(was_training)
-    return codes
-
-
 def sample_batches(
     model: EncDiff, scalars: Tensor, x_T: Tensor | None, sampler: str, steps: int, seed: int, progress: Progress | None
 ) -> Tensor:
@@ -200,7 +194,7 @@ def sample_batches(
     return torch.cat(done)
 
 
-def _check_concepts(model: EncDiff, concepts: Sequence[int]) -> None:
+def check_concepts(model: EncDiff, concepts: Sequence[int]) -> None:
     if not concepts:
         raise InputError("concepts are none, must be at least one")
     for concept in concepts:
@@ -211,10 +205,10 @@ def _check_concepts(model: EncDiff, concepts: Sequence[int]) -> None:
 def _order(model: EncDiff, concepts: Sequence[int] | None, labels: Mapping[int, str]) -> list[int]:
     """The chosen concepts as they are, else the labelled ones, else all."""
     if concepts is not None:
-        _check_concepts(model, concepts)
+        check_concepts(model, concepts)
         return list(concepts)
     if labels:
-        _check_concepts(model, list(labels))
+        check_concepts(model, list(labels))
     return list(labels) or list(range(model.config.concepts))
 
 

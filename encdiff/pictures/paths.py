@@ -12,8 +12,9 @@ from encdiff.data import Dataset, to_float
 from encdiff.errors import InputError
 from encdiff.metrics.groups import Groups
 from encdiff.models import EncDiff
+from encdiff.models.batches import encode_images
 from encdiff.pictures.cells import Strip, cells_of, draw_originals, draw_strips
-from encdiff.pictures.concepts import Progress, encode_images, sample_batches
+from encdiff.pictures.concepts import Progress, check_concepts, sample_batches
 from encdiff.pictures.sheet import Sheet, panels
 
 FACTORS = 3  # in a panel: each takes two strips
@@ -32,18 +33,21 @@ def factor_paths(dataset: Dataset, index: int, groups: Groups, columns: int = 7)
 
     Raises InputError unless the data set is a complete grid with one image each, or none of the groups is a factor.
     """
-    if not dataset.factor_sizes or not dataset.is_grid or dataset.instances != 1:
+    if columns < 2:
+        raise InputError(f"columns is {columns}, must be at least 2")
+    if not dataset.is_complete:
         raise InputError(f"{dataset.name} is no complete grid of factors with one image each, which paths lead through")
+    owners = {name.replace("_", " "): list(concepts) for name, concepts in groups.items()}
     own, paths = dataset.factors([index])[0], {}
     for f, name in enumerate(dataset.factor_names):
         label, size = name.replace("_", " "), dataset.factor_sizes[f]
-        if label not in groups or size < 2:
+        if label not in owners or size < 2:
             continue
         values = np.unique(np.rint(np.linspace(0, size - 1, min(columns, size))).astype(np.int64))
         factors = np.repeat(own[None], len(values), axis=0)
         factors[:, f] = values
         images = to_float(dataset.images(dataset.indices(factors)))
-        paths[label] = FactorPath(list(groups[label]), images, float(own[f] / (size - 1)))
+        paths[label] = FactorPath(owners[label], images, float(own[f] / (size - 1)))
     if not paths:
         raise InputError(f"groups are {', '.join(groups) or 'none'}; none is a factor of {dataset.name}")
     return paths
@@ -65,8 +69,11 @@ def factor_traversal(
     of this image, from `factor_paths`; `progress` is called with (images done, images in all).
     """
     own = encode_images(model, image[None])
+    if not paths:
+        raise InputError("paths are none, must be at least one; factor_paths makes them")
     scalars = [own]
     for path in paths.values():
+        check_concepts(model, path.concepts)
         moved = own.repeat(len(path.images), *[1] * (own.ndim - 1))
         moved[:, path.concepts] = encode_images(model, path.images.to(image.device))[:, path.concepts]
         scalars.append(moved)

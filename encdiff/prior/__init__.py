@@ -11,7 +11,7 @@ from encdiff.files.checkpoint import load_tensors
 from encdiff.prior.base import Prior, Progress, file_of, read_about
 from encdiff.prior.codes import dataset_codes
 from encdiff.prior.diffusion import DiffusionPrior
-from encdiff.prior.judge import format_judgement, judge
+from encdiff.prior.judging import format_judgement, judge
 from encdiff.prior.mixture import MixturePrior
 
 __all__ = [

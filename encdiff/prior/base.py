@@ -74,6 +74,9 @@ def file_of(path: str | Path) -> Path:
     return path if path.suffix == ".safetensors" else path / FILE
 
 
+LARGEST = 1e30  # of a code: its square is a float64, and it is a float32 itself
+
+
 def flat_codes(codes: Any) -> tuple[Tensor, tuple[int, ...]]:
     """Codes, array or tensor, as float64 (n, N m) on the CPU, and the shape of one; InputError for what is none."""
     try:
@@ -83,8 +86,8 @@ def flat_codes(codes: Any) -> tuple[Tensor, tuple[int, ...]]:
     if not rows.is_floating_point() or rows.ndim not in (2, 3) or len(rows) < 2 or not rows.numel():
         found = f"{rows.dtype} {tuple(rows.shape)}"
         raise InputError(f"codes are {found}, must be floating point (n, N) or (n, N, m), n at least 2")
-    if not rows.isfinite().all():
-        raise InputError("codes hold NaN or infinite numbers, must be finite")
+    if not rows.isfinite().all() or rows.abs().max() > LARGEST:
+        raise InputError(f"codes hold NaN, infinite or huge numbers, must be finite and within {LARGEST:g}")
     return rows.double().flatten(1), tuple(rows.shape[1:])
 
 

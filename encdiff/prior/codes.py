@@ -8,7 +8,7 @@ from encdiff.checked import check_types
 from encdiff.data import Dataset, to_float
 from encdiff.errors import InputError
 from encdiff.models import EncDiff
-from encdiff.models.mode import evaluating
+from encdiff.models.batches import encode_images
 from encdiff.prior.base import Progress, check_whole
 
 FITTED, BATCH = 10_000, 64  # images at most, images encoded at once
@@ -32,14 +32,7 @@ def dataset_codes(
     done = torch.empty(count, *model.config.code_shape)
     for start in range(0, count, BATCH):
         part = slice(start, min(start + BATCH, count))
-        done[part] = encode_images(model, to_float(dataset.images(chosen[part])))
+        done[part] = encode_images(model, to_float(dataset.images(chosen[part]))).float()
         if progress:
             progress(part.stop, count)
     return done
-
-
-def encode_images(model: EncDiff, images: Tensor) -> Tensor:
-    """Codes, on the CPU, of images (n, 3, S, S) in [-1, 1], in eval mode, without gradients."""
-    device = next(model.parameters()).device
-    with evaluating(model):
-        return torch.cat([model.encode(batch.to(device)).float().cpu() for batch in images.split(BATCH)])

@@ -1,6 +1,6 @@
 """How samples without a source image compare with the data, and with codes whose dependence is ignored."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 
 import numpy as np
@@ -14,8 +14,8 @@ from encdiff.errors import InputError
 from encdiff.metrics.counterfactual import nearest
 from encdiff.metrics.fid import frechet_distance
 from encdiff.models import EncDiff
+from encdiff.models.batches import encode_images
 from encdiff.models.edits import CodePrior
-from encdiff.prior.codes import encode_images
 from encdiff.terminal import plain
 
 CHUNK, DRAWS = 1024, 10  # true images in memory at once; sets of the data's codes that show what is chance
@@ -74,6 +74,10 @@ def judge(
     """
     check_types(images=(images, Tensor, "sample_prior"), dataset=(dataset, Dataset, "open_dataset"))
     count, report = len(images), progress or (lambda stage, done, total: None)
+    if seed < 0:
+        raise InputError(f"seed is {seed}, must be at least 0")
+    if not isinstance(codes, Tensor):
+        raise InputError(f"codes are a {type(codes).__name__}, must be a torch.Tensor: dataset_codes gives one")
     if count < 2 or len(codes) < 2 * count:
         raise InputError(f"images are {count} and codes {len(codes)}; must be at least 2, and twice as many codes")
     rng = np.random.default_rng(seed)
@@ -94,8 +98,8 @@ def judge(
         }
         for name in own
     }
-    if dataset.factor_sizes and dataset.is_grid and dataset.instances == 1:
-        everything = _batches(dataset, partial(report, "nearest images"))
+    if dataset.is_complete:
+        everything = dataset.batches(CHUNK, partial(report, "nearest images"))
         found = nearest(torch.cat([drawn[name] for name in own]), everything).reshape(len(own), count)
         for name, indices in zip(own, found, strict=True):
             sets[name] |= _as_pictures(drawn[name], indices, dataset)
@@ -144,10 +148,3 @@ def _as_pictures(images: Tensor, indices: np.ndarray, dataset: Dataset) -> dict:
         share = np.bincount(values, minlength=size) / len(values)
         factors[name] = float(abs(share - 1 / size).sum() / 2)  # each value is as frequent in a grid
     return {"distance": float(difference.square().flatten(1).mean(1).sqrt().mean()), "factors": factors}
-
-
-def _batches(dataset: Dataset, report: Callable[[int, int], None]) -> Iterator[np.ndarray]:
-    for start in range(0, len(dataset), CHUNK):
-        stop = min(start + CHUNK, len(dataset))
-        yield dataset.images(np.arange(start, stop))
-        report(stop, len(dataset))
