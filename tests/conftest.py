@@ -2,6 +2,7 @@
 
 import os
 import random
+import sys
 from zlib import crc32
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub and matplotlib read them
@@ -18,6 +19,7 @@ from hypothesis import settings
 from PIL import ImageDraw
 
 from encdiff import EncDiff
+from encdiff.cli import app
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
@@ -72,3 +74,20 @@ def texts(monkeypatch) -> list[str]:
         ImageDraw.ImageDraw, "text", lambda self, xy, text, **how: (written.append(text), draw(self, xy, text, **how))
     )
     return written
+
+
+@pytest.fixture
+def encdiff(monkeypatch, capsys):
+    """Run a command line in this process; gives exit code and what it printed."""
+
+    def call(*args):
+        monkeypatch.setattr(sys, "argv", ["encdiff", *map(str, args)])
+        try:
+            app.main()
+            code = 0
+        except SystemExit as end:
+            code = end.code or 0
+        printed = capsys.readouterr()
+        return code, " ".join((printed.out + printed.err).split())
+
+    return call

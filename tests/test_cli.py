@@ -15,7 +15,6 @@ from _tiny import TINY
 from PIL import Image
 
 from encdiff import EncDiff, __version__
-from encdiff.cli import app as cli
 from encdiff.cli.support import results, told_of_precision
 from encdiff.data import open_dataset
 from encdiff.models.autoencoder import VQAutoencoder
@@ -31,23 +30,6 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "run"
     train(EncDiff(TINY), open_dataset(DATA, TINY.image_size), folder, TrainConfig(steps=2, batch_size=8, warmup=1))
     return folder
-
-
-@pytest.fixture
-def encdiff(monkeypatch, capsys):
-    """Run a command line in this process; gives exit code and what it printed."""
-
-    def call(*args):
-        monkeypatch.setattr(sys, "argv", ["encdiff", *map(str, args)])
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as end:
-            code = end.code or 0
-        printed = capsys.readouterr()
-        return code, " ".join((printed.out + printed.err).split())
-
-    return call
 
 
 def test_help_names_every_command(encdiff):

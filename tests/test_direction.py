@@ -1,4 +1,3 @@
-import sys
 from dataclasses import replace
 
 import numpy as np
@@ -9,7 +8,6 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from encdiff import EncDiff, InputError, open_dataset, to_float
-from encdiff.cli import app as cli
 from encdiff.data import Dataset
 from encdiff.evaluation import Direction, factor_direction, factor_labels, fit_direction, load_direction
 from encdiff.pictures import edits
@@ -256,23 +254,6 @@ def test_cells_are_what_the_model_edits(model, images):
     assert edits(model, images[:1], FOUND.vector, strengths=[1], **OPTIONS).info["Title"] == "Along a direction"
     with pytest.raises(InputError, match="both must be at least 1"):
         edits(model, images[:0], FOUND)
-
-
-@pytest.fixture
-def encdiff(monkeypatch, capsys):
-    """Run a command line in this process; gives exit code and what it printed."""
-
-    def call(*args):
-        monkeypatch.setattr(sys, "argv", ["encdiff", *map(str, args)])
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as end:
-            code = end.code or 0
-        printed = capsys.readouterr()
-        return code, " ".join((printed.out + printed.err).split())
-
-    return call
 
 
 @pytest.fixture

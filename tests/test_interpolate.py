@@ -1,47 +1,18 @@
 import json
-import sys
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from _tiny import TINY
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from encdiff import EncDiff, InputError
-from encdiff.cli import app as cli
 from encdiff.data import to_uint8
 from encdiff.pictures import interpolation
 
 OPTIONS = dict(steps=2, seed=5)
 DATA = "procedural:2,2,2,2,2,2"
-
-
-@pytest.fixture
-def texts(monkeypatch) -> list[str]:
-    """What is written on pictures while the test runs."""
-    written, draw = [], ImageDraw.ImageDraw.text
-    monkeypatch.setattr(
-        ImageDraw.ImageDraw, "text", lambda self, xy, text, **how: (written.append(text), draw(self, xy, text, **how))
-    )
-    return written
-
-
-@pytest.fixture
-def encdiff(monkeypatch, capsys):
-    """Run a command line in this process; gives exit code and what it printed."""
-
-    def call(*args):
-        monkeypatch.setattr(sys, "argv", ["encdiff", *map(str, args)])
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as end:
-            code = end.code or 0
-        printed = capsys.readouterr()
-        return code, " ".join((printed.out + printed.err).split())
-
-    return call
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """Priors over codes, images drawn from them, and how these are judged."""
 
-import sys
 from dataclasses import replace
 
 import numpy as np
@@ -10,7 +9,6 @@ from _tiny import TINY
 from PIL import Image
 
 from encdiff import EncDiff, InputError, open_dataset, to_float
-from encdiff.cli import app as cli
 from encdiff.data import Dataset
 from encdiff.files.checkpoint import load_tensors, save_tensors
 from encdiff.metrics.fid import frechet_distance
@@ -286,33 +284,23 @@ def test_a_damaged_file_is_refused(prior, tmp_path):
 
 
 @pytest.fixture
-def encdiff(monkeypatch, capsys, tmp_path):
+def sample(encdiff, monkeypatch, tmp_path):
+    """Run `encdiff sample` in an empty folder."""
     monkeypatch.chdir(tmp_path)
-
-    def call(*args):
-        monkeypatch.setattr(sys, "argv", ["encdiff", "sample", *map(str, args)])
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as end:
-            code = end.code or 0
-        printed = capsys.readouterr()
-        return code, " ".join((printed.out + printed.err).split())
-
-    return call
+    return lambda *args: encdiff("sample", *args)
 
 
-def test_the_command(model, encdiff, tmp_path, monkeypatch):
+def test_the_command(model, sample, tmp_path, monkeypatch):
     model.save_pretrained("mine")
     short = ("mine", "--data", DATA, "--steps", 1)
-    code, text = encdiff(*short, "--components", 3, "--count", 4, "--judge", "--seed", 1)
+    code, text = sample(*short, "--components", 3, "--count", 4, "--judge", "--seed", 1)
     assert code == 0 and "picture: mine/pictures/sample.png" in text, text
     for said in ("prior", "floor", "independent", "Frechet distance", "floor hue, total variation", "the baseline"):
         assert said in text, text
     with Image.open(tmp_path / "mine/pictures/sample.png") as picture:
         assert "a mixture of 3 Gaussians, which was fitted to the codes of 64 images" in picture.text["Description"]
     monkeypatch.setattr(diffusion_module, "_train", lambda *_: None)  # seconds
-    code, text = encdiff(*short, "--prior", "diffusion", "--count", 1, "--out", "one.png")
+    code, text = sample(*short, "--prior", "diffusion", "--count", 1, "--out", "one.png")
     assert code == 0 and text.endswith("picture: one.png") and (tmp_path / "one.png").is_file(), text
 
     for options, said in (
@@ -323,5 +311,5 @@ def test_the_command(model, encdiff, tmp_path, monkeypatch):
         (("--count", 0), "Invalid value for '--count'"),
         (("--prior", "flow"), "Invalid value for '--prior'"),
     ):
-        code, text = encdiff(*short, *options)
+        code, text = sample(*short, *options)
         assert code == 2 and said in text, text

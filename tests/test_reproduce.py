@@ -1,6 +1,5 @@
 import json
 import signal
-import sys
 
 import numpy as np
 import pytest
@@ -8,7 +7,6 @@ import torch
 from _tiny import TINY
 
 from encdiff import InputError
-from encdiff.cli import app as cli
 from encdiff.data import Dataset, describe
 from encdiff.errors import Stopped
 from encdiff.experiments import reproduce as module
@@ -167,23 +165,6 @@ def test_the_table_of_faces_names_what_is_undefined():
 def test_mean_and_range():
     assert mean_and_range([0.5]) == "0.500" and mean_and_range([0.5, "no"]) == "undefined"
     assert mean_and_range([0.1, 0.4, 0.1]) == "0.200 (0.100 to 0.400)"
-
-
-@pytest.fixture
-def encdiff(monkeypatch, capsys):
-    """Run a command line in this process; gives exit code and what it printed."""
-
-    def call(*args):
-        monkeypatch.setattr(sys, "argv", ["encdiff", *map(str, args)])
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as end:
-            code = end.code or 0
-        printed = capsys.readouterr()
-        return code, " ".join((printed.out + printed.err).split())
-
-    return call
 
 
 def test_commands(encdiff, small, tmp_path, monkeypatch):
