@@ -34,7 +34,7 @@ def interpolate(
     source: Annotated[int | None, typer.Option(help="Index of the image to begin with. Default: drawn.")] = None,
     target: Annotated[int | None, typer.Option(help="Index of the image to end with. Default: drawn.")] = None,
     values: Annotated[int, typer.Option(help="How many steps of the way to show.", min=2, max=MOST)] = 7,
-    concepts: Annotated[str | None, typer.Option(help="Such as 0,3: a row in which these alone move.")] = None,
+    concepts: Annotated[str | None, typer.Option(help="Such as 0,3: these alone move. Default: none.")] = None,
     by_factor: Annotated[bool, typer.Option(help="A row for each factor, once evaluated.")] = True,
     sampler: Sampler = SamplerName.dpm_solver_pp,
     steps: Steps = 20,
@@ -68,11 +68,15 @@ def interpolate(
 
 def direction(
     run: Run,
-    factor: Annotated[str | None, typer.Option(help="Name of the data's factor or attribute that labels it.")] = None,
-    value: Annotated[
-        int | None, typer.Option(help="The value against the rest, from 0 up; a factor without an order needs it.")
+    factor: Annotated[
+        str | None, typer.Option(help="The data's factor or attribute that labels it. Default: --file's.")
     ] = None,
-    file: Annotated[Path | None, typer.Option(help="A direction that this command wrote, instead of --factor.")] = None,
+    value: Annotated[
+        int | None, typer.Option(help="Against the rest, from 0 up. Default: none; a factor without order needs it.")
+    ] = None,
+    file: Annotated[
+        Path | None, typer.Option(help="A direction that this command wrote, in place of --factor. Default: none.")
+    ] = None,
     data: RunData = None,
     strengths: Annotated[int, typer.Option(help=f"How many, from -{REACH} to {REACH}.", min=2, max=MOST)] = 7,
     images: Annotated[int, typer.Option(help="How many images to draw and move.", min=1)] = 4,
