@@ -38,6 +38,7 @@ from encdiff.training import TrainConfig, train
 from encdiff.training.runs import RunFolder
 
 DATA = "procedural:5,5,5,4,4,5"  # docs/recipes.md says why
+METRICS, PAIRS = ("factor_vae", "dci", "counterfactual"), 32
 SHOWN = "room64"  # of the models that come with the package
 
 
@@ -85,7 +86,9 @@ def demo(
         torch.set_num_threads(threads)
 
         begin("4/5 evaluating" + (" by the paper's protocol" if protocol == "paper" else ""))
-        results = evaluate_model(model, dataset, protocol=protocol, seed=seed, baseline=False)
+        results = evaluate_model(
+            model, dataset, metrics=METRICS, pairs=PAIRS, protocol=protocol, seed=seed, baseline=False
+        )
         results["untrained"] = untrained_scores.get()
     write_metrics(run / "metrics.json", results)
     plot_importance(results["trained"], run / "importance.png")
