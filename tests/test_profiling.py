@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_cli import encdiff  # noqa: F401
 from torch import nn
 
 from encdiff import profiling
@@ -88,7 +87,7 @@ def test_capture_does_nothing_without_a_gpu():
 
 
 @pytest.mark.parametrize("what", ["train", "sample"])
-def test_profile_command(encdiff, tmp_path, what):  # noqa: F811
+def test_profile_command(encdiff, tmp_path, what):
     out = tmp_path / "profile"
     options = ["--phase", what, "--batch-size", 2, "--steps", 2, "--calls", 1, "--out", out, "--device", "cpu"]
     code, text = encdiff("profile", *options)
@@ -113,7 +112,7 @@ def test_profile_command(encdiff, tmp_path, what):  # noqa: F811
     ],
     ids=["nvtx", "preset", "run", "both", "engine"],
 )
-def test_profile_refuses(encdiff, options, message):  # noqa: F811
+def test_profile_refuses(encdiff, options, message):
     code, text = encdiff("profile", *options)
     assert code == 2 and message in text
 
