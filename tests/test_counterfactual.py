@@ -108,7 +108,7 @@ def test_given_pairs_count_where_they_differ(room):
     assert found["pairs"] == 2 and found["factors"]["scale"]["pairs"] == 1 and found["exact"] == 1.0
     assert found["factors"]["shape"] == {"undefined": "no pair differs in it", "concepts": [4]}
     console = Console(width=100, record=True, file=io.StringIO())
-    console.print(format_swaps({"counterfactual": found}))
+    console.print(format_swaps(found))
     assert "no pair differs in it" in console.export_text()
 
 
@@ -236,6 +236,10 @@ def test_what_cannot_be_judged_is_refused(room):
         ),
         "no complete grid of factors": lambda: counterfactual(model, Twins(16, (2, 2, 2, 2, 2, 2))),
         "draw gave ndarray, must give a torch.Tensor": lambda: judged(oracle, draw=lambda codes: codes.numpy()),
+        "draw gave torch.float32 up to 255, must be floating point in": lambda: judged(
+            oracle, draw=lambda codes: 127.5 * (1 + oracle.draw(codes))
+        ),
+        "draw gave torch.uint8": lambda: judged(oracle, draw=lambda codes: oracle.draw(codes).to(torch.uint8)),
         r"draw gave \(64, 3, 8, 8\), must give": lambda: judged(oracle, draw=lambda c: torch.zeros(len(c), 3, 8, 8)),
         r"encode gave codes \(24, 2\), must give": lambda: counterfactual(
             lambda images: torch.full((len(images), 2), torch.nan), room, draw=oracle.draw, pairs=24

@@ -64,7 +64,7 @@ def test_a_factor_is_traversed_by_all_its_concepts_through_the_data(model, texts
     room = open_dataset("procedural:3,2,2,2,4,3", 16)
     index = int(room.indices([[2, 0, 1, 0, 1, 1]])[0])
     paths = factor_paths(room, index, {"shape": [0, 2], "floor hue": [1]}, columns=3)
-    assert list(paths) == ["floor hue", "shape"] and paths["floor hue"].place == 1.0 and paths["shape"].place == 1 / 3
+    assert list(paths) == ["floor hue", "shape"] and paths["floor hue"].place == 1.0 and paths["shape"].place == 0.25
     rows = room.indices([[2, 0, 1, 0, k, 1] for k in (0, 2, 3)])  # three of four values, both ends among them
     assert paths["shape"].images.equal(to_float(room.images(rows)))
     own = to_float(room.images([index]))

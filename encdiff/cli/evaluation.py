@@ -70,7 +70,7 @@ def evaluate(
         scores = evaluate_model(model, dataset, protocol=protocol or "paper", baseline=baseline, **options)
     console.print(format_table(scores))
     if "counterfactual" in next(iter(scores.values())):
-        console.print(format_swaps(scores["trained"]))
+        console.print(format_swaps(scores["trained"]["counterfactual"]))
     write_metrics(out, scores)
     say(f"scores: {out}")
     first = next(iter(scores.values()))

@@ -65,6 +65,10 @@ class Judge(NamedTuple):
         if not isinstance(images, Tensor) or images.shape != (count, 3, size, size):
             found = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
             raise InputError(f"draw gave {found}, must give a torch.Tensor ({count}, 3, {size}, {size})")
+        if not images.is_floating_point() or not images.abs().max() <= 1.5:  # false for NaN; a decoder may overshoot
+            raise InputError(
+                f"draw gave {images.dtype} up to {images.abs().max():.4g}, must be floating point in [-1, 1]"
+            )
         return images.to(self.device, torch.float32)
 
     def images(self, rows: np.ndarray) -> Tensor:

@@ -39,9 +39,8 @@ def score_fields(results: Iterable[Mapping]) -> list[tuple[str, str, str]]:
     return rows
 
 
-def format_swaps(result: Mapping) -> Table:
-    """A table of one result's "counterfactual": a row for each factor, and one for the reconstructions."""
-    found = result["counterfactual"]
+def format_swaps(found: Mapping) -> Table:
+    """A table of what `counterfactual` found, for rich's console: a row a factor, and one for the reconstructions."""
     table = Table(title=f"swaps of {found['pairs']} pairs, read by the nearest true image")
     for i, column in enumerate(("factor", "arrived", "others kept", "exact", "95 %", "PSNR", "concepts")):
         table.add_column(column, justify="right" if 0 < i < 6 else "left", overflow="fold")

@@ -47,7 +47,8 @@ def factor_paths(dataset: Dataset, index: int, groups: Groups, columns: int = 7)
         factors = np.repeat(own[None], len(values), axis=0)
         factors[:, f] = values
         images = to_float(dataset.images(dataset.indices(factors)))
-        paths[label] = FactorPath(owners[label], images, float(own[f] / (size - 1)))
+        place = np.interp(own[f], values, np.linspace(0, 1, len(values)))  # also of a value that is left out
+        paths[label] = FactorPath(owners[label], images, float(place))
     if not paths:
         raise InputError(f"groups are {', '.join(groups) or 'none'}; none is a factor of {dataset.name}")
     return paths
