@@ -29,7 +29,7 @@ from encdiff.evaluation import counterfactual
 from encdiff.files.temporaries import atomic_path
 from encdiff.models import EncDiff
 from encdiff.models.autoencoder import VQAutoencoder
-from encdiff.pictures import save_png, swap_grid
+from encdiff.pictures import save_png, swap_grid, true_swaps
 from encdiff.training import AutoencoderTrainConfig, TrainConfig, Training
 from encdiff.training.autoencoder import AutoencoderTraining
 
@@ -213,12 +213,9 @@ def swaps(model: EncDiff, room: Room, lab: Lab) -> dict:
     found = counterfactual(model, room, pairs=4 if lab.cpu else 128)
     sources, targets = room.pairs(5)
     groups = {name: swap["concepts"] for name, swap in found["factors"].items() if swap["concepts"]}
-    images = {"sources": sources, "targets": targets} | {
-        name: room.swapped(sources, targets, f) for f, name in enumerate(found["factors"])
-    }
-    shown = {name: to_float(room.images(rows)).to(lab.device) for name, rows in images.items()}
-    grid = swap_grid(model, shown.pop("sources"), shown.pop("targets"), groups=groups, truth=shown)
-    save_png(grid, lab.out / "swaps.png")
+    pairs = (to_float(room.images(rows)).to(lab.device) for rows in (sources, targets))
+    truth = true_swaps(room, sources, targets, groups)
+    save_png(swap_grid(model, *pairs, groups=groups, truth=truth), lab.out / "swaps.png")
     return found
 
 

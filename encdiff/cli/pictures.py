@@ -17,7 +17,6 @@ from encdiff.cli.support import (
     parse_concepts,
     results,
     save_picture,
-    true_swaps,
     writable,
 )
 from encdiff.errors import InputError
@@ -64,7 +63,7 @@ def swap(
     After `evaluate`, all concepts that carry one factor are swapped together; --no-by-factor swaps each alone, and
     --concepts 0,3 these together. Of a grid of factors the true image that should come out stands beside each.
     """
-    from encdiff.pictures import swap_grid
+    from encdiff.pictures import swap_grid, true_swaps
 
     model, dataset = open_model(run, data, device)
     if (source is None) != (target is None) or len(source or ()) != len(target or ()):
@@ -76,7 +75,7 @@ def swap(
     groups = factor_groups(run, model) if by_factor and not concepts else None
     if together := parse_concepts(concepts):
         groups = {"chosen": together}
-    truth = true_swaps(dataset, chosen[:count], chosen[count:], groups or (), model)
+    truth = true_swaps(dataset, chosen[:count], chosen[count:], groups or {})
     with progress_bar("sampling") as report:
         picture = swap_grid(
             model, images[:count], images[count:], groups=groups, truth=truth, sampler=sampler.value, steps=steps,

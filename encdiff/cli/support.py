@@ -1,7 +1,7 @@
 """What the commands share: options, devices, data, models, files."""
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
@@ -192,18 +192,6 @@ def images_of(dataset, indices: Sequence[int], model):
     from encdiff.data import to_float
 
     return to_float(dataset.images(indices)).to(next(model.parameters()).device)
-
-
-def true_swaps(dataset, sources: Sequence[int], targets: Sequence[int], names: Iterable[str], model) -> dict:
-    """By factor, the true images that its swaps should give; none where the data has no such images."""
-    if not dataset.is_complete:
-        return {}
-    factors = {name.replace("_", " "): f for f, name in enumerate(dataset.factor_names)}
-    return {
-        name: images_of(dataset, dataset.swapped(sources, targets, factors[name]), model)
-        for name in names
-        if name in factors
-    }
 
 
 def factor_groups(run: Path, model) -> dict[str, list[int]]:

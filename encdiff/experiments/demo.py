@@ -32,6 +32,7 @@ from encdiff.pictures import (
     factor_traversal,
     save_png,
     swap_grid,
+    true_swaps,
 )
 from encdiff.terminal import console, progress_bar, say
 from encdiff.training import TrainConfig, train
@@ -142,8 +143,7 @@ def _draw(model: EncDiff, dataset: Dataset, result: dict, seed: int) -> dict[str
     def images(rows: np.ndarray) -> Tensor:
         return to_float(dataset.images(rows)).to(next(model.parameters()).device)
 
-    factors = {name.replace("_", " "): f for f, name in enumerate(dataset.factor_names)}
-    truth = {name: images(dataset.swapped(sources, targets, factors[name])) for name in groups}
+    truth = true_swaps(dataset, sources, targets, groups)
     with progress_bar("sampling swaps") as report:
         swapped = swap_grid(
             model, images(sources), images(targets), groups=groups, truth=truth, seed=seed, progress=report

@@ -9,11 +9,11 @@ from encdiff.metrics.groups import concept_groups, concept_labels
 from encdiff.models.batches import encode_images
 from encdiff.pictures.concepts import attention_picture, swap_grid, traversal
 from encdiff.pictures.lines import edits, interpolation
-from encdiff.pictures.paths import FactorPath, factor_paths, factor_traversal
+from encdiff.pictures.paths import FactorPath, factor_paths, factor_traversal, true_swaps
 from encdiff.pictures.samples import sample_sheet
 from encdiff.pictures.sheet import save_png
 
 __all__ = [
     "FactorPath", "attention_picture", "concept_groups", "concept_labels", "edits", "encode_images", "factor_paths",
-    "factor_traversal", "interpolation", "sample_sheet", "save_png", "swap_grid", "traversal",
+    "factor_traversal", "interpolation", "sample_sheet", "save_png", "swap_grid", "traversal", "true_swaps",
 ]  # fmt: skip

@@ -9,6 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from encdiff.data import Dataset, to_float
+from encdiff.data.dataset import Indices
 from encdiff.errors import InputError
 from encdiff.metrics.groups import Groups
 from encdiff.models import EncDiff
@@ -26,6 +27,18 @@ class FactorPath(NamedTuple):
     concepts: list[int]  # that carry the factor
     images: Tensor  # (V, 3, S, S)
     place: float  # of the image's own value between the first (0) and the last (1)
+
+
+def true_swaps(dataset: Dataset, sources: Indices, targets: Indices, groups: Groups) -> dict[str, Tensor]:
+    """For `swap_grid`: by group that is a factor of the data, the images (K, 3, S, S) that its swaps should give.
+
+    Empty where the data set is no complete grid with one image each.
+    """
+    if not dataset.is_complete:
+        return {}
+    factors = {name.replace("_", " "): f for f, name in enumerate(dataset.factor_names)}
+    shared = [name for name in groups if name in factors]
+    return {name: to_float(dataset.images(dataset.swapped(sources, targets, factors[name]))) for name in shared}
 
 
 def factor_paths(dataset: Dataset, index: int, groups: Groups, columns: int = 7) -> dict[str, FactorPath]:
