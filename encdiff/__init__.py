@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from encdiff.errors import InputError
     from encdiff.evaluation import evaluate
     from encdiff.health import doctor
+    from encdiff.interop.scheduler import EncDiffScheduler as EncDiffScheduler
     from encdiff.models import PRESETS, EncDiff, EncDiffConfig
     from encdiff.ops import explain, use_impl
     from encdiff.training import TrainConfig, train
@@ -25,6 +26,7 @@ _HOMES = {
     "PRESETS": "encdiff.models",
     "EncDiff": "encdiff.models",
     "EncDiffConfig": "encdiff.models",
+    "EncDiffScheduler": "encdiff.interop.scheduler",  # not in __all__: `import *` must not need diffusers
     "InputError": "encdiff.errors",
     "SamplingEngine": "encdiff.engine",
     "TrainConfig": "encdiff.training",
@@ -37,8 +39,8 @@ _HOMES = {
     "use_impl": "encdiff.ops",
 }
 _ROOMS = (
-    "data", "diffusion", "engine", "evaluation", "experiments", "metrics", "models", "ops", "pictures", "prior",
-    "training",
+    "data", "diffusion", "engine", "evaluation", "experiments", "interop", "metrics", "models", "ops", "pictures",
+    "prior", "training",
 )  # fmt: skip
 
 
@@ -52,4 +54,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*__all__, *_ROOMS, "__version__", "__doc__", "__file__", "__name__", "__path__"])
+    return sorted([*_HOMES, *_ROOMS, "__version__", "__doc__", "__file__", "__name__", "__path__"])
