@@ -24,8 +24,8 @@ class SamplingEngine:
 
     On a GPU all of it, from the bank over every step to the decoder, is one CUDA graph for each batch size, captured at
     the second call of that size; batches are filled up to a power of two, so that few graphs serve all. Elsewhere it is
-    `EncDiff.sample`, and so it is with a scheduler of diffusers as `sampler`: that keeps its place on the host, which no
-    graph repeats. The parameters must stay where they are: make a new engine after `model.to(...)`.
+    `EncDiff.sample`, and so it is with a scheduler of diffusers as `sampler`: it keeps its place on the host, where no
+    graph can follow. The parameters must stay where they are: make a new engine after `model.to(...)`.
 
     precision: "bf16" lets a bfloat16 copy of the U-Net compute, as it is now; x, bank and decoder stay as they are.
     `options` are those of `EncDiff.sample`, without x_T and token_bias, which are given to the call, and progress.

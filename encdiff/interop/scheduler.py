@@ -29,8 +29,8 @@ class EncDiffScheduler(SchedulerMixin, ConfigMixin):
 
     Args:
         sampler: dpm-solver++, unipc, euler, heun, ddim or ddpm.
-        num_train_timesteps, beta_start, beta_end, beta_schedule, trained_betas, rescale_betas_zero_snr: the schedule the
-            model was trained on, with the names and defaults of diffusers.
+        num_train_timesteps, beta_start, beta_end, beta_schedule, trained_betas, rescale_betas_zero_snr: the schedule
+            that the model was trained on, with the names and defaults of diffusers.
         prediction_type: what the model gives: epsilon, v_prediction or sample.
         timestep_spacing: leading, trailing or linspace, as in the class of diffusers of this kind; None is what
             `EncDiff.sample` takes, which is linspace, and for ddim and ddpm leading.
