@@ -62,7 +62,8 @@ def run(
     CPU, without one from torch's own: a sample then depends on its batch. `eta` is for a step that takes one. Returns
     x0 of the noise's shape and dtype.
     """
-    takes, options = inspect.signature(scheduler.step).parameters, {}
+    takes = inspect.signature(scheduler.step).parameters
+    options: dict[str, Any] = {}
     if eta:
         if "eta" not in takes:
             raise InputError(f"eta is {eta}, must be 0 for {type(scheduler).__name__}, whose step takes none")

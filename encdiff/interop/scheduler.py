@@ -22,7 +22,7 @@ BETA_SCHEDULES = {"squaredcos_cap_v2": "cosine"}  # the others have our names
 SPACINGS = (None, "leading", "trailing", "linspace")
 
 
-class EncDiffScheduler(SchedulerMixin, ConfigMixin):
+class EncDiffScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # both say what config_name is
     """One of our samplers as a scheduler of diffusers: a step is one pass of `ops.step`, for "unipc" two.
 
         pipe.scheduler = EncDiffScheduler.from_config(pipe.scheduler.config, sampler="unipc")
@@ -145,9 +145,9 @@ class EncDiffScheduler(SchedulerMixin, ConfigMixin):
     def _stages(self, steps: int, begin: int = 0) -> list[Stage]:
         c = self.config
         return menu.stages(
-            c.sampler, self.alphas_cumprod, steps, prediction=PREDICTIONS[c.prediction_type], eta=c.eta,
-            spacing=c.timestep_spacing, offset=c.steps_offset, karras=c.use_karras_sigmas,
-            final=1.0 if c.set_alpha_to_one else None, begin=begin,
+            c["sampler"], self.alphas_cumprod, steps, prediction=PREDICTIONS[c["prediction_type"]], eta=c["eta"],
+            spacing=c["timestep_spacing"], offset=c["steps_offset"], karras=c["use_karras_sigmas"],
+            final=1.0 if c["set_alpha_to_one"] else None, begin=begin,
         )  # fmt: skip
 
     def _begin(self, timestep: float, sample: Tensor, generator: Any) -> Walk:
@@ -160,7 +160,7 @@ class EncDiffScheduler(SchedulerMixin, ConfigMixin):
         if not 0 <= first < len(self._times) or first % self.order:
             raise InputError(f"timestep is {timestep:g}, begin_index {self._begin_index}; must be where a step begins")
         self._first = first
-        clip = self.config.clip_sample_range if self.config.clip_sample else None
+        clip = self.config["clip_sample_range"] if self.config["clip_sample"] else None
         stages = self._stages(self.num_inference_steps, first // self.order)
         return Walk(sample, stages, fresh=True, clip=clip, generator=generator)
 
