@@ -58,6 +58,7 @@ setup(
         "encdiff.experiments",
         "encdiff.files",
         "encdiff.health",
+        "encdiff.interop",
         "encdiff.kernels",
         "encdiff.kernels.cross_attention",
         "encdiff.metrics",

@@ -1,0 +1,1 @@
+"""Our kernels and samplers in other libraries' models, and theirs in ours."""
