@@ -253,7 +253,7 @@ def test_layers_with_adapters_stay_with_their_library():
         assert len(ran) == 3
         assert "mid_block.attentions.0.transformer_blocks.0.attn2" in layers(unet)
         assert layers(unet)["mid_block.attentions.0.transformer_blocks.0.attn2"].reasons == [
-            "to_v is LoRA, not a plain Linear"
+            "to_v: test_patch.LoRA, not a plain torch Linear"
         ]
         encdiff.unpatch(unet)
         assert relative(patched, unet(**given).sample) < 1e-5

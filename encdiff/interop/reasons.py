@@ -15,9 +15,10 @@ EXTRAS: dict[str, Any] = {
 
 def attention_reasons(attn: Any, norm: Any) -> list[str]:
     """Why `attn`, with the LayerNorm before it, stays with its library; empty: our op computes the same."""
-    reasons = [f"{name} is {type(getattr(attn, name)).__name__}" for name in _not_linear(attn)]
-    if reasons:
-        return [f"{reason}, not a plain Linear" for reason in reasons]
+    if wrapped := _not_linear(attn):
+        kinds = {f"{type(getattr(attn, name)).__module__}.{type(getattr(attn, name)).__name__}" for name in wrapped}
+        return [f"{', '.join(wrapped)}: {', '.join(sorted(kinds))}, not a plain torch Linear"]
+    reasons = []
     processor = type(getattr(attn, "processor", None)).__name__
     if hasattr(attn, "processor") and processor not in PLAIN_PROCESSORS:
         reasons.append(f"its processor is {processor}")

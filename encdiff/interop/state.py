@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from encdiff.errors import InputError
+from encdiff.ops._triton import autocast_dtype
 
 
 class Recorder(Protocol):
@@ -64,8 +65,7 @@ class Patch:
             return None
         if context.is_cuda and torch.cuda.is_current_stream_capturing():
             return None
-        autocast = torch.is_autocast_enabled(context.device.type), torch.get_autocast_dtype(context.device.type)
-        state = (*((t.data_ptr(), t._version, t.dtype) for t in sources), *autocast)
+        state = (*((t.data_ptr(), t._version, t.dtype) for t in sources), autocast_dtype(context))
         known = self.tokens.get(name)
         if known is None or known.context() is not context or known.state != state:
             k, v = F.linear(context, attn.to_k.weight), F.linear(context, attn.to_v.weight)
