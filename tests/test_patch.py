@@ -178,6 +178,16 @@ def test_compiles_whole():
         assert relative(compiled(**given).sample, expected) < 1e-5
 
 
+def test_repeated_blocks_compile():
+    unet, given = unet_of("sd1"), inputs("sd1")
+    with torch.no_grad():
+        expected = unet(**given).sample
+        encdiff.patch(unet)
+        unet.compile_repeated_blocks(fullgraph=True, backend="aot_eager")
+        assert all(m._compiled_call_impl for m in unet.modules() if hasattr(m, "attn2"))
+        assert relative(unet(**given).sample, expected) < 1e-5
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_as_near_to_float32_as_stock(dtype):
     unet, given = unet_of("sd1"), inputs("sd1")

@@ -7,6 +7,7 @@ from _unets import inputs, relative, unet_of
 
 import encdiff
 from encdiff.interop import state
+from encdiff.interop.patch import state_of
 
 
 @pytest.fixture
@@ -30,6 +31,20 @@ def test_a_prompt_is_projected_once(projections):
             first = unet(**given | {"timestep": t}).sample
         assert len(projections) == 2 * 4
         assert torch.equal(unet(**given | {"timestep": 1}).sample, first)
+
+
+def test_keys_and_values_go_with_their_prompt():
+    unet, given = unet_of("sd1"), inputs("sd1")
+    encdiff.patch(unet)
+    kept = state_of(unet).tokens
+    with torch.no_grad():
+        unet(**given)
+        assert len(kept) == 4
+        given = inputs("sd1")  # the next prompt takes the place of the last
+        unet(**given)
+        assert len(kept) == 4
+    del given
+    assert not kept
 
 
 def changed_prompt(unet, given):

@@ -69,7 +69,8 @@ class Patch:
         known = self.tokens.get(name)
         if known is None or known.context() is not context or known.state != state:
             k, v = F.linear(context, attn.to_k.weight), F.linear(context, attn.to_v.weight)
-            self.tokens[name] = known = Projected(weakref.ref(context), state, (k, v))
+            gone = weakref.ref(context, lambda _: self.tokens.pop(name, None))  # their memory goes with the prompt
+            self.tokens[name] = known = Projected(gone, state, (k, v))
         return known.keys_values
 
     def forget(self) -> None:
