@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from encdiff.health import doctor
     from encdiff.interop.maps import record_maps
     from encdiff.interop.patch import explain, patch, unpatch
+    from encdiff.interop.scheduler import EncDiffScheduler as EncDiffScheduler
     from encdiff.interop.tgate import tgate
     from encdiff.models import PRESETS, EncDiff, EncDiffConfig
     from encdiff.ops import use_impl
@@ -29,6 +30,7 @@ _HOMES = {
     "PRESETS": "encdiff.models",
     "EncDiff": "encdiff.models",
     "EncDiffConfig": "encdiff.models",
+    "EncDiffScheduler": "encdiff.interop.scheduler",  # not in __all__: `import *` must not need diffusers
     "InputError": "encdiff.errors",
     "SamplingEngine": "encdiff.engine",
     "TGate": "encdiff.diffusion.gate",
@@ -46,8 +48,8 @@ _HOMES = {
     "use_impl": "encdiff.ops",
 }
 _ROOMS = (
-    "data", "diffusion", "engine", "evaluation", "experiments", "metrics", "models", "ops", "pictures", "prior",
-    "training",
+    "data", "diffusion", "engine", "evaluation", "experiments", "interop", "metrics", "models", "ops", "pictures",
+    "prior", "training",
 )  # fmt: skip
 
 
@@ -61,4 +63,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*__all__, *_ROOMS, "__version__", "__doc__", "__file__", "__name__", "__path__"])
+    return sorted([*_HOMES, *_ROOMS, "__version__", "__doc__", "__file__", "__name__", "__path__"])

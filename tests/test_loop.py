@@ -3,6 +3,8 @@ import torch
 
 from encdiff import ops
 from encdiff.diffusion.edm import edm_denoiser
+from encdiff.diffusion.loop import Walk, run
+from encdiff.diffusion.menu import stages as stages_of
 from encdiff.diffusion.samplers import ddim, ddim_invert, ddpm, ddpm_coefficients
 from encdiff.diffusion.schedules import alphas_cumprod, make_betas, spaced_timesteps
 from encdiff.diffusion.solvers import dpm_solver_pp, edm_path, euler, heun, unipc, vp_path
@@ -148,6 +150,16 @@ def test_a_generator_draws_from_torchs_own_stream():
     assert not torch.allclose(seen[1], ours)
     with pytest.raises(InputError, match="generator and seed are both given"):
         ddpm(model, x, ALPHA_BAR, steps=2, seed=3, generator=torch.Generator())
+
+
+def test_a_walk_is_the_loop():
+    x, stages, calls = start(), stages_of("unipc", ALPHA_BAR, 5), 0
+    walk = Walk(x, stages, seed=1)
+    while (time := walk.time) is not None:
+        assert time.shape == (3,) and time.dtype == torch.int64 and walk.calls == calls
+        walk.advance(model(walk.x, time))
+        calls += 1
+    assert calls == 5 and torch.equal(walk.x, run(model, x, stages))
 
 
 def test_an_unknown_option_is_refused():

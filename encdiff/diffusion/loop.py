@@ -1,8 +1,8 @@
 """The loop behind every sampler: a list of stages, each one pass of `ops.step`; a new sampler is a list."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, NamedTuple, TypedDict, Unpack
 
 import torch
 
@@ -31,7 +31,7 @@ class Options(TypedDict, total=False):
       seed, sample_ids, i + 1)`, so a sample is the same in any batch, and draw 0 is free for the start. Without a seed
       torch's global generator gives one, without ids they are 0 .. B-1;
     - `generator` draws that noise from torch's own stream instead, on its own device, to compare with other code: a
-      sample then depends on its batch;
+      sample then depends on its batch, unless each has one of its own;
     - `callback(i, t, x, x0)` is called at the model's call i = 0, 1, .. with the x it saw and the x0 predicted from it.
 
     The loop writes over its own x, so `denoise` must not keep it; with a callback, every x and x0 is a fresh tensor.
@@ -42,63 +42,104 @@ class Options(TypedDict, total=False):
     guidance: float | None
     seed: int | None
     sample_ids: torch.Tensor | None
-    generator: torch.Generator | None
+    generator: torch.Generator | Sequence[torch.Generator] | None
     callback: Callback | None
 
 
 @torch.no_grad()
-def run(
-    denoise: Denoise,
-    x: torch.Tensor,
-    stages: list[Stage],
-    *,
-    clip: float | None = None,
-    quantile: float | None = None,
-    guidance: float | None = None,
-    seed: int | None = None,
-    sample_ids: torch.Tensor | None = None,
-    generator: torch.Generator | None = None,
-    callback: Callback | None = None,
-) -> torch.Tensor:
-    """Take x (B, ...) through the stages, without gradients; `Options` says what the arguments mean."""
-    rows, times = _tables(stages, x)
-    if generator is not None and seed is not None:
-        raise InputError("generator and seed are both given, must be one of them: either draws the noise")
-    if generator is None and seed is None and any(stage.row[4] for stage in stages):
-        seed = int(torch.randint(2**63 - 1, ()))
-    keeps_x0 = callback is not None or any(stage.history or stage.time is None for stage in stages)
-    past: dict[str, torch.Tensor] = {}
-    calls = 0
-    for i, (time, row, names) in enumerate(stages):
+def run(denoise: Denoise, x: torch.Tensor, stages: list[Stage], **options: Unpack[Options]) -> torch.Tensor:
+    """Take x (B, ...) through the stages, without gradients; `Options` says what the options mean."""
+    walk = Walk(x, stages, **options)
+    while (time := walk.time) is not None:
+        walk.advance(denoise(walk.x, time))
+    return walk.x
+
+
+class Walk:
+    """x on its way through the stages, from one call of the model to the next: what `run` does.
+
+        walk = Walk(x, stages, **options)
+        while (time := walk.time) is not None:
+            walk.advance(denoise(walk.x, time))
+        x0 = walk.x
+
+    `x` may be replaced between two calls. With `fresh`, or a callback, every x and x0 is a tensor of its own, else the
+    walk writes over its own. To be run under `torch.no_grad()`.
+    """
+
+    def __init__(
+        self,
+        x: torch.Tensor,
+        stages: list[Stage],
+        *,
+        fresh: bool = False,
+        clip: float | None = None,
+        quantile: float | None = None,
+        guidance: float | None = None,
+        seed: int | None = None,
+        sample_ids: torch.Tensor | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        callback: Callback | None = None,
+    ):
+        self.rows, self.times = _tables(stages, x)
+        if generator is not None and seed is not None:
+            raise InputError("generator and seed are both given, must be one of them: either draws the noise")
+        if generator is None and seed is None and any(stage.row[4] for stage in stages):
+            seed = int(torch.randint(2**63 - 1, ()))
+        self.x, self.stages, self.done, self.calls = x, stages, 0, 0
+        self.clip, self.quantile, self.guidance = clip, quantile, guidance
+        self.seed, self.sample_ids, self.generator = seed, sample_ids, generator
+        self.callback, self.fresh = callback, fresh or callback is not None
+        self.keeps_x0 = callback is not None or any(stage.history or stage.time is None for stage in stages)
+        self.past: dict[str, torch.Tensor] = {}
+        self._pass_uncalled()
+
+    @property
+    def time(self) -> torch.Tensor | None:
+        """When to call the model for the next stage, (B,) on x's device; None at the end."""
+        return self.times[self.done].expand(len(self.x)) if self.done < len(self.stages) else None
+
+    def advance(self, output: torch.Tensor | tuple[torch.Tensor, torch.Tensor]) -> None:
+        """Take x through the stage that this output of the model is for, and on to the next call."""
+        self._pass(*_pair(output, self.guidance))
+        self._pass_uncalled()
+
+    def _pass_uncalled(self) -> None:
+        while self.done < len(self.stages) and self.stages[self.done].time is None:
+            self._pass(self.past.get("x0", self.x))
+
+    def _pass(self, output: torch.Tensor, unconditional: torch.Tensor | None = None) -> None:
+        (time, _, names), x, past = self.stages[self.done], self.x, self.past
         called = time is not None
-        output, unconditional = past.get("x0", x), None
-        if called:
-            output, unconditional = _pair(denoise(x, times[i].expand(len(x))), guidance)
-        fresh: dict[str, Any] = {}
-        if row[4]:
-            fresh = {"seed": seed, "sample_ids": sample_ids, "draw": i + 1}
-            fresh = fresh if generator is None else {"noise": _randn_like(x, generator)}
-        reuse = callback is None and i > 1  # no later stage reads these two; the very first x is the caller's
+        reuse = not self.fresh and self.done > 1  # no later stage reads these two; the very first x is the caller's
         x_next, x0 = past["x"] if reuse else torch.empty_like(x), None
-        if called and keeps_x0:
+        if called and self.keeps_x0:
             x0 = past["older x0"] if reuse and "older x0" in past else torch.empty_like(x)
         step(
-            x, output, rows[i], clip=clip if called else None, quantile=quantile if called else None,
-            unconditional=unconditional, guidance=1.0 if guidance is None else guidance,
-            history=tuple(past[name] for name in names), return_x0=x0 is not None,
-            out=x_next if x0 is None else (x_next, x0), **fresh,
+            x, output, self.rows[self.done], clip=self.clip if called else None,
+            quantile=self.quantile if called else None, unconditional=unconditional,
+            guidance=1.0 if self.guidance is None else self.guidance, history=tuple(past[name] for name in names),
+            return_x0=x0 is not None, out=x_next if x0 is None else (x_next, x0), **self._noise(),
         )  # fmt: skip
-        if callback is not None and time is not None and x0 is not None:
-            callback(calls, time, x, x0)
+        if self.callback is not None and time is not None and x0 is not None:
+            self.callback(self.calls, time, x, x0)
         if x0 is not None:
             past |= {"older x0": past["x0"]} if "x0" in past else {}
             past["x0"] = x0
-        calls += called
-        past["x"], x = x, x_next
-    return x
+        past["x"], self.x = x, x_next
+        self.calls, self.done = self.calls + called, self.done + 1
+
+    def _noise(self) -> dict[str, Any]:
+        if not self.stages[self.done].row[4]:
+            return {}
+        if self.generator is not None:
+            return {"noise": _randn_like(self.x, self.generator)}
+        return {"seed": self.seed, "sample_ids": self.sample_ids, "draw": self.done + 1}
 
 
-def _randn_like(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+def _randn_like(x: torch.Tensor, generator: torch.Generator | Sequence[torch.Generator]) -> torch.Tensor:
+    if not isinstance(generator, torch.Generator):  # one for each sample
+        return torch.cat([_randn_like(row, own) for row, own in zip(x.split(1), generator, strict=True)])
     return torch.randn(x.shape, generator=generator, device=generator.device, dtype=compute_dtype(x)).to(x.device)
 
 

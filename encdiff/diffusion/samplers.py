@@ -34,8 +34,7 @@ def ddim(
     alpha_bar_0, not 1. Raises InputError for steps outside 1..T, eta out of range or an unknown prediction.
     """
     timesteps = ddim_timesteps(steps, len(alphas_cumprod))
-    table = ddim_coefficients(alphas_cumprod, timesteps, eta, prediction)
-    return run(denoise, x_T, _stages(timesteps.flip(0), table.flip(0)), **options)
+    return run(denoise, x_T, ddim_stages(alphas_cumprod, timesteps, eta, prediction), **options)
 
 
 def ddim_invert(
@@ -71,8 +70,24 @@ def ddpm(
     """
     num_timesteps = len(alphas_cumprod)
     timesteps = ddpm_timesteps(num_timesteps if steps is None else steps, num_timesteps)
-    table = ddpm_coefficients(alphas_cumprod, timesteps, prediction)
-    return run(denoise, x_T, _stages(timesteps.flip(0), table.flip(0)), **options)
+    return run(denoise, x_T, ddpm_stages(alphas_cumprod, timesteps, prediction), **options)
+
+
+def ddim_stages(
+    alphas_cumprod: torch.Tensor,
+    timesteps: torch.Tensor,
+    eta: float = 0.0,
+    prediction: str = "epsilon",
+    final: float | None = None,
+) -> list[Stage]:
+    """What `ddim` runs at ascending int64 timesteps (steps,); `final` is the alpha_bar it ends at, None alpha_bar_0."""
+    table = ddim_coefficients(alphas_cumprod, timesteps, eta, prediction, final)
+    return _stages(timesteps.flip(0), table.flip(0))
+
+
+def ddpm_stages(alphas_cumprod: torch.Tensor, timesteps: torch.Tensor, prediction: str = "epsilon") -> list[Stage]:
+    """What `ddpm` runs at ascending int64 timesteps (steps,)."""
+    return _stages(timesteps.flip(0), ddpm_coefficients(alphas_cumprod, timesteps, prediction).flip(0))
 
 
 def _stages(timesteps: torch.Tensor, table: torch.Tensor) -> list[Stage]:
@@ -80,12 +95,15 @@ def _stages(timesteps: torch.Tensor, table: torch.Tensor) -> list[Stage]:
 
 
 def ddim_rows(
-    alphas_cumprod: torch.Tensor, timesteps: torch.Tensor, eta: float = 0.0
+    alphas_cumprod: torch.Tensor, timesteps: torch.Tensor, eta: float = 0.0, final: float | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """sigma, alpha_bar and the preceding alpha_bar of each step, float64 (steps,); before the first is alpha_bar_0."""
+    """sigma, alpha_bar and the preceding alpha_bar of each step, float64 (steps,); before the first is alpha_bar_0.
+
+    Or `final`, where it is given.
+    """
     alpha_bar = _float64(alphas_cumprod)
     alpha = alpha_bar[timesteps]
-    alpha_prev = torch.cat([alpha_bar[:1], alpha[:-1]])
+    alpha_prev = torch.cat([alpha_bar[:1] if final is None else alpha.new_tensor([final]), alpha[:-1]])
     sigma = eta * ((1 - alpha_prev) / (1 - alpha) * (1 - alpha / alpha_prev)).sqrt()  # DDIM eq. 16
     if not ((sigma >= 0) & (sigma**2 <= 1 - alpha_prev)).all():
         raise InputError(f"eta is {eta}, must lie in 0 to 1, or so near that sigma^2 <= 1 - alpha_bar")
@@ -93,10 +111,14 @@ def ddim_rows(
 
 
 def ddim_coefficients(
-    alphas_cumprod: torch.Tensor, timesteps: torch.Tensor, eta: float = 0.0, prediction: str = "epsilon"
+    alphas_cumprod: torch.Tensor,
+    timesteps: torch.Tensor,
+    eta: float = 0.0,
+    prediction: str = "epsilon",
+    final: float | None = None,
 ) -> torch.Tensor:
     """DDIM's table: alphas_cumprod (T,), ascending int64 timesteps (steps,) -> float64 (steps, 5) on the CPU."""
-    return _ddim_table(*ddim_rows(alphas_cumprod, timesteps, eta), prediction)
+    return _ddim_table(*ddim_rows(alphas_cumprod, timesteps, eta, final), prediction)
 
 
 def ddpm_coefficients(

@@ -34,25 +34,28 @@ def vp_path(alphas_cumprod: torch.Tensor, timesteps: torch.Tensor) -> Path:
 
     Between whole timesteps the ratio s/a is interpolated, as k-diffusion does.
     """
-    ratio = _ratio(alphas_cumprod)
-    t = timesteps.double().cpu()
-    if t.ndim != 1 or len(t) == 0 or not ((t >= 0) & (t <= len(ratio) - 1)).all() or not (t.diff() < 0).all():
-        raise InputError(f"timesteps {tuple(t.shape)} must descend within 0 to {len(ratio) - 1}")
-    below = t.floor().long()
-    above = (below + 1).clamp(max=len(ratio) - 1)
-    # at a whole timestep no neighbour counts: the last of a schedule with zero terminal SNR has an infinite ratio
-    between = torch.lerp(ratio[below], ratio[above], t - below)
-    return _vp(torch.where(t == below, ratio[below], between), t)
+    t, last = timesteps.double().cpu(), len(alphas_cumprod) - 1
+    if t.ndim != 1 or len(t) == 0 or not ((t >= 0) & (t <= last)).all() or not (t.diff() < 0).all():
+        raise InputError(f"timesteps {tuple(t.shape)} must descend within 0 to {last}")
+    return _vp(_ratio_at(alphas_cumprod, t), t)
 
 
-def vp_karras_path(alphas_cumprod: torch.Tensor, steps: int, rho: float = 7.0) -> Path:
-    """As `vp_path`, at EDM's spacing of s/a between the schedule's ends; timesteps rounded to whole ones."""
+def vp_levels(alphas_cumprod: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+    """The factors a of the data and s of the noise at any timesteps (B,), as `vp_path` has them: float64 (B, 2)."""
+    t, last = timesteps.double().cpu(), len(alphas_cumprod) - 1
+    if not ((t >= 0) & (t <= last)).all():
+        raise InputError(f"timesteps span {t.min():g} to {t.max():g}, must lie in 0 to {last}")
+    return torch.stack(_levels(_ratio_at(alphas_cumprod, t)), 1)
+
+
+def vp_karras_path(alphas_cumprod: torch.Tensor, steps: int, rho: float = 7.0, whole: bool = True) -> Path:
+    """As `vp_path`, at EDM's spacing of s/a between the schedule's ends; timesteps rounded, if `whole`."""
     ratio = _ratio(alphas_cumprod)
     levels = karras_sigmas(steps, ratio[0].item(), ratio[-1].item(), rho)
     log, log_levels = ratio.log(), levels.log()
     low = (torch.searchsorted(log, log_levels, right=True) - 1).clamp(0, len(log) - 2)
     weight = ((log_levels - log[low]) / (log[low + 1] - log[low])).clamp(0, 1)
-    return _vp(levels, (low + weight).round())
+    return _vp(levels, (low + weight).round() if whole else low + weight)
 
 
 def edm_path(steps: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> Path:
@@ -86,9 +89,13 @@ def euler(
     x is at the path's first level; `prediction` is `epsilon`, `v`, `x0` or `flow`. Options: `clip`, `quantile`,
     `guidance` and `callback` as `loop.Options` says. Returns x0 of x's shape and dtype; runs without gradients.
     """
+    return run(denoise, x, euler_stages(path, prediction), **options)
+
+
+def euler_stages(path: Path, prediction: str) -> list[Stage]:
+    """What `euler` runs."""
     to_x0 = _to_x0(path, prediction)
-    stages = [Stage(t, (*to_x0[i], *_first_order(path, i), 0.0)) for i, t in enumerate(path.time)]
-    return run(denoise, x, stages, **options)
+    return [Stage(t, (*to_x0[i], *_first_order(path, i), 0.0)) for i, t in enumerate(path.time)]
 
 
 def heun(
@@ -108,6 +115,17 @@ def heun(
     from a sigma in `churn_range` first adds noise up to sigma (1 + min(churn / steps, sqrt(2) - 1)), `churn_noise`
     times as much as that takes. `seed` and `sample_ids` key it.
     """
+    return run(denoise, x, heun_stages(path, prediction, churn, churn_range, churn_noise), **options)
+
+
+def heun_stages(
+    path: Path,
+    prediction: str,
+    churn: float = 0.0,
+    churn_range: tuple[float, float] = (0.0, math.inf),
+    churn_noise: float = 1.0,
+) -> list[Stage]:
+    """What `heun` runs."""
     steps, k = len(path.time), path.scale
     if 0 in k:
         raise InputError("a level of the path is pure noise, without a slope for Heun; use another solver")
@@ -130,7 +148,7 @@ def heun(
             begin, end = h / (2 * s), h / (2 * sigma[i + 1])
             past = ((1 + begin) * k[i + 1] / k[i], -begin * k[i + 1])
             stages.append(Stage(path.time[i + 1], (*to_x0[i + 1], -end * k[i + 1], end, 0.0, *past), ("x", "x0")))
-    return run(denoise, x, stages, **options)
+    return stages
 
 
 def dpm_solver_pp(
@@ -142,6 +160,11 @@ def dpm_solver_pp(
     **options: Unpack[Options],
 ) -> torch.Tensor:
     """DPM-Solver++(2M) (arXiv 2211.01095, algorithm 2), the last step of first order. Arguments as `euler`."""
+    return run(denoise, x, dpm_solver_pp_stages(path, prediction), **options)
+
+
+def dpm_solver_pp_stages(path: Path, prediction: str) -> list[Stage]:
+    """What `dpm_solver_pp` runs."""
     to_x0, stages, n = _to_x0(path, prediction), [], len(path.time)
     for i, t in enumerate(path.time):
         phi, r = _first_order(path, i)
@@ -150,7 +173,7 @@ def dpm_solver_pp(
             stages.append(Stage(t, (*to_x0[i], phi + half, r, 0.0, -half), ("x0",)))
         else:
             stages.append(Stage(t, (*to_x0[i], phi, r, 0.0)))
-    return run(denoise, x, stages, **options)
+    return stages
 
 
 def unipc(
@@ -165,6 +188,11 @@ def unipc(
 
     From the second call on, a stage first corrects x with the new output, then another, without a call, predicts.
     """
+    return run(denoise, x, unipc_stages(path, prediction), **options)
+
+
+def unipc_stages(path: Path, prediction: str) -> list[Stage]:
+    """What `unipc` runs."""
     to_x0, stages, n = _to_x0(path, prediction), [], len(path.time)
     for i, t in enumerate(path.time):
         phi, r = _first_order(path, i)
@@ -175,7 +203,7 @@ def unipc(
         stages.append(_unipc_corrector(path, i, t, to_x0[i]))
         past = ((-half,), ("older x0",)) if half else ((), ())
         stages.append(Stage(None, (0.0, 1.0, phi + half, r, 0.0, *past[0]), past[1]))
-    return run(denoise, x, stages, **options)
+    return stages
 
 
 def _unipc_corrector(path: Path, i: int, time: float, to_x0: tuple[float, float]) -> Stage:
@@ -231,7 +259,21 @@ def _ratio(alphas_cumprod: torch.Tensor) -> torch.Tensor:
     return ((1 - alpha_bar) / alpha_bar).sqrt().cpu()
 
 
-def _vp(ratio: torch.Tensor, timesteps: torch.Tensor) -> Path:
+def _ratio_at(alphas_cumprod: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    ratio = _ratio(alphas_cumprod)
+    below = t.floor().long()
+    above = (below + 1).clamp(max=len(ratio) - 1)
+    # at a whole timestep no neighbour counts: the last of a schedule with zero terminal SNR has an infinite ratio
+    between = torch.lerp(ratio[below], ratio[above], t - below)
+    return torch.where(t == below, ratio[below], between)
+
+
+def _levels(ratio: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """a and s of their ratio."""
     a = (1 + ratio**2).rsqrt()
-    s = torch.where(ratio.isinf(), 1.0, ratio * a)
+    return a, torch.where(ratio.isinf(), 1.0, ratio * a)
+
+
+def _vp(ratio: torch.Tensor, timesteps: torch.Tensor) -> Path:
+    a, s = _levels(ratio)
     return Path(timesteps.tolist(), [*a.tolist(), 1.0], [*s.tolist(), 0.0], [*a.tolist(), 1.0])

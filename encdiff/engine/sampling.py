@@ -24,7 +24,8 @@ class SamplingEngine:
 
     On a GPU all of it, from the bank over every step to the decoder, is one CUDA graph for each batch size, captured at
     the second call of that size; batches are filled up to a power of two, so that few graphs serve all. Elsewhere it is
-    `EncDiff.sample`. The parameters must stay where they are: make a new engine after `model.to(...)`.
+    `EncDiff.sample`, and so it is with a scheduler of diffusers as `sampler`: it keeps its place on the host, where no
+    graph can follow. The parameters must stay where they are: make a new engine after `model.to(...)`.
 
     precision: "bf16" lets a bfloat16 copy of the U-Net compute, as it is now; x, bank and decoder stay as they are.
     `options` are those of `EncDiff.sample`, without x_T and token_bias, which are given to the call, and progress.
@@ -51,7 +52,8 @@ class SamplingEngine:
         for name, tensor in given.items():
             if len(tensor) != len(scalars):
                 raise InputError(f"{name} has {len(tensor)} rows, must have {len(scalars)}, one for each of scalars")
-        if scalars.device.type != "cuda" or not len(scalars):
+        by_name = isinstance(self.options.get("sampler", ""), str)
+        if scalars.device.type != "cuda" or not len(scalars) or not by_name:
             return self._sample(**given)[0]
         bucket = 1 << (len(scalars) - 1).bit_length()
         key = bucket, *((name, tensor.shape[1:], tensor.dtype) for name, tensor in given.items())

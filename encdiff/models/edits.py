@@ -2,7 +2,7 @@
 
 import operator
 from collections.abc import Callable, Iterable, Sequence
-from typing import Protocol, SupportsIndex
+from typing import Any, Protocol, SupportsIndex
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ from encdiff.errors import InputError
 from encdiff.models.core import EncDiffCore
 from encdiff.models.directions import Direction
 from encdiff.models.mode import evaluating
-from encdiff.models.sample import sample_latents
+from encdiff.models.sample import Sampler, sample_latents, scheduler_config
 
 Progress = Callable[[int, int], None]  # (done, total)
 
@@ -36,7 +36,7 @@ class EncDiffEdits(EncDiffCore):
         scalars: Tensor,
         *,
         x_T: Tensor | None = None,
-        sampler: str = "dpm-solver++",
+        sampler: Sampler = "dpm-solver++",
         steps: int = 20,
         eta: float = 0.0,
         gate: int | None = None,
@@ -51,8 +51,10 @@ class EncDiffEdits(EncDiffCore):
         sample_ids (B,) int64 for noise of their own, or x_T (B, c, h, w) for other starts. token_bias (B, N) emphasises
         or (-inf) erases concepts.
         `sampler` is one of `models.sample.SAMPLERS`: "ddim" with 200 steps is what the paper shows, and what `invert`
-        inverts; eta belongs to it. From evaluation `gate` of the U-Net on, the cross-attentions repeat what they gave
-        there (T-GATE, arXiv 2404.02747): less work, and not exact.
+        inverts; eta belongs to it. Or it is a scheduler of diffusers, made by `from_config(model.scheduler_config)`,
+        which is not changed; what noise it adds comes from a `torch.Generator` of `seed`, so that an image then depends
+        on its batch. From evaluation `gate` of the U-Net on, the cross-attentions repeat what they gave there (T-GATE,
+        arXiv 2404.02747): less work, and not exact.
         """
         if not isinstance(scalars, Tensor):
             raise InputError(f"scalars are {type(scalars).__name__}, must be a torch.Tensor (B, N); encode gives them")
@@ -72,9 +74,14 @@ class EncDiffEdits(EncDiffCore):
                 )
             )  # fmt: skip
 
+    @property
+    def scheduler_config(self) -> dict[str, Any]:
+        """What `from_config` of a scheduler of diffusers needs of this model: its schedule and its prediction."""
+        return scheduler_config(self.config)
+
     def sample_prior(
         self, count: int, prior: CodePrior, *,
-        sampler: str = "dpm-solver++", steps: int = 20, eta: float = 0.0, gate: int | None = None, seed: int = 0,
+        sampler: Sampler = "dpm-solver++", steps: int = 20, eta: float = 0.0, gate: int | None = None, seed: int = 0,
         batch_size: int = 64, progress: Progress | None = None,
     ) -> Tensor:  # fmt: skip
         """`count` images (count, 3, S, S) without a source image: `sample` of codes that the prior draws by `seed`.
@@ -136,7 +143,7 @@ class EncDiffEdits(EncDiffCore):
 
     def reconstruct(
         self, images: Tensor, *,
-        x_T: Tensor | None = None, sampler: str = "dpm-solver++", steps: int = 20, eta: float = 0.0,
+        x_T: Tensor | None = None, sampler: Sampler = "dpm-solver++", steps: int = 20, eta: float = 0.0,
         gate: int | None = None, seed: int = 0, sample_ids: Tensor | None = None, token_bias: Tensor | None = None,
         progress: Progress | None = None,
     ) -> Tensor:  # fmt: skip
@@ -148,7 +155,7 @@ class EncDiffEdits(EncDiffCore):
 
     def swap(
         self, source: Tensor, target: Tensor, concepts: int | Sequence[int], *,
-        x_T: Tensor | None = None, sampler: str = "dpm-solver++", steps: int = 20, eta: float = 0.0,
+        x_T: Tensor | None = None, sampler: Sampler = "dpm-solver++", steps: int = 20, eta: float = 0.0,
         gate: int | None = None, seed: int = 0, sample_ids: Tensor | None = None, token_bias: Tensor | None = None,
         progress: Progress | None = None,
     ) -> Tensor:  # fmt: skip
@@ -169,7 +176,7 @@ class EncDiffEdits(EncDiffCore):
 
     def traverse(
         self, image: Tensor, concept: int, values: Sequence[float] | Tensor, *,
-        x_T: Tensor | None = None, sampler: str = "dpm-solver++", steps: int = 20, eta: float = 0.0,
+        x_T: Tensor | None = None, sampler: Sampler = "dpm-solver++", steps: int = 20, eta: float = 0.0,
         gate: int | None = None, seed: int = 0, sample_ids: Tensor | None = None, token_bias: Tensor | None = None,
         progress: Progress | None = None,
     ) -> Tensor:  # fmt: skip
@@ -192,7 +199,7 @@ class EncDiffEdits(EncDiffCore):
 
     def interpolate(
         self, source: Tensor, target: Tensor, frames: int = 7, *, concepts: int | Sequence[int] | None = None,
-        x_T: Tensor | None = None, sampler: str = "dpm-solver++", steps: int = 20, eta: float = 0.0,
+        x_T: Tensor | None = None, sampler: Sampler = "dpm-solver++", steps: int = 20, eta: float = 0.0,
         gate: int | None = None, seed: int = 0, sample_ids: Tensor | None = None, token_bias: Tensor | None = None,
         progress: Progress | None = None,
     ) -> Tensor:  # fmt: skip
@@ -216,7 +223,7 @@ class EncDiffEdits(EncDiffCore):
 
     def edit(
         self, images: Tensor, direction: Direction | Tensor, strength: float | Sequence[float] | Tensor = 1.0, *,
-        x_T: Tensor | None = None, sampler: str = "dpm-solver++", steps: int = 20, eta: float = 0.0,
+        x_T: Tensor | None = None, sampler: Sampler = "dpm-solver++", steps: int = 20, eta: float = 0.0,
         gate: int | None = None, seed: int = 0, sample_ids: Tensor | None = None, token_bias: Tensor | None = None,
         progress: Progress | None = None,
     ) -> Tensor:  # fmt: skip

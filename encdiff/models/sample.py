@@ -1,19 +1,21 @@
-"""Sampling latents under concept tokens: the menu of samplers, the tokens folded once, the gate of cross-attention."""
+"""Sampling latents under concept tokens: by name or by a scheduler, tokens folded once, the gate of cross-attention."""
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor
 
-from encdiff.diffusion import samplers, schedules, solvers
-from encdiff.diffusion.loop import Options
+from encdiff.diffusion import loop, menu, schedulers, schedules
+from encdiff.diffusion.menu import SAMPLERS as SAMPLERS
+from encdiff.diffusion.schedulers import Scheduler
 from encdiff.errors import InputError
 from encdiff.models.attention import begin_sampling
+from encdiff.models.config import EncDiffConfig
 from encdiff.models.core import EncDiffCore
 
-SOLVERS = {
-    "dpm-solver++": solvers.dpm_solver_pp, "unipc": solvers.unipc, "euler": solvers.euler, "heun": solvers.heun,
-}  # fmt: skip
-SAMPLERS = (*SOLVERS, "ddim", "ddpm")
+Sampler = str | Scheduler
+PREDICTION_TYPES = {"epsilon": "epsilon", "v": "v_prediction", "x0": "sample"}  # what diffusers calls them
+BETA_SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "cosine": "squaredcos_cap_v2"}
 
 
 def sample_latents(
@@ -21,7 +23,7 @@ def sample_latents(
     tokens: Tensor,
     x_T: Tensor,
     *,
-    sampler: str = "dpm-solver++",
+    sampler: Sampler = "dpm-solver++",
     steps: int = 20,
     eta: float = 0.0,
     gate: int | None = None,
@@ -31,11 +33,12 @@ def sample_latents(
     progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:
     """Latents x0 (B, c, h, w) from noise x_T and tokens (B, N, d); see `EncDiff.sample` for the options."""
-    if sampler not in SAMPLERS:
-        raise InputError(f"sampler is {sampler!r}, must be one of {', '.join(SAMPLERS)}")
-    if eta and sampler != "ddim":
-        raise InputError(f"eta is {eta}, must be 0 for sampler {sampler!r}: it belongs to 'ddim'")
-    calls = 2 * steps - 1 if sampler == "heun" else steps
+    if isinstance(sampler, str):
+        stages = menu.stages(sampler, model.schedule, steps, prediction=model.config.prediction, eta=eta)
+        calls = sum(stage.time is not None for stage in stages)
+    else:
+        sampler = _prepared(sampler, steps, model, x_T)
+        calls = len(sampler.timesteps)
     if gate is not None and not 1 <= gate <= calls:
         raise InputError(f"gate is {gate}, must lie in 1 to {calls}, the evaluations of the U-Net")
     done, sampling = 0, begin_sampling(tokens, model.unet.attending)
@@ -50,12 +53,37 @@ def sample_latents(
             progress(done, calls)
         return output
 
-    config, alpha_bar = model.config, model.schedule
-    kind, key = config.prediction, Options(seed=seed, sample_ids=sample_ids)
-    if sampler == "ddim":
-        return samplers.ddim(denoise, x_T, alpha_bar, steps=steps, eta=eta, prediction=kind, **key)
-    if sampler == "ddpm":
-        return samplers.ddpm(denoise, x_T, alpha_bar, steps=steps, prediction=kind, **key)
-    spacing = "linspace" if sampler in ("euler", "heun") else "inner"
-    path = solvers.vp_path(alpha_bar, schedules.spaced_timesteps(steps, config.num_timesteps, spacing))
-    return SOLVERS[sampler](denoise, x_T, path, prediction=kind)
+    if isinstance(sampler, str):
+        return loop.run(denoise, x_T, stages, seed=seed, sample_ids=sample_ids)
+    return schedulers.run(denoise, x_T, sampler, eta=eta, seed=seed)
+
+
+def scheduler_config(config: EncDiffConfig) -> dict[str, Any]:
+    """What `from_config` of a scheduler of diffusers needs to know of a model: its schedule and its prediction."""
+    found: dict[str, Any] = {
+        "num_train_timesteps": config.num_timesteps,
+        "prediction_type": PREDICTION_TYPES[config.prediction],
+        "clip_sample": False,  # or DDIM and DDPM clip latents to [-1, 1]
+    }
+    ends, name = (config.beta_start, config.beta_end), schedules.PUBLISHED.get(config.schedule, config.schedule)
+    if name in BETA_SCHEDULES:
+        return found | {"beta_schedule": BETA_SCHEDULES[name], "beta_start": ends[0], "beta_end": ends[1]}
+    return found | {"trained_betas": schedules.make_betas(name, config.num_timesteps, *ends).tolist()}
+
+
+def _prepared(scheduler: Scheduler, steps: int, model: EncDiffCore, x_T: Tensor) -> Scheduler:
+    """A copy, set to so many steps; InputError unless it fits what the model was trained for."""
+    copied, name = schedulers.prepare(scheduler, steps, x_T.device), type(scheduler).__name__
+    config, betas = getattr(scheduler, "config", {}), getattr(scheduler, "alphas_cumprod", None)
+    remedy = f"{name}.from_config(model.scheduler_config) has them"
+    if betas is None:
+        raise InputError(f"sampler is a {name}, without alphas_cumprod; must be a scheduler of a DDPM schedule")
+    for key in ("prediction_type", "num_train_timesteps"):
+        wanted = scheduler_config(model.config)[key]
+        if config.get(key, wanted) != wanted:
+            raise InputError(f"sampler has {key} {config[key]!r}, must have the model's {wanted!r}: {remedy}")
+    if betas.shape != model.schedule.shape or not betas.cpu().double().allclose(model.schedule, rtol=1e-3):
+        raise InputError(f"sampler has other betas than the model, must have the model's: {remedy}")
+    if (last := float(max(copied.timesteps))) > (T := len(betas)) - 1:
+        raise InputError(f"steps is {steps}, takes {name} to timestep {last:g}, past the schedule's 0 to {T - 1}")
+    return copied
