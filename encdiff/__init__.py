@@ -8,18 +8,22 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from encdiff import ops
     from encdiff.data import open_dataset, to_float
+    from encdiff.diffusion.gate import TGate
     from encdiff.engine import SamplingEngine
     from encdiff.errors import InputError
     from encdiff.evaluation import evaluate
     from encdiff.health import doctor
+    from encdiff.interop.maps import record_maps
+    from encdiff.interop.patch import explain, patch, unpatch
     from encdiff.interop.scheduler import EncDiffScheduler as EncDiffScheduler
+    from encdiff.interop.tgate import tgate
     from encdiff.models import PRESETS, EncDiff, EncDiffConfig
-    from encdiff.ops import explain, use_impl
+    from encdiff.ops import use_impl
     from encdiff.training import TrainConfig, train
 
 __all__ = [
-    "PRESETS", "EncDiff", "EncDiffConfig", "InputError", "SamplingEngine", "TrainConfig", "doctor", "evaluate",
-    "explain", "open_dataset", "ops", "to_float", "train", "use_impl",
+    "PRESETS", "EncDiff", "EncDiffConfig", "InputError", "SamplingEngine", "TGate", "TrainConfig", "doctor", "evaluate",
+    "explain", "open_dataset", "ops", "patch", "record_maps", "tgate", "to_float", "train", "unpatch", "use_impl",
 ]  # fmt: skip
 
 _HOMES = {
@@ -29,13 +33,18 @@ _HOMES = {
     "EncDiffScheduler": "encdiff.interop.scheduler",  # not in __all__: `import *` must not need diffusers
     "InputError": "encdiff.errors",
     "SamplingEngine": "encdiff.engine",
+    "TGate": "encdiff.diffusion.gate",
     "TrainConfig": "encdiff.training",
     "doctor": "encdiff.health",
     "evaluate": "encdiff.evaluation",
-    "explain": "encdiff.ops",
+    "explain": "encdiff.interop.patch",
     "open_dataset": "encdiff.data",
+    "patch": "encdiff.interop.patch",
+    "record_maps": "encdiff.interop.maps",
+    "tgate": "encdiff.interop.tgate",
     "to_float": "encdiff.data",
     "train": "encdiff.training",
+    "unpatch": "encdiff.interop.patch",
     "use_impl": "encdiff.ops",
 }
 _ROOMS = (

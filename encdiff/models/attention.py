@@ -1,7 +1,8 @@
 """The spatial transformer of the U-Net: self-attention, cross-attention to the concept tokens, GEGLU."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn as nn
@@ -10,6 +11,7 @@ from einops import rearrange
 from torch import Tensor
 
 from encdiff import ops
+from encdiff.diffusion.gate import Mode
 from encdiff.models.layers import Conv2d, Linear, part, zero_init
 from encdiff.ops._beside import give, sink_of
 from encdiff.ops._dispatch import is_transformed
@@ -20,14 +22,15 @@ from encdiff.ops.cross_attention_folded import Folded, Kept, cross_attention_fol
 class Sampling:
     """What one sampling keeps from one evaluation of the U-Net to the next, by a block's place in it.
 
-    `gate` says whether every cross-attention is computed, or its output kept, too, or what was kept is given again
-    (T-GATE, arXiv 2404.02747).
+    `gate` says whether every cross-attention is computed, or its output kept, too, or what was kept is given again;
+    `self_gate` the same of self-attentions (`diffusion.gate.TGate`).
     """
 
     tokens: Tensor
     folded: dict[int, Folded | Kept] = field(default_factory=dict)  # the tokens, where attending to that is faster
-    gate: Literal["compute", "keep", "reuse"] = "compute"
-    outputs: dict[int, Tensor] = field(default_factory=dict)
+    gate: Mode = "compute"
+    self_gate: Mode = "compute"
+    outputs: dict[tuple[str, int], Tensor] = field(default_factory=dict)  # by kind of attention and block
 
 
 class Conditioning(NamedTuple):
@@ -40,8 +43,12 @@ class Conditioning(NamedTuple):
     sampling: Sampling | None = None  # that this evaluation belongs to
 
     @property
-    def gate(self) -> str:
+    def gate(self) -> Mode:
         return "compute" if self.sampling is None else self.sampling.gate
+
+    @property
+    def self_gate(self) -> Mode:
+        return "compute" if self.sampling is None else self.sampling.self_gate
 
     def folded(self, place: int) -> Folded | Kept | None:
         """What the sampling's tokens became for a block, if they are these."""
@@ -111,16 +118,23 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x: Tensor, cond: Conditioning) -> Tensor:
         if self.self_attention:
-            x = ops.self_attention(x, *self.attn1.weights(), heads=self.attn1.heads, residual=True, **_norm(self.norm1))
+            x = self._gated("self", cond.self_gate, x, cond, self._self_attend)
         if self.cross_attention:
-            x = self._cross_attend(x, cond) if cond.gate == "compute" else self._gated(x, cond)
+            x = self._gated("cross", cond.gate, x, cond, self._cross_attend)
         return x + self.ff(ops.layer_norm(x, self.norm3.weight, self.norm3.bias, self.norm3.eps))
 
-    def _gated(self, x: Tensor, cond: Conditioning) -> Tensor:
+    def _gated(self, kind: str, mode: Mode, x: Tensor, cond: Conditioning, attend: Callable[..., Tensor]) -> Tensor:
+        """x + attention: computed, and kept where asked for, or what was kept."""
+        if mode == "compute":
+            return attend(x, cond)
         assert cond.sampling is not None, "who gates is sampling"
-        if cond.gate == "keep":
-            cond.sampling.outputs[self.place] = self._cross_attend(x, cond, residual=False)
-        return x + cond.sampling.outputs[self.place]
+        if mode == "keep":
+            cond.sampling.outputs[kind, self.place] = attend(x, cond, residual=False)
+        return x + cond.sampling.outputs[kind, self.place]
+
+    def _self_attend(self, x: Tensor, cond: Conditioning, residual: bool = True) -> Tensor:
+        attn = self.attn1
+        return ops.self_attention(x, *attn.weights(), heads=attn.heads, residual=residual, **_norm(self.norm1))
 
     def _cross_attend(self, x: Tensor, cond: Conditioning, residual: bool = True) -> Tensor:
         maps = None if cond.maps is None else "mean"

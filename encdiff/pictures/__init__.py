@@ -12,8 +12,10 @@ from encdiff.pictures.lines import edits, interpolation
 from encdiff.pictures.paths import FactorPath, factor_paths, factor_traversal, true_swaps
 from encdiff.pictures.samples import sample_sheet
 from encdiff.pictures.sheet import save_png
+from encdiff.pictures.words import words_picture
 
 __all__ = [
     "FactorPath", "attention_picture", "concept_groups", "concept_labels", "edits", "encode_images", "factor_paths",
     "factor_traversal", "interpolation", "sample_sheet", "save_png", "swap_grid", "traversal", "true_swaps",
+    "words_picture",
 ]  # fmt: skip

@@ -1,0 +1,128 @@
+"""`patch`: our attention in another library's U-Net, in place; `unpatch` restores it."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from encdiff import ops
+from encdiff.errors import InputError
+from encdiff.interop.blocks import ATTENTIONS, Patched, full_name, is_served, original, patched_class, reasons
+from encdiff.interop.state import Patch
+from encdiff.models.attention import TransformerBlock
+
+
+class Layer(NamedTuple):
+    """One attention of a U-Net."""
+
+    heads: int
+    width: int  # of a head
+    reasons: list[str]  # why it stays with its library; empty: it runs by our ops
+
+
+class Layers(dict[str, Layer]):
+    """Every attention by its name; prints as a table."""
+
+    def __str__(self) -> str:
+        names = max(map(len, self))
+        rows = (
+            f"  {name:{names}}  {layer.heads:>3} x {layer.width:<4} {'; '.join(layer.reasons) or 'encdiff.ops'}"
+            for name, layer in self.items()
+        )
+        served = sum(not layer.reasons for layer in self.values())
+        return "\n".join([f"{served} of {len(self)} attentions run by encdiff.ops", *rows])
+
+    __repr__ = __str__
+
+
+def patch(unet: nn.Module, *, self_attention: bool = False, impl: str | None = None) -> Layers:
+    """Let the cross-attentions of a U-Net run by `encdiff.ops`, with LayerNorm and residual in the same op; in place.
+
+    Weights are neither copied nor renamed: `state_dict`, `save_pretrained`, `deepcopy`, LoRA and `torch.compile` go on
+    as before. A prompt's keys and values are computed once while the same tensor is given, as a pipeline does in every
+    step (not under `torch.compile` or `torch.inference_mode`, nor with gradients).
+
+    Args:
+        unet: diffusers' `UNet2DConditionModel` or `ControlNetModel`, or whatever holds diffusers' or latent-diffusion
+            code's `BasicTransformerBlock`s. Our own U-Net runs by the ops as it is.
+        self_attention: `attn1`, too.
+        impl: force an implementation of the ops (`encdiff.explain("cross_attention")` lists them); None chooses.
+
+    Returns:
+        the attentions by name, printed as a table: which run by our ops, and why the others stay with their library.
+        A layer that gets LoRA, an IP-Adapter, quantisation or a hook later goes back to its library by itself, and
+        forth; `encdiff.explain(unet)` is the table as of now.
+
+    Raises:
+        InputError: something that is no module, or has no cross-attention.
+    """
+    state = Patch(self_attention, impl)
+    for name, block in _attending(unet).items():
+        cls = patched_class(original(block))
+        if cls is not None and not isinstance(block, TransformerBlock):  # which is ours
+            block.__class__ = cls
+            block.encdiff_patch, block.encdiff_name = state, name
+            for which in ATTENTIONS:
+                if getattr(block, which) is not None:
+                    is_served(block, which, full_name(block, which))
+    return layers(unet)
+
+
+def unpatch(unet: nn.Module) -> None:
+    """Undo `patch`; a U-Net that is not patched stays as it is."""
+    for block in _attending(unet).values():
+        if isinstance(block, Patched):
+            del block.encdiff_patch, block.encdiff_name
+            block.__class__ = original(block)
+
+
+def layers(unet: nn.Module) -> Layers:
+    """Every attention of a U-Net, and what speaks against our ops there as of now."""
+    found = Layers()
+    for name, block in _attending(unet).items():
+        for which in ATTENTIONS:
+            if (attn := getattr(block, which, None)) is not None:
+                inner = attn.to_q.out_features if hasattr(attn.to_q, "out_features") else len(attn.to_q.weight)
+                found[f"{name}.{which}".removeprefix(".")] = Layer(
+                    attn.heads, inner // attn.heads, _reasons(block, which)
+                )
+    return found
+
+
+def explain(op: str | Callable[..., Any] | nn.Module, *args: Any, **kwargs: Any) -> str:
+    """Say what would run: of an op for these arguments (`encdiff.ops.explain`), or in each attention of a U-Net."""
+    return str(layers(op)) if isinstance(op, nn.Module) else ops.explain(op, *args, **kwargs)
+
+
+def state_of(unet: nn.Module) -> Patch | None:
+    """What `patch` left, or None."""
+    return next((block.encdiff_patch for block in unet.modules() if isinstance(block, Patched)), None)
+
+
+def _reasons(block: nn.Module, which: str) -> list[str]:
+    if isinstance(block, TransformerBlock):
+        return []
+    if isinstance(block, Patched):
+        return reasons(block, which)
+    return [
+        "it is not patched" if patched_class(original(block)) else f"blocks of class {type(block).__name__} are unknown"
+    ]
+
+
+def _attending(unet: nn.Module) -> dict[str, Any]:
+    """The transformer blocks by name, our own among them."""
+    if not isinstance(unet, nn.Module):
+        hint = ": its .unet is one" if isinstance(getattr(unet, "unet", None), nn.Module) else ""
+        raise InputError(f"unet is a {type(unet).__name__}, must be a torch.nn.Module{hint}")
+    blocks = {name: module for name, module in unet.named_modules() if _is_block(module)}
+    if not any(getattr(block, "attn2", None) is not None for block in blocks.values()):
+        raise InputError(f"unet is a {type(unet).__name__}, must have cross-attention: transformer blocks with attn2")
+    return blocks
+
+
+def _is_block(module: nn.Module) -> bool:
+    if isinstance(module, (TransformerBlock, Patched)):
+        return True
+    parts = "attn1", "norm1", "norm3", "ff"
+    weights = "to_q", "to_k", "to_v", "to_out", "heads"
+    return all(hasattr(module, part) for part in parts) and all(hasattr(module.attn1, name) for name in weights)

@@ -1,0 +1,160 @@
+"""T-GATE: its schedule, and on other libraries' U-Nets against evaluations put together by hand."""
+
+import pytest
+import torch
+from _unets import controlnet_of, inputs, ldm_unet, relative, unet_of
+
+import encdiff
+from encdiff import TGate
+from encdiff.errors import InputError
+from encdiff.interop.patch import state_of
+from encdiff.ops import record_impls
+
+
+def modes(gate: TGate, evaluations: int) -> tuple[str, str]:
+    """One letter for each evaluation: c, k, r, of cross- and of self-attention."""
+    return tuple("".join(of(i)[0] for i in range(1, evaluations + 1)) for of in (gate.cross, gate.own))
+
+
+def test_schedule():
+    assert modes(TGate(10), 15) == ("ccccccccckrrrrr", "cckrrkrrrrccccc")
+    assert modes(TGate(1, self_every=1), 4) == ("krrr", "cccc")
+    assert modes(TGate(4), 4) == ("ccck", "cckr")
+    assert modes(TGate(3, self_warmup=1, self_every=2), 6) == ("cckrrr", "ckkccc")
+
+
+def steps(unet, given, count=6):
+    """Outputs for fresh features at each step; the features do not depend on the outputs."""
+    generator, outputs = torch.Generator().manual_seed(0), []
+    with torch.no_grad():
+        for i in range(count):
+            sample = torch.randn(given["sample"].shape, generator=generator)
+            outputs.append(unet(**given | {"sample": sample, "timestep": 90 - i}).sample)
+    return outputs
+
+
+def test_before_the_gate_all_is_exact_and_after_it_not():
+    unet, given = unet_of("sd1"), inputs("sd1")
+    encdiff.patch(unet)
+    exact = steps(unet, given)
+    with encdiff.tgate(unet, 4, evaluations=6):
+        gated = steps(unet, given)
+    errors = [relative(ours, theirs) for ours, theirs in zip(gated, exact, strict=True)]
+    assert max(errors[:4]) < 1e-6 and min(errors[4:]) > 1e-4
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(steps(unet, given), exact, strict=True)), "as before"
+
+
+def test_gated_steps_repeat_what_the_gate_gave():
+    """Against a U-Net whose attn2 are made to give by hand what they gave at the gate."""
+    unet, given = unet_of("sd1"), inputs("sd1")
+    kept, handles = {}, []
+    layers = [module for name, module in unet.named_modules() if name.endswith("attn2")]
+    for attn in layers:
+        handles.append(attn.register_forward_hook(lambda attn, args, y: kept.setdefault(attn, y)))
+    expected = steps(unet, given, 3)[:1]
+    expected += [*steps(unet, given, 3)[1:]]
+    for handle in handles:
+        handle.remove()
+    with encdiff.tgate(unet, 1, evaluations=3):
+        gated = steps(unet, given, 3)
+    for ours, theirs in zip(gated, expected, strict=True):
+        assert relative(ours, theirs) < 1e-5
+
+
+def test_self_attention_is_spared_before_the_gate():
+    unet, given = unet_of("sd1"), inputs("sd1")
+    encdiff.patch(unet, self_attention=True)
+    ran = []
+    with encdiff.tgate(unet, TGate(5, self_warmup=2, self_every=2), evaluations=7), torch.no_grad():
+        for i in range(7):
+            with record_impls() as calls:
+                unet(**given | {"timestep": 90 - i})
+            names = [op for op, _ in calls]
+            ran.append((names.count("cross_attention"), names.count("self_attention")))
+    assert ran == [(4, 4), (4, 4), (4, 4), (4, 0), (4, 4), (0, 4), (0, 4)]
+
+
+def test_guidance_is_dropped_after_the_gate():
+    unet, given = unet_of("sdxl"), inputs("sdxl", batch=4)
+    encdiff.patch(unet)
+    exact, rows = steps(unet, given), []
+    unet.conv_in.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+    with encdiff.tgate(unet, 4, evaluations=6, guided=True):
+        gated = steps(unet, given)
+    assert rows == [4, 4, 4, 4, 2, 2]
+    for i, (ours, theirs) in enumerate(zip(gated, exact, strict=True)):
+        assert ours.shape == theirs.shape
+        unconditional, conditional = ours.chunk(2)
+        assert torch.equal(unconditional, conditional) == (i >= 4), "what guidance adds is zero"
+
+
+def test_what_is_kept_of_a_guided_batch_is_the_mean_of_its_halves():
+    unet, given = unet_of("sd1"), inputs("sd1", batch=4)
+    encdiff.patch(unet)
+    kept = []
+    for guided in (False, True):
+        with encdiff.tgate(unet, 2, evaluations=3, guided=guided):
+            steps(unet, given, 2)
+            kept.append(dict(state_of(unet).kept))
+    for name, both in kept[0].items():
+        torch.testing.assert_close(kept[1][name], (both[:2] + both[2:]) / 2)
+
+
+def test_controlnet_is_gated_too():
+    unet, control, given = unet_of("sd1"), controlnet_of("sd1"), inputs("sd1", batch=4)
+    hint, rows = torch.rand(4, 3, 32, 32), []
+    control.conv_in.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+    unet.conv_in.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+    with encdiff.tgate(unet, 2, 3, guided=True), encdiff.tgate(control, 2, 3, guided=True), torch.no_grad():
+        for t in (9, 5, 1):
+            at = given | {"timestep": t}
+            down, mid = control(**at, controlnet_cond=hint, return_dict=False)
+            out = unet(**at, down_block_additional_residuals=down, mid_block_additional_residual=mid).sample
+    assert rows == [4, 4, 4, 4, 2, 2] and out.shape == (4, 4, 16, 16) and len(mid) == 4
+
+
+def test_latent_diffusion_code():
+    unet, x, tokens = ldm_unet(), torch.randn(2, 3, 8, 8), torch.randn(2, 5, 4)
+    with torch.no_grad(), encdiff.tgate(unet, 1, evaluations=2):
+        first, second = unet(x, torch.tensor([9, 9]), tokens), unet(x, torch.tensor([9, 9]), 5 * tokens)
+    assert relative(second, first) < 1e-6, "the tokens no longer matter"
+
+
+def test_several_samplings_in_one_block():
+    unet, given = unet_of("sd1"), inputs("sd1")
+    with encdiff.tgate(unet, 2, evaluations=3):
+        first, second = steps(unet, given, 3), steps(unet, given, 3)
+    assert all(torch.equal(one, two) for one, two in zip(first, second, strict=True))
+
+
+def test_layers_that_stay_with_their_library_are_gated_too():
+    unet, given = unet_of("sd1"), inputs("sd1")
+    for module in unet.modules():
+        if hasattr(module, "to_q"):
+            module.rescale_output_factor = 2.0
+    with torch.no_grad(), encdiff.tgate(unet, 1, evaluations=2):
+        first = unet(**given).sample
+        other = given | {"encoder_hidden_states": 5 * given["encoder_hidden_states"]}
+        assert relative(unet(**other).sample, first) < 1e-6
+
+
+def test_bad_input(model):
+    unet, given = unet_of("sd1"), inputs("sd1", batch=3)
+
+    def refused(message, *args, run=False, **options):
+        with pytest.raises(InputError, match=message), encdiff.tgate(unet, *args, **options), torch.no_grad():
+            assert run
+            unet(**given)
+            unet(**inputs("sd1", batch=2))
+
+    refused("gate is 9, must lie in 1 to 5, the evaluations of the U-Net", 9, 5)
+    refused("gate is 0, must be an integer at least 1", 0, 5)
+    refused("gate is None, must be a whole number or a TGate", None, 5)
+    refused("evaluations is 2.5, must be a whole number of at least 1", 2, 2.5)
+    refused("sample has 3 rows, must be even", 1, 2, guided=True, run=True)
+    refused("batch and size stay the same during a sampling", 1, 2, run=True)
+    assert state_of(unet) is None and not unet._forward_hooks and not unet._forward_pre_hooks
+    with pytest.raises(InputError, match="an EncDiff samples with gate="), encdiff.tgate(model, 1, 2):
+        pass
+    with pytest.raises(InputError, match="must have cross-attention"), encdiff.tgate(torch.nn.Linear(2, 2), 1, 2):
+        pass
