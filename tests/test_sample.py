@@ -90,7 +90,7 @@ def test_progress_counts_the_evaluations(model, scalars):
     [
         ({"sampler": "plms"}, "sampler is 'plms', must be one of dpm-solver\\+\\+, unipc, euler, heun, ddim, ddpm"),
         ({"eta": 0.5}, "eta is 0.5, must be 0 for sampler 'dpm-solver\\+\\+'"),
-        ({"gate": 0}, "gate is 0, must lie in 1 to 4"),
+        ({"gate": 0}, "gate is 0, must be an integer at least 1"),
         ({"gate": 8, "sampler": "heun"}, "gate is 8, must lie in 1 to 7"),
         ({"steps": 0}, "steps is 0"),
         ({"steps": 1001}, "steps is 1001"),

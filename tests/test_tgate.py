@@ -158,3 +158,24 @@ def test_bad_input(model):
         pass
     with pytest.raises(InputError, match="must have cross-attention"), encdiff.tgate(torch.nn.Linear(2, 2), 1, 2):
         pass
+
+
+def test_our_own_model_spares_self_attention_as_the_schedule_says(model):
+    scalars, ran = torch.randn(2, 3), []
+    unet = model.unet.register_forward_pre_hook(lambda module, args: ran.append(0))
+    with record_impls() as calls:
+        model.sample(scalars, steps=7, gate=TGate(5, self_warmup=2, self_every=2))
+    unet.remove()
+    names = [op for op, _ in calls]
+    blocks = len(model.unet.attending)
+    assert len(ran) == 7 and names.count("self_attention") == 6 * blocks, "one evaluation repeats"
+    assert names.count("cross_attention") + names.count("cross_attention_folded") == 5 * blocks
+
+
+def test_our_own_model_is_exact_up_to_the_gate(model):
+    scalars = torch.randn(2, 3)
+    exact = model.sample(scalars, steps=6)
+    assert torch.equal(model.sample(scalars, steps=6, gate=TGate(6, self_every=1)), exact), "the gate is the last"
+    assert not torch.equal(model.sample(scalars, steps=6, gate=TGate(6, self_warmup=1, self_every=3)), exact)
+    alike = (model.sample(scalars, steps=6, gate=gate) for gate in (3, TGate(3, self_every=1)))
+    assert torch.equal(*alike)

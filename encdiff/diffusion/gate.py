@@ -40,6 +40,9 @@ class TGate(Checked):
         return "keep" if i == self.self_warmup + 1 or (i - 1) % self.self_every == 0 else "reuse"
 
 
-def as_tgate(gate: int | TGate | None) -> TGate | None:
+Gate = int | TGate | None
+
+
+def as_tgate(gate: Gate) -> TGate | None:
     """A number gates cross-attentions alone."""
     return gate if gate is None or isinstance(gate, TGate) else TGate(gate, self_every=1)

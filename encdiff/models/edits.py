@@ -11,6 +11,7 @@ from torch import Tensor
 
 from encdiff import ops
 from encdiff.diffusion import samplers, schedules
+from encdiff.diffusion.gate import Gate
 from encdiff.errors import InputError
 from encdiff.models.core import EncDiffCore
 from encdiff.models.directions import Direction
@@ -39,7 +40,7 @@ class EncDiffEdits(EncDiffCore):
         sampler: Sampler = "dpm-solver++",
         steps: int = 20,
         eta: float = 0.0,
-        gate: int | None = None,
+        gate: Gate = None,
         seed: int = 0,
         sample_ids: Tensor | None = None,
         token_bias: Tensor | None = None,
@@ -53,8 +54,8 @@ class EncDiffEdits(EncDiffCore):
         `sampler` is one of `models.sample.SAMPLERS`: "ddim" with 200 steps is what the paper shows, and what `invert`
         inverts; eta belongs to it. Or it is a scheduler of diffusers, made by `from_config(model.scheduler_config)`,
         which is not changed; what noise it adds comes from a `torch.Generator` of `seed`, so that an image then depends
-        on its batch. From evaluation `gate` of the U-Net on, the cross-attentions repeat what they gave there (T-GATE,
-        arXiv 2404.02747): less work, and not exact.
+        on its batch. From evaluation `gate` of the U-Net on, the cross-attentions repeat what they gave there; a
+        `TGate` spares self-attentions before it, too (arXiv 2404.02747): less work, and not exact.
         """
         if not isinstance(scalars, Tensor):
             raise InputError(f"scalars are {type(scalars).__name__}, must be a torch.Tensor (B, N); encode gives them")
@@ -81,7 +82,7 @@ class EncDiffEdits(EncDiffCore):
 
     def sample_prior(
         self, count: int, prior: CodePrior, *,
-        sampler: Sampler = "dpm-solver++", steps: int = 20, eta: float = 0.0, gate: int | None = None, seed: int = 0,
+        sampler: Sampler = "dpm-solver++", steps: int = 20, eta: float = 0.0, gate: Gate = None, seed: int = 0,
         batch_size: int = 64, progress: Progress | None = None,
     ) -> Tensor:  # fmt: skip
         """`count` images (count, 3, S, S) without a source image: `sample` of codes that the prior draws by `seed`.
@@ -144,7 +145,7 @@ class EncDiffEdits(EncDiffCore):
     def reconstruct(
         self, images: Tensor, *,
         x_T: Tensor | None = None, sampler: Sampler = "dpm-solver++", steps: int = 20, eta: float = 0.0,
-        gate: int | None = None, seed: int = 0, sample_ids: Tensor | None = None, token_bias: Tensor | None = None,
+        gate: Gate = None, seed: int = 0, sample_ids: Tensor | None = None, token_bias: Tensor | None = None,
         progress: Progress | None = None,
     ) -> Tensor:  # fmt: skip
         """Encode images (B, 3, S, S), then sample from the scalars alone: (B, 3, S, S)."""
@@ -156,7 +157,7 @@ class EncDiffEdits(EncDiffCore):
     def swap(
         self, source: Tensor, target: Tensor, concepts: int | Sequence[int], *,
         x_T: Tensor | None = None, sampler: Sampler = "dpm-solver++", steps: int = 20, eta: float = 0.0,
-        gate: int | None = None, seed: int = 0, sample_ids: Tensor | None = None, token_bias: Tensor | None = None,
+        gate: Gate = None, seed: int = 0, sample_ids: Tensor | None = None, token_bias: Tensor | None = None,
         progress: Progress | None = None,
     ) -> Tensor:  # fmt: skip
         """The target images with the given concepts taken from the source images; both (B, 3, S, S), as the result.
@@ -177,7 +178,7 @@ class EncDiffEdits(EncDiffCore):
     def traverse(
         self, image: Tensor, concept: int, values: Sequence[float] | Tensor, *,
         x_T: Tensor | None = None, sampler: Sampler = "dpm-solver++", steps: int = 20, eta: float = 0.0,
-        gate: int | None = None, seed: int = 0, sample_ids: Tensor | None = None, token_bias: Tensor | None = None,
+        gate: Gate = None, seed: int = 0, sample_ids: Tensor | None = None, token_bias: Tensor | None = None,
         progress: Progress | None = None,
     ) -> Tensor:  # fmt: skip
         """One image (3, S, S) or (1, 3, S, S) with one scalar set to each of the values: (len(values), 3, S, S).
@@ -200,7 +201,7 @@ class EncDiffEdits(EncDiffCore):
     def interpolate(
         self, source: Tensor, target: Tensor, frames: int = 7, *, concepts: int | Sequence[int] | None = None,
         x_T: Tensor | None = None, sampler: Sampler = "dpm-solver++", steps: int = 20, eta: float = 0.0,
-        gate: int | None = None, seed: int = 0, sample_ids: Tensor | None = None, token_bias: Tensor | None = None,
+        gate: Gate = None, seed: int = 0, sample_ids: Tensor | None = None, token_bias: Tensor | None = None,
         progress: Progress | None = None,
     ) -> Tensor:  # fmt: skip
         """From one image (3, S, S) or (1, 3, S, S) to another: (frames, 3, S, S).
@@ -224,7 +225,7 @@ class EncDiffEdits(EncDiffCore):
     def edit(
         self, images: Tensor, direction: Direction | Tensor, strength: float | Sequence[float] | Tensor = 1.0, *,
         x_T: Tensor | None = None, sampler: Sampler = "dpm-solver++", steps: int = 20, eta: float = 0.0,
-        gate: int | None = None, seed: int = 0, sample_ids: Tensor | None = None, token_bias: Tensor | None = None,
+        gate: Gate = None, seed: int = 0, sample_ids: Tensor | None = None, token_bias: Tensor | None = None,
         progress: Progress | None = None,
     ) -> Tensor:  # fmt: skip
         """Images (B, 3, S, S) with `strength` times the direction added to their scalars: (B, 3, S, S).

@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from encdiff.diffusion import loop, menu, schedulers, schedules
+from encdiff.diffusion.gate import Gate, as_tgate
 from encdiff.diffusion.menu import SAMPLERS as SAMPLERS
 from encdiff.diffusion.schedulers import Scheduler
 from encdiff.errors import InputError
@@ -26,7 +27,7 @@ def sample_latents(
     sampler: Sampler = "dpm-solver++",
     steps: int = 20,
     eta: float = 0.0,
-    gate: int | None = None,
+    gate: Gate = None,
     seed: int = 0,
     sample_ids: Tensor | None = None,
     token_bias: Tensor | None = None,
@@ -39,14 +40,16 @@ def sample_latents(
     else:
         sampler = _prepared(sampler, steps, model, x_T)
         calls = len(sampler.timesteps)
-    if gate is not None and not 1 <= gate <= calls:
-        raise InputError(f"gate is {gate}, must lie in 1 to {calls}, the evaluations of the U-Net")
+    tgate = as_tgate(gate)
+    if tgate is not None:
+        tgate.check(calls)
     done, sampling = 0, begin_sampling(tokens, model.unet.attending)
 
     def denoise(x_t: Tensor, t: Tensor) -> Tensor:
         nonlocal done
         done += 1
-        sampling.gate = "compute" if gate is None or done < gate else "keep" if done == gate else "reuse"
+        if tgate is not None:
+            sampling.gate, sampling.self_gate = tgate.cross(done), tgate.own(done)
         output = model.denoise(x_t, t, tokens, token_bias, sampling=sampling)
         output = output.to(x_t.dtype)  # x stays exact, and `step` is one kernel
         if progress:
