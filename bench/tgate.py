@@ -1,4 +1,4 @@
-"""What T-GATE saves and what it changes: `python -m bench.tgate multiply-adds`, `... time`, `... error room64`.
+"""What T-GATE saves and what it changes: `python -m bench.tgate multiply-adds`, `... time`, `... error`.
 
 Multiply-adds are counted by PyTorch on U-Nets without memory (the meta device), of Stable Diffusion's shapes; times are
 of a smaller U-Net with random weights, whose images nobody would look at; errors are of our own model's images.
@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from time import perf_counter
 from typing import Any
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
@@ -20,6 +21,7 @@ from encdiff import EncDiff, TGate, open_dataset, to_float
 from encdiff.metrics.counterfactual import nearest
 
 EVALUATIONS, GATE = 25, 10  # the paper's
+STEPS, GATES = 20, (1, 2, 3, 4, 6, 8, 10, 12, 15, 18, 20)
 SD15: dict[str, Any] = dict(sample_size=64, cross_attention_dim=768)
 SDXL: dict[str, Any] = dict(
     sample_size=128, cross_attention_dim=2048, attention_head_dim=(5, 10, 20), use_linear_projection=True,
@@ -27,6 +29,9 @@ SDXL: dict[str, Any] = dict(
     addition_time_embed_dim=256, projection_class_embeddings_input_dim=2816,
     down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
     up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+)  # fmt: skip
+SHALLOW: dict[str, Any] = dict(
+    down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D")
 )  # fmt: skip
 SMALL = SD15 | dict(sample_size=32, block_out_channels=(128, 256, 512, 512))
 WAYS = {
@@ -94,45 +99,85 @@ def rows_of(configs: dict[str, dict[str, Any]], device: str, measured: Callable,
 
 
 @torch.no_grad()
-def errors(name: str, images: int, steps: int) -> Iterator[str]:
-    """Of gated images beside the same without a gate: greatest and mean error, and what the judge still reads."""
+def of_model(name: str, images: int) -> Iterator[tuple[float, float]]:
+    """Of our own model's gated images beside the same without a gate: decibels, and the share that reads the same."""
     model = EncDiff.from_pretrained(name).eval()
     room = open_dataset("procedural:5,5,5,4,4,5", model.config.image_size)
-    true, every = room.images(np.arange(len(room))), np.arange(len(room))
+    every, true = np.arange(len(room)), room.images(np.arange(len(room)))
     chosen = np.random.default_rng(0).choice(every, images, replace=False)
     codes = model.encode(to_float(room.images(chosen)))
-    exact = model.sample(codes, steps=steps)
+    exact = model.sample(codes, steps=STEPS)
 
     def read(drawn: Tensor) -> np.ndarray:
         return room.factors(nearest(drawn, [true]))
 
     before = read(exact)
-    yield "| gate | cross-attention gated: mean error | dB | same factors | both: mean error | dB | same factors |"
-    yield "|---|---|---|---|---|---|---|"
-    for gate in sorted({1, 2, 3, 4, 6, 8, 10, 12, 15, 18, steps}):
-        cells = []
-        for way in (TGate(gate, self_every=1), TGate(gate)):
-            drawn = model.sample(codes, steps=steps, gate=way)
-            error = (drawn - exact).abs().mean() / 2
-            decibel = -10 * torch.log10((drawn - exact).square().mean() / 4 + 1e-12)
-            same = (read(drawn) == before).all(1).mean()
-            cells.append(f"{100 * error:.2f} % | {decibel:.1f} | {100 * same:.0f} %")
-        yield f"| {gate} | " + " | ".join(cells) + " |"
+    for gate in GATES:
+        drawn = model.sample(codes, steps=STEPS, gate=TGate(gate))
+        yield decibels(drawn / 2, exact / 2), float((read(drawn) == before).all(1).mean())
+
+
+@torch.no_grad()
+def of_unet() -> Iterator[float]:
+    """Of a small U-Net of diffusers with random weights, guided: decibels of the latents against their own spread."""
+    scheduler = pytest.importorskip("diffusers", reason="the U-Net is diffusers'").DDIMScheduler()
+    unet, given = unet_of(SMALL | dict(sample_size=16, block_out_channels=(64, 128)) | SHALLOW, "cpu")
+    encdiff.patch(unet, self_attention=True)
+
+    def sample() -> Tensor:
+        scheduler.set_timesteps(STEPS)
+        x = given["sample"][:1]
+        for t in scheduler.timesteps:
+            unconditional, conditional = unet(torch.cat([x, x]), t, given["encoder_hidden_states"]).sample.chunk(2)
+            x = scheduler.step(unconditional + 7.5 * (conditional - unconditional), t, x).prev_sample
+        return x
+
+    exact = sample()
+    for gate in GATES:
+        with encdiff.tgate(unet, TGate(gate), STEPS, guided=True):
+            yield decibels(sample() / exact.std(), exact / exact.std())
+
+
+def decibels(actual: Tensor, exact: Tensor) -> float:
+    return float(-10 * torch.log10((actual - exact).square().mean() + 1e-12))
+
+
+def errors(names: list[str], images: int, plot: str | None) -> Iterator[str]:
+    """A table of all, and a plot."""
+    found = {name: list(of_model(name, images)) for name in names}
+    lines = {name: [decibel for decibel, _ in rows] for name, rows in found.items()}
+    lines["diffusers, random weights"] = list(of_unet())
+    yield (
+        f"| gate, of {STEPS} | "
+        + " | ".join([f"{n}, dB | same factors" for n in names] + [list(lines)[-1] + ", dB"])
+        + " |"
+    )
+    yield "|---|" + "---|---|" * len(names) + "---|"
+    for i, gate in enumerate(GATES):
+        cells = [f"{found[name][i][0]:.1f} | {100 * found[name][i][1]:.0f} %" for name in names]
+        yield f"| {gate} | " + " | ".join([*cells, f"{list(lines.values())[-1][i]:.1f}"]) + " |"
+    if plot:
+        figure, axes = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
+        for name, values in lines.items():
+            axes.plot(GATES, values, marker="o", label=name)
+        axes.set(xlabel=f"gate, of {STEPS} evaluations", ylabel="PSNR against no gate, dB", xlim=(0, STEPS))
+        axes.legend()
+        figure.savefig(plot, dpi=110)
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.tgate", description=__doc__)
     parser.add_argument("what", choices=("multiply-adds", "time", "error"))
-    parser.add_argument("model", nargs="?", default="room64")
+    parser.add_argument("models", nargs="*", default=["room64", "room32", "quickstart"])
     parser.add_argument("--images", type=int, default=32)
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--plot", help="a PNG of the errors")
     given = parser.parse_args(arguments)
     if given.what == "multiply-adds":
         rows = rows_of({"SD 1.5": SD15, "SDXL": SDXL}, "meta", multiply_adds, "T")
     elif given.what == "time":
         rows = rows_of({"small": SMALL}, "cuda" if torch.cuda.is_available() else "cpu", seconds, "s")
     else:
-        rows = errors(given.model, given.images, given.steps)
+        rows = errors(given.models, given.images, given.plot)
     for row in rows:
         print(row, flush=True)
 

@@ -175,7 +175,7 @@ def test_our_own_model_spares_self_attention_as_the_schedule_says(model):
 def test_our_own_model_is_exact_up_to_the_gate(model):
     scalars = torch.randn(2, 3)
     exact = model.sample(scalars, steps=6)
-    assert torch.equal(model.sample(scalars, steps=6, gate=TGate(6, self_every=1)), exact), "the gate is the last"
-    assert not torch.equal(model.sample(scalars, steps=6, gate=TGate(6, self_warmup=1, self_every=3)), exact)
+    last, spared = (model.sample(scalars, steps=6, gate=gate) for gate in (TGate(6, self_every=1), TGate(6)))
+    assert relative(last, exact) < 1e-4 < relative(spared, exact)
     alike = (model.sample(scalars, steps=6, gate=gate) for gate in (3, TGate(3, self_every=1)))
     assert torch.equal(*alike)
