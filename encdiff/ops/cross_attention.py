@@ -15,6 +15,7 @@ from encdiff.kernels.cross_attention.plan import (
     choose_route,
     head_width_limit,
     heads_tile,
+    is_tiled,
 )
 from encdiff.ops import _self_check
 from encdiff.ops._attention import (
@@ -185,16 +186,18 @@ def _route(
         against = failed_folded(x, b_o, norm_weight, token_bias, residual, maps, gradients)
         if not against:
             return "folded", []
-    if width > head_width_limit(tokens, size):
+    if width > head_width_limit(size):
         return "heads", against
     checked = x, x.shape[1], tokens, width, bias_kind(token_bias), maps is not None
     return "heads", _self_check.reasons("cross_attention_heads", x, _heads_variant, *checked, gradients=gradients)
 
 
 def _heads_variant(x, queries, tokens, width, *flags) -> tuple:
-    width, many, dtype = -(-width // 8) * 8, tokens > FEW_TOKENS, product_dtype(x)
-    short = not many and heads_tile("fwd", queries, tokens, width, dtype.itemsize) == SHORT
-    return NAMES[dtype], width, many, short, *flags
+    """With one number of tokens for all that take the same kernels."""
+    width, dtype = -(-width // 8) * 8, product_dtype(x)
+    few, tiled = tokens <= FEW_TOKENS, is_tiled(tokens, width, dtype.itemsize)
+    short = few and heads_tile("fwd", queries, tokens, width, dtype.itemsize) == SHORT
+    return NAMES[dtype], width, 20 if few else 300 if tiled else 100, short, *flags
 
 
 def _by_heads(x, k, v, w_q, w_o, b_o, *, heads, norm_weight, norm_bias, norm_eps, residual, token_bias, maps):
@@ -219,11 +222,11 @@ def _triton_reasons(
     tensors = context, w_q, w_k, w_v, w_o, b_o, norm_weight, norm_bias, token_bias, *(projected or ())
     reasons = triton_reasons(x, maps, *tensors)
     tokens, width, dtype = context.shape[1], w_q.shape[0] // heads, product_dtype(x)
-    limit = head_width_limit(tokens, dtype.itemsize)
+    limit = head_width_limit(dtype.itemsize)
     if not 1 <= tokens <= MAX_TOKENS:
         reasons.append(f"{tokens} tokens must be 1 to {MAX_TOKENS}")
     if width > limit and not can_fold(x.shape[2], tokens, dtype.itemsize):
-        reasons.append(f"head width {width} must be at most {limit} in {dtype} with {tokens} tokens")
+        reasons.append(f"head width {width} must be at most {limit} in {dtype}")
     gradients = has_gradient(x, *tensors)
     return reasons or _route(x, context, w_q, heads, b_o, norm_weight, residual, token_bias, maps, gradients)[1]
 
