@@ -70,7 +70,7 @@ def cross_attention_reference(
 
 
 def _between_projections(what, attention):
-    """The op with `attention(q, k, v, heads)` between separate projections; neither token bias nor maps."""
+    """The op with `attention(q, k, v, heads[, token_bias])` between separate projections."""
 
     def run(
         x, context, w_q, w_k, w_v, w_o, b_o=None, *,
@@ -78,20 +78,19 @@ def _between_projections(what, attention):
         projected=None,
     ):  # fmt: skip
         h = layer_norm(x, norm_weight, norm_bias, norm_eps)
-        a = attention(F.linear(h, w_q), *(projected or _project(context, w_k, w_v)), heads)
+        bias = () if token_bias is None else (token_bias,)
+        a = attention(F.linear(h, w_q), *(projected or _project(context, w_k, w_v)), heads, *bias)
         return project_out(a, w_o, b_o, x if residual else None)
 
     run.__name__ = f"cross_attention_{attention.__name__}"
-    run.__doc__ = f"{what} between separate projections; neither token bias nor maps."
+    run.__doc__ = f"{what} between separate projections."
     return run
 
 
-def _sdpa_reasons(x, context, *weights, maps=None, token_bias=None, projected=None, **_) -> list[str]:
+def _sdpa_reasons(x, context, *weights, maps=None, projected=None, **_) -> list[str]:
     reasons = _mixed(x, context, *weights[:3], projected=projected)
     if maps is not None:
         reasons.append("does not return attention maps")
-    if token_bias is not None:
-        reasons.append("a fully masked row is not defined")
     if x.shape[0] == 0 or x.shape[1] == 0:
         reasons.append("needs at least one query")
     return reasons
@@ -111,7 +110,8 @@ def _native_reasons(x, context, w_q, *weights, heads, maps=None, token_bias=None
 
 
 def _native_doubts(x, context, w_q, *weights, heads, **_) -> list[str]:
-    return native_doubts(w_q.shape[0] // heads)
+    """In bfloat16 it is faster for Stable Diffusion's heads of 40, too (bench/bench_cross_attention.py)."""
+    return native_doubts(w_q.shape[0] // heads, 40 if product_dtype(x) == torch.bfloat16 else 32)
 
 
 def cross_attention_transposed(
@@ -197,7 +197,7 @@ def _heads_variant(x, queries, tokens, width, *flags) -> tuple:
     width, dtype = -(-width // 8) * 8, product_dtype(x)
     few, tiled = tokens <= FEW_TOKENS, is_tiled(tokens, width, dtype.itemsize)
     short = few and heads_tile("fwd", queries, tokens, width, dtype.itemsize) == SHORT
-    return NAMES[dtype], width, 20 if few else 300 if tiled else 100, short, *flags
+    return NAMES[dtype], width, 20 if few else 150 if tiled else 100, short, *flags
 
 
 def _by_heads(x, k, v, w_q, w_o, b_o, *, heads, norm_weight, norm_bias, norm_eps, residual, token_bias, maps):

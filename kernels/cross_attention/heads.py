@@ -332,24 +332,23 @@ refuse_second(cross_attention_heads_bwd)
 def gate_cases():
     """Every tile, with token bias and maps."""
     kernels = {
-        ("fwd", False): cross_attention_heads_fwd_kernel,
-        ("fwd", True): cross_attention_heads_tiled_fwd_kernel,
-        ("dq", False): cross_attention_heads_bwd_kernel_dq,
-        ("dq", True): cross_attention_heads_tiled_bwd_kernel_dq,
+        "fwd": cross_attention_heads_fwd_kernel,
+        "tiled fwd": cross_attention_heads_tiled_fwd_kernel,
+        "dq": cross_attention_heads_bwd_kernel_dq,
+        "tiled dq": cross_attention_heads_tiled_bwd_kernel_dq,
+        "dkv": cross_attention_heads_bwd_kernel_dkv,
     }
-    found = {}  # with what is told apart by no more than a number of tokens once
+    found = {}
     for (name, half, BLOCK_D), tile in HEADS_TILES.items():
+        size = 2 if half else 4
         for L, N in product((16, 17), (FEW_TOKENS, tile.BLOCK_N, MAX_TOKENS)):
-            size = 2 if half else 4
-            tiled = name != "dkv" and is_tiled(N, BLOCK_D, size)
-            found[f"{'tiled ' * tiled}{name}", half, BLOCK_D, heads_tile(name, L, N, BLOCK_D, size)] = (
-                kernels.get((name, tiled), cross_attention_heads_bwd_kernel_dkv)
-            )
-    for case, kernel in found.items():
-        yield _gate_case(*case, kernel)
+            tiled = "tiled " * (name != "dkv" and is_tiled(N, BLOCK_D, size))
+            found[tiled + name, half, BLOCK_D, heads_tile(name, L, N, BLOCK_D, size)] = None  # each once
+    for name, *case in found:
+        yield _gate_case(kernels[name], name, *case)
 
 
-def _gate_case(name: str, half: bool, BLOCK_D: int, tile: HeadsTile, kernel) -> GateCase:
+def _gate_case(kernel, name: str, half: bool, BLOCK_D: int, tile: HeadsTile) -> GateCase:
     dtype = "bf16" if half else "fp32"
     types = dict.fromkeys(("p_q", "p_k", "p_v", "p_o", "p_do", "p_dq", "p_dk", "p_dv", "p_maps"), f"*{dtype}")
     types |= dict.fromkeys(("p_bias", "p_lse", "p_delta", "p_dbias"), "*fp32") | {"scale": "fp32"}

@@ -83,8 +83,8 @@ HEADS_TILES = {
     ("dkv", False, 64): HeadsTile(16, 16, 8),
 }
 
-# the same, where tokens are taken in turn; in 16 bits the largest tried of which a multiprocessor of sm_90 holds 16 warps
-# (of the widest 8)
+# the same, where tokens are taken in turn; in 16 bits the largest tried of which a multiprocessor of sm_90 holds 16
+# warps, of the widest 8; not measured on a GPU
 TILED_HEADS_TILES = {
     ("fwd", True, 32): HeadsTile(128, 32, 8),
     ("fwd", True, 64): HeadsTile(128, 32, 8),
@@ -148,8 +148,8 @@ def predict(route: str, queries: int, channels: int, tokens: int, heads: int, si
 
     "folded": x in, y out, keys and values (H*N, C) written and read; "folded once": read only, folded before;
     "kept": keys and values (N, C) read, and by every program two weights (C, C), which come from the cache (H*d = C);
-    "heads": LayerNorm, the query projection, the attention and the output projection with x each go to memory; for every
-    64 queries keys and values come from the cache.
+    "heads": LayerNorm, the query projection, the attention and the output projection with x each go to memory; keys and
+    values come from the cache, for every 64 queries.
     """
     x, folded, again = queries * channels, heads * tokens * channels, 0.0
     if route == "heads":
