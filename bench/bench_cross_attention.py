@@ -22,6 +22,8 @@ STABLE_DIFFUSION = {
     "SD 32x32": (1024, 640, 77, 768),
     "SD 16x16": (256, 1280, 77, 768),
     "SD 8x8": (64, 1280, 77, 768),
+    "SD 64x64, 256 tokens": (4096, 320, 256, 768),
+    "SD 32x32, 1024 tokens": (1024, 640, 1024, 768),
 }
 SHAPES = [(name, batch) for name in PAPER for batch in ((1, 16, 128, 1024) if GPU else (16,))]
 SHAPES += [(name, 8) for name in STABLE_DIFFUSION] if GPU else []

@@ -177,16 +177,75 @@ def test_token_bias_masks_and_emphasises(per_head, impl):
     assert (attention[..., 3] == 0).all()
 
 
-@pytest.mark.parametrize("impl", WITH_MAPS)
-def test_a_fully_masked_row_attends_to_nothing(impl):
+@pytest.mark.parametrize("impl", PLAIN)
+@pytest.mark.parametrize("per_head", [False, True])
+def test_gradients_with_a_token_bias(per_head, impl):
+    """With that of the bias; a bias that is only given takes another path through PyTorch's fused attention."""
+    x, tokens, weights, b_o = inputs(2, 6, 10, 5, 4, 2, 3)
+    bias = torch.randn(2, 2, 5, dtype=torch.float64) if per_head else torch.randn(2, 5, dtype=torch.float64)
+    bias[0, ..., 3] = -torch.inf
+    upstream = torch.randn_like(x)
+    leaves = [t.requires_grad_() for t in (x, tokens, *weights, b_o)]
+    for learnt in (True, False):
+        bias.requires_grad_(learnt)
+        wanted = [*leaves, bias] if learnt else leaves
+        y = ops.cross_attention(x, tokens, *weights, b_o, heads=2, token_bias=bias, impl=impl)
+        expected = by_loops(x, tokens, weights, b_o, 2, bias if per_head else bias[:, None].expand(2, 2, 5))[0]
+        torch.testing.assert_close(y, expected)
+        actual, expected = (torch.autograd.grad(out, wanted, upstream) for out in (y, expected))
+        torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("impl", PLAIN)
+@pytest.mark.parametrize("learnt", [False, True])
+def test_a_fully_masked_row_attends_to_nothing(learnt, impl):
     x, tokens, weights, b_o = inputs(2, 6, 10, 5, 4, 2, 3)
     x.requires_grad_()
     bias = torch.zeros(2, 5, dtype=torch.float64)
     bias[1] = -torch.inf
+    bias.requires_grad_(learnt)
     y = ops.cross_attention(x, tokens, *weights, b_o, heads=2, token_bias=bias, impl=impl)
     torch.testing.assert_close(y[1], b_o.expand(6, 10))
     y.sum().backward()
     assert x.grad.isfinite().all() and (x.grad[1] == 0).all() and (x.grad[0] != 0).any()
+    if learnt:
+        assert bias.grad.isfinite().all() and (bias.grad[1] == 0).all() and (bias.grad[0] != 0).any()
+
+
+@pytest.mark.parametrize("impl", PLAIN)
+def test_a_head_without_tokens_leaves_the_others(impl):
+    x, tokens, weights, b_o = inputs(2, 6, 10, 5, 4, 2, 3)
+    bias = torch.randn(2, 2, 5, dtype=torch.float64)
+    bias[0, 1] = -torch.inf
+    y = ops.cross_attention(x, tokens, *weights, b_o, heads=2, token_bias=bias, impl=impl)
+    weights[2][3:] = 0  # the values of head 1
+    expected = by_loops(x[:1], tokens[:1], weights, b_o, 2, bias[:1, :1].expand(1, 2, 5))[0]
+    torch.testing.assert_close(y[:1], expected)
+
+
+@pytest.mark.parametrize("impl", ["sdpa", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_lowest_finite_bias_masks_no_row_whole(dtype, impl):
+    """A common mask; of logits that are all so low each token has its share."""
+    x, tokens, weights, b_o = inputs(2, 6, 10, 5, 4, 2, 3, dtype)
+    bias = torch.full((2, 5), torch.finfo(torch.float32).min)
+    bias[0, 2] = 0.0
+    y = ops.cross_attention(x, tokens, *weights, b_o, heads=2, token_bias=bias, impl=impl)
+    assert (y - b_o).abs().amax((1, 2)).min() > 0.05
+    torch.testing.assert_close(y[0].double(), by_loops(x, tokens[:, 2:3], weights, b_o, 2)[0][0], rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_a_cpu_a_mask_is_left_to_the_fused_attention(dtype):
+    """Stable Diffusion's heads: the formula would write the logits of every query and token out in float32."""
+    x, tokens, weights, b_o = inputs(1, 64, 80, 77, 16, 2, 40, dtype)
+    bias = torch.zeros(1, 77).masked_fill(torch.arange(77) > 8, -torch.inf)
+    with ops.record_impls() as ran:
+        y = ops.cross_attention(x, tokens, *weights, b_o, heads=2, token_bias=bias)
+    assert ran == [("cross_attention", "sdpa")]
+    expected = by_loops(x, tokens[:, :9], weights, b_o, 2)[0]
+    bound = 1e-5 if dtype == torch.float32 else 2e-2
+    assert relative_error(y.double(), expected) < bound
 
 
 def test_extreme_logits_stay_finite():
@@ -264,7 +323,7 @@ def test_keys_and_values_at_hand(impl, width, monkeypatch):
         monkeypatch.setattr(module, "choose_route", lambda *sizes: "heads")
         impl = "triton"
     x, tokens, weights, b_o = inputs(2, 7, 16, 5, 4, 2, width, torch.float32)
-    bias = None if impl in ("native", "sdpa") else torch.randn(2, 5)
+    bias = None if impl == "native" else torch.randn(2, 5)
     options = dict(heads=2, residual=True, token_bias=bias)
     given = [t.requires_grad_() for t in (x, tokens, *weights, b_o)]
     w_k, w_v = given[3:5]

@@ -54,6 +54,8 @@ def route(monkeypatch):
     return lambda name: monkeypatch.setattr(module, "choose_route", lambda *sizes: name)
 
 
+# with tokens of which the per-head kernels take all at once, or tiles in turn
+ROUTES = pytest.mark.parametrize("name, N", [("folded", 5), ("heads", 5), ("heads", 150)])
 # route, (B, L, C, N, D, heads, head width), options of `leaves`
 CASES = {
     "folded, paper 16x16": ("folded", (1, 66, 64, 20, 16, 8, 8), {}),
@@ -74,6 +76,13 @@ CASES = {
         (1, 65, 16, 77, 8, 2, 40),
         {"bias": "token", "dtype": torch.bfloat16},
     ),
+    "heads, 154 tokens in turn, bfloat16, bias per head": (
+        "heads",
+        (2, 17, 16, 154, 8, 2, 40),
+        {"bias": "head", "dtype": torch.bfloat16},
+    ),
+    "heads, 129 tokens in turn, inner wider than C": ("heads", (1, 35, 24, 129, 6, 3, 40), {"bias": "token"}),
+    "heads, 64 wide, 40 tokens in turn": ("heads", (1, 18, 8, 40, 5, 1, 64), {"bias": "head"}),
     "heads, 160 wide": ("heads", (1, 3, 8, 128, 4, 1, 160), {"dtype": torch.float16, "norm": False}),
 }
 
@@ -111,11 +120,11 @@ def stock(tensors, heads) -> dict[str, torch.Tensor]:
     return {"y": y.detach()} | dict(zip(tensors, torch.autograd.grad(y, tensors.values(), upstream), strict=True))
 
 
-@pytest.mark.parametrize("name", ["folded", "heads"])
+@ROUTES
 @pytest.mark.parametrize("maps", ["head", "mean"])
-def test_maps(name, maps, route):
+def test_maps(name, N, maps, route):
     route(name)
-    tensors = leaves(2, 35, 16, 13, 5, 2, 8, bias="token")
+    tensors = leaves(2, 35, 16, N, 5, 2, 8, bias="token")
     tensors["token_bias"][0, 3] = -torch.inf
     actual = ops.cross_attention(**tensors, heads=2, maps=maps, impl="triton")
     expected = ops.cross_attention(**tensors, heads=2, maps=maps, impl="reference")
@@ -123,10 +132,10 @@ def test_maps(name, maps, route):
     assert (actual[1][0, ..., 3] == 0).all()
 
 
-@pytest.mark.parametrize("name", ["folded", "heads"])
-def test_masked_rows_have_a_defined_result(name, route):
+@ROUTES
+def test_masked_rows_have_a_defined_result(name, N, route):
     route(name)
-    tensors = leaves(3, 6, 16, 5, 4, 2, 8, bias="token", norm=False)
+    tensors = leaves(3, 6, 16, N, 4, 2, 8, bias="token", norm=False)
     tensors["token_bias"][1] = -torch.inf  # all
     tensors["token_bias"][2, 1:] = -torch.inf  # all but one
     actual, expected = (outcome(tensors, heads=2, impl=impl) for impl in ("triton", "reference"))
@@ -135,10 +144,10 @@ def test_masked_rows_have_a_defined_result(name, route):
     assert (actual["x"][1] == 0).all()
 
 
-@pytest.mark.parametrize("name", ["folded", "heads"])
-def test_extreme_logits(name, route):
+@ROUTES
+def test_extreme_logits(name, N, route):
     route(name)
-    tensors = leaves(1, 5, 16, 6, 4, 2, 8, norm=False)
+    tensors = leaves(1, 5, 16, N, 4, 2, 8, norm=False)
     tensors["x"] *= 1e4
     y = ops.cross_attention(**tensors, heads=2, impl="triton")
     exact = ops.cross_attention(**{n: t.double() for n, t in tensors.items()}, heads=2, impl="reference")
@@ -163,10 +172,10 @@ def test_strides(name, layout, route):
     torch.testing.assert_close(tensors, before, rtol=0, atol=0)  # inputs are never written
 
 
-@pytest.mark.parametrize("name", ["folded", "heads"])
-def test_every_output_is_written_and_nothing_beyond_is_read(name, route, monkeypatch):
+@ROUTES
+def test_every_output_is_written_and_nothing_beyond_is_read(name, N, route, monkeypatch):
     route(name)
-    tensors = leaves(2, 9, 24, 5, 4, 3, 8, bias="head")
+    tensors = leaves(2, 9, 24, N, 4, 3, 8, bias="head")
     expected = outcome(tensors, heads=3, residual=True, impl="reference")
     new_empty, empty_like = torch.Tensor.new_empty, torch.empty_like
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: new_empty(*a, **k).fill_(torch.nan))
@@ -178,10 +187,10 @@ def test_every_output_is_written_and_nothing_beyond_is_read(name, route, monkeyp
     torch.testing.assert_close(outcome(tensors, heads=3, residual=True, impl="triton"), expected)
 
 
-@pytest.mark.parametrize("name", ["folded", "heads"])
-def test_autocast_multiplies_in_bfloat16_and_keeps_the_type(name, route):
+@ROUTES
+def test_autocast_multiplies_in_bfloat16_and_keeps_the_type(name, N, route):
     route(name)
-    tensors = leaves(2, 9, 16, 5, 4, 2, 8)
+    tensors = leaves(2, 9, 16, N, 4, 2, 8)
     with torch.autocast(DEVICE, torch.bfloat16):
         actual, published = outcome(tensors, heads=2, residual=True, impl="triton"), stock(tensors, 2)
     expected = outcome(tensors, torch.float64, heads=2, residual=True, impl="reference")
@@ -194,30 +203,44 @@ def test_autocast_multiplies_in_bfloat16_and_keeps_the_type(name, route):
     assert not torch.equal(actual["y"], exact["y"])
 
 
-def test_two_runs_are_equal_to_the_bit(route):
-    for name in ("folded", "heads"):
-        route(name)
-        tensors = leaves(1, 35, 16, 5, 4, 2, 8)
-        first, second = (outcome(tensors, heads=2, impl="triton") for _ in range(2))
-        torch.testing.assert_close(first, second, rtol=0, atol=0)
+@ROUTES
+def test_two_runs_are_equal_to_the_bit(name, N, route):
+    route(name)
+    tensors = leaves(1, 35, 16, N, 4, 2, 8)
+    first, second = (outcome(tensors, heads=2, impl="triton") for _ in range(2))
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("name", ["folded", "heads"])
-def test_empty_batch_has_gradients(name, route):
+@ROUTES
+def test_empty_batch_has_gradients(name, N, route):
     route(name)
     for B, L in ((0, 3), (2, 0)):
-        gradients = outcome(leaves(B, L, 16, 5, 4, 2, 8, bias="token"), heads=2, impl="triton")
+        gradients = outcome(leaves(B, L, 16, N, 4, 2, 8, bias="token"), heads=2, impl="triton")
         assert all((g == 0).all() for g in gradients.values())
 
 
-@pytest.mark.parametrize("name", ["folded", "heads"])
-def test_library_op(name):
-    q, k, v = (torch.randn(2, n, 16, requires_grad=True) for n in (5, 3, 3))
-    bias = torch.randn(2, 2, 3, requires_grad=True)
+@ROUTES
+def test_tokens_that_lie_apart(name, N, route):
+    """A part of wider rows, every other token; and keys and values of two layouts."""
+    route(name)
+    tensors = leaves(2, 9, 16, N, 4, 2, 8)
+    tensors["context"] = torch.randn(2, 2 * N, 9)[:, ::2, 3:7]
+    actual, expected = (outcome(tensors, heads=2, impl=impl) for impl in ("triton", "reference"))
+    torch.testing.assert_close(actual, expected)
+    k, v = torch.randn(2, N, 40)[..., 8:24], torch.randn(2, 16, N).mT
+    given = {"heads": 2, "projected": (k, v)}
+    actual, expected = (ops.cross_attention(**tensors, **given, impl=impl) for impl in ("triton", "reference"))
+    torch.testing.assert_close(actual, expected)
+
+
+@ROUTES
+def test_library_op(name, N):
+    q, k, v = (torch.randn(2, n, 16, requires_grad=True) for n in (5, N, N))
+    bias = torch.randn(2, 2, N, requires_grad=True)
     if name == "heads":
         torch.library.opcheck(kernels.cross_attention_heads, (q, k, v, bias, 2, 0.3, True))
         return
-    keys, values = (torch.randn(2, 2, 3, 16, requires_grad=True) for _ in range(2))
+    keys, values = (torch.randn(2, 2, N, 16, requires_grad=True) for _ in range(2))
     b_o, gamma, beta = (torch.randn(16, requires_grad=True) for _ in range(3))
     torch.library.opcheck(kernels.cross_attention_folded, (q, keys, values, b_o, gamma, beta, bias, 1e-5, True, "head"))
     torch.library.opcheck(
@@ -225,8 +248,9 @@ def test_library_op(name):
     )
 
 
-def test_compiles_whole_with_any_batch(route):
-    route("folded")
+@ROUTES
+def test_compiles_whole_with_any_batch(name, N, route):
+    route(name)
     graphs = []
 
     def backend(graph, example):
@@ -237,7 +261,7 @@ def test_compiles_whole_with_any_batch(route):
         return ops.cross_attention(**tensors, heads=2, residual=True, impl="triton")
 
     compiled = torch.compile(f, fullgraph=True, dynamic=True, backend=backend)
-    several = [leaves(B, 6, 16, 5, 4, 2, 8) for B in (2, 3, 5)]
+    several = [leaves(B, 6, 16, N, 4, 2, 8) for B in (2, 3, 5)]
     torch.set_default_device(None)  # under one, torch cannot trace `unflatten`
     for tensors in several:
         torch.testing.assert_close(compiled(tensors), f(tensors))
@@ -254,6 +278,14 @@ def test_auto_never_interprets_and_says_so():
         ops.cross_attention(**tensors, heads=2)
     assert len(ran) == 1 and ran[0][1] != "triton"
     assert "triton: interpreted on the CPU" in ops.explain("cross_attention", **tensors, heads=2)
+
+
+def test_more_tokens_than_are_served_or_wider_heads_give_a_reason():
+    why = ops.explain("cross_attention", **leaves(1, 4, 16, 1025, 4, 2, 8), heads=2)
+    assert "triton: 1025 tokens must be 1 to 1024\n" in why
+    for width, dtype in ((80, torch.float32), (264, torch.bfloat16)):
+        why = ops.explain("cross_attention", **leaves(1, 4, 20, 77, 4, 2, width, dtype), heads=2)
+        assert f"head width {width} must be at most {64 if width == 80 else 256} in {dtype}" in why
 
 
 @interpreted
@@ -288,10 +320,11 @@ def test_every_shape_that_is_served_has_a_tile():
             for channels in range(8, plan.FOLDED_CHANNELS[size] + 1, 8):
                 assert (kernel, size == 2, plan.pad(channels, 64)) in plan.FOLDED_TILES
         for kernel in ("fwd", "dq", "dkv"):
-            for tokens in (1, 32, 33, 128):
-                for width in range(8, plan.head_width_limit(tokens, size) + 1, 8):
-                    tile = plan.HEADS_TILES[kernel, size == 2, plan.pad(width, 32)]
-                    assert kernel == "dkv" or tokens <= tile.BLOCK_N  # the softmax is taken whole
+            for tokens in (1, 32, 33, 128, 129, plan.MAX_TOKENS):
+                for width in range(8, plan.head_width_limit(size) + 1, 8):
+                    tile = plan.heads_tile(kernel, 80, tokens, width, size)
+                    in_turn = kernel == "dkv" or plan.is_tiled(tokens, width, size)
+                    assert in_turn or tokens <= tile.BLOCK_N  # the softmax is taken whole
 
 
 def test_tiles_of_heads_are_gated_and_no_longer_than_the_papers_queries():
@@ -301,7 +334,7 @@ def test_tiles_of_heads_are_gated_and_no_longer_than_the_papers_queries():
     for kernel in ("fwd", "dq", "dkv"):
         for size, widths in ((2, (8, 16, 32, 40, 64, 128, 256)), (4, (8, 32, 64))):
             for width in widths:
-                for tokens in (20, 77) if plan.head_width_limit(77, size) >= width else (20,):
+                for tokens in (20, 77, 129, 1024):
                     for queries in (4, 16, 17, 256):
                         tile = plan.heads_tile(kernel, queries, tokens, width, size)
                         assert (tile.BLOCK_L, tile.BLOCK_N, plan.pad(width, 32), tile.num_warps) in gated
@@ -335,5 +368,7 @@ def test_predictions_are_the_formula():
     assert seconds == pytest.approx(1e-6 + 128 * 2 * (2 * 64 * 128 + 2 * 8 * 20 * 128) / 4.15e12)
     seconds = plan.predict("folded once", 256, 64, 20, 8, 2)
     assert seconds == pytest.approx(1e-6 + 128 * 4 * 256 * 64 * 8 * 32 / 400e12)
+    seconds = plan.predict("heads", 4096, 320, 1024, 8, 2)
+    assert seconds == pytest.approx(6e-6 + 128 * 4 * 4096 * 320 * (320 + 1024) / 400e12)
     seconds = plan.predict("kept", 16, 256, 20, 8, 2)  # two samples share a tile
     assert seconds == pytest.approx(1e-6 + 64 * 2 * 256 * 256 * 2 / 5.5e12)

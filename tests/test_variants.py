@@ -72,7 +72,7 @@ def test_every_size_has_a_variant_that_can_be_checked(card, monkeypatch, dtype):
         return int(torch.randint(1, most + 1, (), generator=number))
 
     for _ in range(40):
-        L, D, G, N, H, d = upto(40), upto(64), upto(9), upto(40), upto(4), upto(32)
+        L, D, G, N, H, d = upto(40), upto(64), upto(9), upto(400), upto(4), upto(32)
         C, heads = D * G, H * d
         ops.group_norm(x := draw(2, C, L, 1), draw(C), draw(C), G, impl="reference")
         sys.modules["encdiff.ops.group_norm"]._triton_reasons(x, draw(C), draw(C), G, silu=True)
@@ -90,8 +90,8 @@ def test_every_size_has_a_variant_that_can_be_checked(card, monkeypatch, dtype):
     for family, variant in dict.fromkeys(asked):
         inputs = FAMILIES[family].make(Draw("0"), *variant)
         assert inputs and all(isinstance(part, str | int | bool) for part in variant)
-        if family == "cross_attention_heads":  # the tile's facts
-            assert variant[1] <= plan.head_width_limit(100 if variant[2] else 20, of.itemsize)
+        if family == "cross_attention_heads":
+            assert variant[1] <= plan.head_width_limit(of.itemsize)
 
 
 WITH_TRITON = [name for name, op in ops.OPS.items() if any(i.name == "triton" for i in op.implementations)]
@@ -133,11 +133,13 @@ class TestAttentionVariants:
         assert self.asked(monkeypatch, lambda: call(**bias))[0] == (*folded, "given", "mean")
         many = {"context": torch.randn(2, 100, 16)}
         assert self.asked(monkeypatch, lambda: call(**many))[0] == (
-            "cross_attention_heads", "bfloat16", 8, True, False, "none", False,
+            "cross_attention_heads", "bfloat16", 8, 100, False, "none", False,
         )  # fmt: skip
+        in_turn = {"x": torch.randn(2, 9, 64), "context": torch.randn(2, 129, 16)}
+        assert self.asked(monkeypatch, lambda: call(**in_turn))[0][3] == 150
         few = {"x": torch.randn(2, 9, 64), "context": torch.randn(2, 32, 16)}
         found = self.asked(monkeypatch, lambda: call(**few))[0]
-        assert found[0] == "cross_attention_folded" or found[1:5] == ("bfloat16", 8, False, True)
+        assert found[0] == "cross_attention_folded" or found[1:5] == ("bfloat16", 8, 20, True)
 
     def test_self_attention(self, card, monkeypatch):
         x, w = torch.randn(2, 256, 60), [torch.randn(60, 60) for _ in range(4)]

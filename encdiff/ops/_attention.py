@@ -115,16 +115,32 @@ class _Refused(torch.autograd.Function):
     backward = staticmethod(refusal("the gradient of scaled_dot_product_attention"))
 
 
-def stock_attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
-    """PyTorch's fused attention of (B, L, heads*d) over (B, N, heads*d)."""
+def stock_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, token_bias: Tensor | None = None) -> Tensor:
+    """PyTorch's fused attention of (B, L, heads*d) over (B, N, heads*d), with a bias (B, [heads,] N)."""
     q, k, v = (split_heads(t, heads) for t in (q, k, v))
+    mask, nothing = (None, None) if token_bias is None else _stock_mask(token_bias, q.dtype)
     if not torch.compiler.is_compiling():
-        q, k, v = (_Once.apply(t) if has_gradient(t) else t for t in (q, k, v))
-    return merge_heads(F.scaled_dot_product_attention(q, k, v))
+        q, k, v, mask = (_Once.apply(t) if has_gradient(t) else t for t in (q, k, v, mask))
+    a = F.scaled_dot_product_attention(q, k, v, mask)
+    return merge_heads(a if nothing is None else a.masked_fill(nothing, 0.0))
+
+
+def _stock_mask(token_bias: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The bias as a mask (B, heads or 1, 1, N) in the type of the queries, and what attends to nothing (..., 1, 1).
+
+    PyTorch does not define a row that is masked throughout: it gets no mask. Such rows are the bias's alone, whatever
+    the queries. What is finite stays so: the lowest float32, a common mask, is -inf in bfloat16.
+    """
+    bias = (token_bias if token_bias.ndim == 3 else token_bias[:, None])[:, :, None]
+    masked = bias.isneginf()
+    nothing = masked.all(-1, keepdim=True)
+    lowest = max(torch.finfo(dtype).min, torch.finfo(bias.dtype).min)
+    bias = torch.where(masked, bias, bias.clamp(min=lowest))
+    return bias.masked_fill(nothing, 0.0).to(dtype), nothing
 
 
 def native_attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
-    """The same by csrc/attention_cpu.cpp; float32 inside."""
+    """The same without a bias by csrc/attention_cpu.cpp; float32 inside."""
     return torch.ops.encdiff_native.attention(q, k, v, heads)[0]
 
 
@@ -142,8 +158,8 @@ def native_reasons(x: Tensor, width: int) -> list[str]:
     return reasons or _native.reasons(x)
 
 
-def native_doubts(width: int) -> list[str]:
-    return [f"heads are {width} wide; it pays up to 32"] if width > 32 else []
+def native_doubts(width: int, most: int = 32) -> list[str]:
+    return [f"heads are {width} wide; it pays up to {most}"] if width > most else []
 
 
 def triton_reasons(x: Tensor, maps: str | None, *tensors) -> list[str]:

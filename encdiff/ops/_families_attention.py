@@ -78,21 +78,21 @@ def _folded_variants() -> Iterator[Variant]:
     yield "bfloat16", "bfloat16", "bfloat16", 40, *PLAIN
 
 
-def _heads(draw: Draw, dtype: str, width: int, many: bool, short: bool, bias: str, maps: bool) -> Tensors:
-    L, N, H = 16 if short else 80, 100 if many else 20, 3
+def _heads(draw: Draw, dtype: str, width: int, N: int, short: bool, bias: str, maps: bool) -> Tensors:
+    L, H = 16 if short else 80, 3
     shapes = {"q": (2, L, H * width), "k": (2, N, H * width), "v": (2, N, H * width)}
     inputs = {n: draw(*shape).to(TYPES[dtype]) for n, shape in shapes.items()}
     return inputs | ({"token_bias": _bias(draw, 2, H, N)} if bias != "none" else {})
 
 
-def _heads_kernel(i: Tensors, dtype, width, many, short, bias, maps) -> Outputs:
+def _heads_kernel(i: Tensors, dtype, width, N, short, bias, maps) -> Outputs:
     from encdiff.kernels.cross_attention import cross_attention_heads as fused
 
     o, _, p = fused(i["q"], i["k"], i["v"], _given_bias(i, bias).get("token_bias"), 3, width**-0.5, maps)
     return (o, p) if maps else (o,)
 
 
-def _heads_exact(i: Tensors, dtype, width, many, short, bias, maps) -> Outputs:
+def _heads_exact(i: Tensors, dtype, width, N, short, bias, maps) -> Outputs:
     q, k, v = (split_heads(i[n], 3) for n in "qkv")
     p = softmax(q @ k.mT * width**-0.5, _given_bias(i, bias).get("token_bias"))
     return (merge_heads(p @ v), p) if maps else (merge_heads(p @ v),)
@@ -101,13 +101,13 @@ def _heads_exact(i: Tensors, dtype, width, many, short, bias, maps) -> Outputs:
 def _heads_variants() -> Iterator[Variant]:
     for dtype in TYPES:
         for width in (8, 16, *sorted({d for _, half, d in plan.HEADS_TILES if half == (dtype in HALVES)})):
-            for many in (False, True):
-                if width <= plan.head_width_limit(100 if many else 20, _size(dtype)):
-                    yield dtype, width, many, False, "none", False
+            for N in (20, 100, 150) if not plan.is_tiled(100, width, _size(dtype)) else (20, 150):
+                yield dtype, width, N, False, "none", False
     for width in (8, 16, 32):
-        yield "bfloat16", width, False, True, "none", False
+        yield "bfloat16", width, 20, True, "none", False
     for bias in ("learnt", "given"):
-        yield "bfloat16", 16, False, False, bias, False
+        yield "bfloat16", 16, 20, False, bias, False
+        yield "bfloat16", 64, 150, False, bias, False
 
 
 def _kept(

@@ -15,6 +15,7 @@ from encdiff.kernels.cross_attention.plan import (
     choose_route,
     head_width_limit,
     heads_tile,
+    is_tiled,
 )
 from encdiff.ops import _self_check
 from encdiff.ops._attention import (
@@ -69,7 +70,7 @@ def cross_attention_reference(
 
 
 def _between_projections(what, attention):
-    """The op with `attention(q, k, v, heads)` between separate projections; neither token bias nor maps."""
+    """The op with `attention(q, k, v, heads[, token_bias])` between separate projections."""
 
     def run(
         x, context, w_q, w_k, w_v, w_o, b_o=None, *,
@@ -77,20 +78,19 @@ def _between_projections(what, attention):
         projected=None,
     ):  # fmt: skip
         h = layer_norm(x, norm_weight, norm_bias, norm_eps)
-        a = attention(F.linear(h, w_q), *(projected or _project(context, w_k, w_v)), heads)
+        bias = () if token_bias is None else (token_bias,)
+        a = attention(F.linear(h, w_q), *(projected or _project(context, w_k, w_v)), heads, *bias)
         return project_out(a, w_o, b_o, x if residual else None)
 
     run.__name__ = f"cross_attention_{attention.__name__}"
-    run.__doc__ = f"{what} between separate projections; neither token bias nor maps."
+    run.__doc__ = f"{what} between separate projections."
     return run
 
 
-def _sdpa_reasons(x, context, *weights, maps=None, token_bias=None, projected=None, **_) -> list[str]:
+def _sdpa_reasons(x, context, *weights, maps=None, projected=None, **_) -> list[str]:
     reasons = _mixed(x, context, *weights[:3], projected=projected)
     if maps is not None:
         reasons.append("does not return attention maps")
-    if token_bias is not None:
-        reasons.append("a fully masked row is not defined")
     if x.shape[0] == 0 or x.shape[1] == 0:
         reasons.append("needs at least one query")
     return reasons
@@ -110,7 +110,8 @@ def _native_reasons(x, context, w_q, *weights, heads, maps=None, token_bias=None
 
 
 def _native_doubts(x, context, w_q, *weights, heads, **_) -> list[str]:
-    return native_doubts(w_q.shape[0] // heads)
+    """In bfloat16 it is faster for Stable Diffusion's heads of 40, too (bench/bench_cross_attention.py)."""
+    return native_doubts(w_q.shape[0] // heads, 40 if product_dtype(x) == torch.bfloat16 else 32)
 
 
 def cross_attention_transposed(
@@ -185,16 +186,18 @@ def _route(
         against = failed_folded(x, b_o, norm_weight, token_bias, residual, maps, gradients)
         if not against:
             return "folded", []
-    if width > head_width_limit(tokens, size):
+    if width > head_width_limit(size):
         return "heads", against
     checked = x, x.shape[1], tokens, width, bias_kind(token_bias), maps is not None
     return "heads", _self_check.reasons("cross_attention_heads", x, _heads_variant, *checked, gradients=gradients)
 
 
 def _heads_variant(x, queries, tokens, width, *flags) -> tuple:
-    width, many, dtype = -(-width // 8) * 8, tokens > FEW_TOKENS, product_dtype(x)
-    short = not many and heads_tile("fwd", queries, tokens, width, dtype.itemsize) == SHORT
-    return NAMES[dtype], width, many, short, *flags
+    """With one number of tokens for all that take the same kernels."""
+    width, dtype = -(-width // 8) * 8, product_dtype(x)
+    few, tiled = tokens <= FEW_TOKENS, is_tiled(tokens, width, dtype.itemsize)
+    short = few and heads_tile("fwd", queries, tokens, width, dtype.itemsize) == SHORT
+    return NAMES[dtype], width, 20 if few else 150 if tiled else 100, short, *flags
 
 
 def _by_heads(x, k, v, w_q, w_o, b_o, *, heads, norm_weight, norm_bias, norm_eps, residual, token_bias, maps):
@@ -219,11 +222,11 @@ def _triton_reasons(
     tensors = context, w_q, w_k, w_v, w_o, b_o, norm_weight, norm_bias, token_bias, *(projected or ())
     reasons = triton_reasons(x, maps, *tensors)
     tokens, width, dtype = context.shape[1], w_q.shape[0] // heads, product_dtype(x)
-    limit = head_width_limit(tokens, dtype.itemsize)
+    limit = head_width_limit(dtype.itemsize)
     if not 1 <= tokens <= MAX_TOKENS:
         reasons.append(f"{tokens} tokens must be 1 to {MAX_TOKENS}")
     if width > limit and not can_fold(x.shape[2], tokens, dtype.itemsize):
-        reasons.append(f"head width {width} must be at most {limit} in {dtype} with {tokens} tokens")
+        reasons.append(f"head width {width} must be at most {limit} in {dtype}")
     gradients = has_gradient(x, *tensors)
     return reasons or _route(x, context, w_q, heads, b_o, norm_weight, residual, token_bias, maps, gradients)[1]
 

@@ -1,9 +1,11 @@
 """The per-head route: softmax(q k^T / sqrt(d) + bias) v for one head at a time, between ordinary projections.
 
-Serves every number of channels. The N <= 128 tokens of a head fit on the chip, so no softmax is taken in parts. The
-forward keeps the logarithm of each row's sum (B, H, L); the backward has one kernel that owns queries and one that
-owns tokens of a head and sums over the queries in order.
+Serves every number of channels. Where a head's tokens fit on the chip the softmax is taken whole; the `tiled` kernels
+take more of them in turn (docs/math.md). The forward keeps the logarithm of each row's sum (B, H, L); the backward has
+one kernel that owns queries and one that owns tokens of a head and sums over the queries in order.
 """
+
+from itertools import product
 
 import torch
 import triton
@@ -13,7 +15,7 @@ from torch import Tensor
 from .._gate import GateCase, gate_signature
 from .._second import refuse_second
 from .parts import aligned_rows, load_rows, on_device, operand, place, store_rows
-from .plan import FEW_TOKENS, HEADS_TILES, heads_tile, pad
+from .plan import FEW_TOKENS, HEADS_TILES, MAX_TOKENS, HeadsTile, heads_tile, is_tiled, pad
 
 # Not specialised, so that the code of a tile is one, the gate's: the figures of the channels alone are.
 GENERAL = ("L", "N", "H", "stride_kb8", "stride_kn8", "stride_bias_b", "stride_bias_h")
@@ -62,6 +64,51 @@ def cross_attention_heads_fwd_kernel(
 
 
 @triton.jit(do_not_specialize=GENERAL)
+def cross_attention_heads_tiled_fwd_kernel(
+    p_q, p_k, p_v, p_bias, p_o, p_lse, p_maps,
+    L, N, H, D8, scale, stride_kb8, stride_kn8, stride_bias_b, stride_bias_h,
+    BLOCK_L: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK_L queries of one head, its tokens in turn; a second pass over these for the maps."""
+    DTYPE: tl.constexpr = p_k.dtype.element_ty
+    D = D8 * 8  # said in this way, the compiler knows that rows are aligned
+    i_bh, o_l = place(L, BLOCK_L)
+    i_b, i_h = i_bh // H, i_bh % H
+    o_d = tl.arange(0, BLOCK_D)
+    if p_bias is not None:
+        p_bias += i_b * stride_bias_b + i_h * stride_bias_h
+
+    i_kv = i_b * stride_kb8 * 8 + i_h * D
+    q = operand(load_rows(p_q + (i_b * L * H + i_h) * D, o_l, o_d, H * D, L, D), DTYPE)
+    o = tl.zeros((BLOCK_L, BLOCK_D), tl.float32)
+    top, z = tl.full((BLOCK_L,), -float("inf"), tl.float32), tl.zeros((BLOCK_L,), tl.float32)
+    for i_n in range(0, N, BLOCK_N):
+        o_n = i_n + tl.arange(0, BLOCK_N)
+        k = operand(load_rows(p_k + i_kv, o_n, o_d, stride_kn8 * 8, N, D), DTYPE)
+        v = operand(load_rows(p_v + i_kv, o_n, o_d, stride_kn8 * 8, N, D), DTYPE)
+        s = _logits(q, k, o_n, N, p_bias, scale)
+        higher = tl.maximum(top, tl.max(s, 1))
+        base = tl.where(higher == -float("inf"), 0.0, higher)  # so far every token may be masked
+        rest = tl.exp(top - base)
+        e = tl.exp(s - base[:, None])
+        z = z * rest + tl.sum(e, 1)
+        o = tl.dot(operand(e, DTYPE), v, o * rest[:, None], input_precision="ieee")
+        top = higher
+    masked = top == -float("inf")
+    z = tl.where(masked, 1.0, z)
+    store_rows(p_o + (i_b * L * H + i_h) * D, o / z[:, None], o_l, o_d, H * D, L, D)
+    lse = tl.where(masked, float("inf"), top + tl.log(z))  # exp(s - inf) = 0: a masked row attends to nothing
+    tl.store(p_lse + i_bh * L + o_l, lse, mask=o_l < L)
+    if p_maps is not None:
+        base = tl.where(masked, 0.0, top)
+        for i_n in range(0, N, BLOCK_N):
+            o_n = i_n + tl.arange(0, BLOCK_N)
+            k = operand(load_rows(p_k + i_kv, o_n, o_d, stride_kn8 * 8, N, D), DTYPE)
+            p = tl.exp(_logits(q, k, o_n, N, p_bias, scale) - base[:, None]) / z[:, None]
+            store_rows(p_maps + i_bh * L * N, p, o_l, o_n, N, L, N)
+
+
+@triton.jit(do_not_specialize=GENERAL)
 def cross_attention_heads_bwd_kernel_dq(
     p_q, p_k, p_v, p_bias, p_do, p_lse, p_dq, p_delta,
     L, N, H, D8, scale, stride_kb8, stride_kn8, stride_bias_b, stride_bias_h,
@@ -89,6 +136,48 @@ def cross_attention_heads_bwd_kernel_dq(
     dq = tl.dot(operand(ds, DTYPE), k, input_precision="ieee") * scale
     store_rows(p_dq + i_q, dq, o_l, o_d, H * D, L, D)
     tl.store(p_delta + i_bh * L + o_l, delta, mask=o_l < L)
+
+
+@triton.jit(do_not_specialize=GENERAL)
+def cross_attention_heads_tiled_bwd_kernel_dq(
+    p_q, p_k, p_v, p_bias, p_do, p_lse, p_dq, p_delta,
+    L, N, H, D8, scale, stride_kb8, stride_kn8, stride_bias_b, stride_bias_h,
+    BLOCK_L: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK_L queries of one head, its tokens in turn, twice: delta must be known before dq.
+
+    delta = rowsum(do o) would save the first pass, but o is rounded: where one token has all of the attention, P dP and
+    delta cancel, and nothing but that rounding would be left.
+    """
+    DTYPE: tl.constexpr = p_k.dtype.element_ty
+    D = D8 * 8  # said in this way, the compiler knows that rows are aligned
+    i_bh, o_l = place(L, BLOCK_L)
+    i_b, i_h = i_bh // H, i_bh % H
+    o_d = tl.arange(0, BLOCK_D)
+    if p_bias is not None:
+        p_bias += i_b * stride_bias_b + i_h * stride_bias_h
+
+    i_q, i_kv = (i_b * L * H + i_h) * D, i_b * stride_kb8 * 8 + i_h * D
+    q = operand(load_rows(p_q + i_q, o_l, o_d, H * D, L, D), DTYPE)
+    do = operand(load_rows(p_do + i_q, o_l, o_d, H * D, L, D), DTYPE)
+    lse = tl.load(p_lse + i_bh * L + o_l, mask=o_l < L, other=float("inf"))
+    delta = tl.zeros((BLOCK_L,), tl.float32)
+    for i_n in range(0, N, BLOCK_N):
+        o_n = i_n + tl.arange(0, BLOCK_N)
+        k = operand(load_rows(p_k + i_kv, o_n, o_d, stride_kn8 * 8, N, D), DTYPE)
+        v = operand(load_rows(p_v + i_kv, o_n, o_d, stride_kn8 * 8, N, D), DTYPE)
+        p = tl.exp(_logits(q, k, o_n, N, p_bias, scale) - lse[:, None])
+        delta += tl.sum(p * tl.dot(do, tl.trans(v), input_precision="ieee"), 1)
+    tl.store(p_delta + i_bh * L + o_l, delta, mask=o_l < L)
+    dq = tl.zeros((BLOCK_L, BLOCK_D), tl.float32)
+    for i_n in range(0, N, BLOCK_N):
+        o_n = i_n + tl.arange(0, BLOCK_N)
+        k = operand(load_rows(p_k + i_kv, o_n, o_d, stride_kn8 * 8, N, D), DTYPE)
+        v = operand(load_rows(p_v + i_kv, o_n, o_d, stride_kn8 * 8, N, D), DTYPE)
+        p = tl.exp(_logits(q, k, o_n, N, p_bias, scale) - lse[:, None])
+        ds = p * (tl.dot(do, tl.trans(v), input_precision="ieee") - delta[:, None])
+        dq = tl.dot(operand(ds, DTYPE), k, dq, input_precision="ieee")
+    store_rows(p_dq + i_q, dq * scale, o_l, o_d, H * D, L, D)
 
 
 @triton.jit(do_not_specialize=GENERAL)
@@ -134,7 +223,7 @@ def cross_attention_heads_bwd_kernel_dkv(
 
 
 def _arguments(q: Tensor, k: Tensor, bias: Tensor | None, heads: int, scale: float, name: str) -> tuple[tuple, dict]:
-    """The sizes every kernel takes, and its tile."""
+    """The sizes that every kernel takes, and its tile."""
     L, N, D = q.shape[1], k.shape[1], q.shape[2] // heads
     strides = k.stride(0) // 8, k.stride(1) // 8, *((0, 0) if bias is None else bias.stride()[:2])
     blocks = heads_tile(name, L, N, D, q.element_size())._asdict() | {"BLOCK_D": pad(D, 32)}
@@ -154,7 +243,9 @@ def cross_attention_heads(
     if o.numel():
         grid = (q.shape[0] * heads * triton.cdiv(q.shape[1], blocks["BLOCK_L"]),)
         with on_device(q):
-            cross_attention_heads_fwd_kernel[grid](q, k, v, bias, o, lse, p if maps else None, *sizes, **blocks)
+            tiled = is_tiled(k.shape[1], q.shape[2] // heads, q.element_size())
+            kernel = cross_attention_heads_tiled_fwd_kernel if tiled else cross_attention_heads_fwd_kernel
+            kernel[grid](q, k, v, bias, o, lse, p if maps else None, *sizes, **blocks)
     return o, lse, p
 
 
@@ -195,7 +286,9 @@ def cross_attention_heads_bwd(
     with on_device(q):
         sizes, blocks = _arguments(q, k, bias, heads, scale, "dq")
         grid = (q.shape[0] * heads * triton.cdiv(q.shape[1], blocks["BLOCK_L"]),)
-        cross_attention_heads_bwd_kernel_dq[grid](q, k, v, bias, do, lse, dq, delta, *sizes, **blocks)
+        tiled = is_tiled(k.shape[1], q.shape[2] // heads, q.element_size())
+        kernel = cross_attention_heads_tiled_bwd_kernel_dq if tiled else cross_attention_heads_bwd_kernel_dq
+        kernel[grid](q, k, v, bias, do, lse, dq, delta, *sizes, **blocks)
         sizes, blocks = _arguments(q, k, bias, heads, scale, "dkv")
         grid = (q.shape[0] * heads * triton.cdiv(k.shape[1], blocks["BLOCK_N"]),)
         p_dbias = dbias if bias_gradient else None
@@ -240,18 +333,27 @@ def gate_cases():
     """Every tile, with token bias and maps."""
     kernels = {
         "fwd": cross_attention_heads_fwd_kernel,
+        "tiled fwd": cross_attention_heads_tiled_fwd_kernel,
         "dq": cross_attention_heads_bwd_kernel_dq,
+        "tiled dq": cross_attention_heads_tiled_bwd_kernel_dq,
         "dkv": cross_attention_heads_bwd_kernel_dkv,
     }
+    found = {}
     for (name, half, BLOCK_D), tile in HEADS_TILES.items():
-        dtype = "bf16" if half else "fp32"
-        types = dict.fromkeys(("p_q", "p_k", "p_v", "p_o", "p_do", "p_dq", "p_dk", "p_dv", "p_maps"), f"*{dtype}")
-        types |= dict.fromkeys(("p_bias", "p_lse", "p_delta", "p_dbias"), "*fp32") | {"scale": "fp32"}
-        size, kernel = 2 if half else 4, kernels[name]
-        chosen = [heads_tile(name, L, N, BLOCK_D, size) for L in (16, 17) for N in sorted({FEW_TOKENS, tile.BLOCK_N})]
-        for tile in dict.fromkeys(chosen):
-            blocks = {"BLOCK_L": tile.BLOCK_L, "BLOCK_N": tile.BLOCK_N, "BLOCK_D": BLOCK_D}
-            yield GateCase(
-                f"cross_attention heads {name} {dtype} L<={tile.BLOCK_L} d<={BLOCK_D} N<={tile.BLOCK_N}", kernel,
-                gate_signature(kernel, types, blocks), blocks, tile.num_warps, tile.num_stages, half,
-            )  # fmt: skip
+        size = 2 if half else 4
+        for L, N in product((16, 17), (FEW_TOKENS, tile.BLOCK_N, MAX_TOKENS)):
+            tiled = "tiled " * (name != "dkv" and is_tiled(N, BLOCK_D, size))
+            found[tiled + name, half, BLOCK_D, heads_tile(name, L, N, BLOCK_D, size)] = None  # each once
+    for name, *case in found:
+        yield _gate_case(kernels[name], name, *case)
+
+
+def _gate_case(kernel, name: str, half: bool, BLOCK_D: int, tile: HeadsTile) -> GateCase:
+    dtype = "bf16" if half else "fp32"
+    types = dict.fromkeys(("p_q", "p_k", "p_v", "p_o", "p_do", "p_dq", "p_dk", "p_dv", "p_maps"), f"*{dtype}")
+    types |= dict.fromkeys(("p_bias", "p_lse", "p_delta", "p_dbias"), "*fp32") | {"scale": "fp32"}
+    blocks = {"BLOCK_L": tile.BLOCK_L, "BLOCK_N": tile.BLOCK_N, "BLOCK_D": BLOCK_D}
+    return GateCase(
+        f"cross_attention heads {name} {dtype} L<={tile.BLOCK_L} d<={BLOCK_D} N<={tile.BLOCK_N}", kernel,
+        gate_signature(kernel, types, blocks), blocks, tile.num_warps, tile.num_stages, half,
+    )  # fmt: skip

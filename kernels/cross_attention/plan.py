@@ -7,7 +7,7 @@ by three times too little for whole ops on an H100 (bench/NOTES.md): it ranks, i
 
 from typing import NamedTuple
 
-MAX_TOKENS, FEW_TOKENS = 128, 32
+MAX_TOKENS, FEW_TOKENS = 1024, 32
 FOLDED_TOKENS, FOLDED_CHANNELS = 32, {2: 256, 4: 64}
 
 # of the card that the model has in mind, an H200: copy bandwidth in bytes/s and seconds from one kernel of a graph to
@@ -83,6 +83,23 @@ HEADS_TILES = {
     ("dkv", False, 64): HeadsTile(16, 16, 8),
 }
 
+# the same, where tokens are taken in turn; in 16 bits the largest tried of which a multiprocessor of sm_90 holds 16
+# warps, of the widest 8; not measured on a GPU
+TILED_HEADS_TILES = {
+    ("fwd", True, 32): HeadsTile(128, 32, 8),
+    ("fwd", True, 64): HeadsTile(128, 32, 8),
+    ("fwd", True, 128): HeadsTile(64, 32, 8),
+    ("fwd", True, 256): HeadsTile(64, 32, 8),
+    ("dq", True, 32): HeadsTile(64, 32, 4),
+    ("dq", True, 64): HeadsTile(128, 32, 8),
+    ("dq", True, 128): HeadsTile(64, 32, 8),
+    ("dq", True, 256): HeadsTile(64, 32, 8),
+    ("fwd", False, 32): HeadsTile(32, 32, 8),
+    ("fwd", False, 64): HeadsTile(16, 64, 8),
+    ("dq", False, 32): HeadsTile(32, 32, 8),
+    ("dq", False, 64): HeadsTile(16, 64, 8),
+}
+
 
 def pad(n: int, least: int) -> int:
     """The next power of two, at least `least`."""
@@ -94,14 +111,20 @@ def can_fold(channels: int, tokens: int, size: int) -> bool:
     return channels % 8 == 0 and channels <= FOLDED_CHANNELS.get(size, 0) and 1 <= tokens <= FOLDED_TOKENS
 
 
-def head_width_limit(tokens: int, size: int) -> int:
-    """The widest head that the per-head kernels serve: of a wider one in float32, many tokens spill registers."""
-    return {2: 256, 4: 64 if tokens <= FEW_TOKENS else 32}.get(size, 0)
+def head_width_limit(size: int) -> int:
+    """The widest head that the per-head kernels serve: dk and dv of a wider one in float32 spill registers."""
+    return {2: 256, 4: 64}.get(size, 0)
+
+
+def is_tiled(tokens: int, width: int, size: int) -> bool:
+    """Whether the per-head kernels take a head's tokens in turn, since the softmax of all would not fit on the chip."""
+    return tokens > HEADS_TILES["fwd", size == 2, pad(width, 32)].BLOCK_N
 
 
 def heads_tile(kernel: str, queries: int, tokens: int, width: int, size: int) -> HeadsTile:
     """The per-head kernels' tile, cut to what there is: few tokens, and of narrow heads few queries."""
-    tile = HEADS_TILES[kernel, size == 2, pad(width, 32)]
+    tiles = TILED_HEADS_TILES if kernel != "dkv" and is_tiled(tokens, width, size) else HEADS_TILES
+    tile = tiles[kernel, size == 2, pad(width, 32)]
     if tokens <= FEW_TOKENS:
         tile = tile._replace(BLOCK_N=min(tile.BLOCK_N, FEW_TOKENS))
         if queries <= SHORT.BLOCK_L and size == 2 and width <= 32:
@@ -125,11 +148,13 @@ def predict(route: str, queries: int, channels: int, tokens: int, heads: int, si
 
     "folded": x in, y out, keys and values (H*N, C) written and read; "folded once": read only, folded before;
     "kept": keys and values (N, C) read, and by every program two weights (C, C), which come from the cache (H*d = C);
-    "heads": LayerNorm, the query projection, the attention and the output projection with x each go to memory.
+    "heads": LayerNorm, the query projection, the attention and the output projection with x each go to memory; keys and
+    values come from the cache, for every 64 queries.
     """
     x, folded, again = queries * channels, heads * tokens * channels, 0.0
     if route == "heads":
         launches, elements, flops = 6, 9 * x, 4 * x * (channels + tokens)
+        again = -(-queries // 64) * 2 * tokens * channels * size / CACHE_BANDWIDTH
     elif route == "kept":
         BLOCK_C, BLOCK_D = pad(channels, 128), pad(channels // heads, 16)
         tile = KEPT_TILES[BLOCK_C, BLOCK_D]
