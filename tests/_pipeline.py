@@ -36,6 +36,7 @@ def classes() -> tuple[type, type]:
             empty = Empty(name)
             empty.__spec__ = ModuleSpec(name, None)
             patch.setitem(sys.modules, name, empty)
+        patch.delitem(sys.modules, "diffusers.loaders", raising=False)  # it may have been imported without
         patch.setattr(diffusers, "_transformers_available", True)
         patch.setattr(diffusers, "_transformers_version", "5.0.0")
         text, image = import_module(HOME), import_module(f"{HOME}_img2img")

@@ -43,8 +43,8 @@ def patch(unet: nn.Module, *, self_attention: bool = False, impl: str | None = N
     step (not under `torch.compile` or `torch.inference_mode`, nor with gradients).
 
     Args:
-        unet: diffusers' `UNet2DConditionModel` or `ControlNetModel`, or whatever holds diffusers' or latent-diffusion
-            code's `BasicTransformerBlock`s. Our own U-Net runs by the ops as it is.
+        unet: diffusers' `UNet2DConditionModel` or `ControlNetModel`, or whatever holds blocks of diffusers' or
+            latent-diffusion code's class `BasicTransformerBlock`. Our own U-Net runs by the ops as it is.
         self_attention: `attn1`, too.
         impl: force an implementation of the ops (`encdiff.explain("cross_attention")` lists them); None chooses.
 
