@@ -37,7 +37,7 @@ _HOMES = {
     "use_impl": "encdiff.ops",
 }
 _ROOMS = (
-    "data", "diffusion", "engine", "evaluation", "experiments", "metrics", "models", "ops", "pictures", "prior",
+    "data", "diffusion", "edit", "engine", "evaluation", "experiments", "metrics", "models", "ops", "pictures", "prior",
     "training",
 )  # fmt: skip
 

@@ -25,7 +25,7 @@ LAYERS = [
     {"ops"},
     {"diffusion", "data", "metrics", "profiling", "health"},
     {"models"},
-    {"engine"},
+    {"engine", "edit"},
     {"pictures", "evaluation", "prior"},
     {"training"},
     {"experiments"},
