@@ -5,7 +5,15 @@ the names of its modules: diffusers itself is not imported.
 """
 
 from encdiff.edit.closed_form import solve
-from encdiff.edit.concepts import Targets, concept_targets, concept_tokens, factor_targets, factor_tokens
+from encdiff.edit.concepts import (
+    Targets,
+    concept_targets,
+    concept_tokens,
+    factor_concepts,
+    factor_targets,
+    factor_tokens,
+    known_codes,
+)
 from encdiff.edit.debias import Debiased, debias
 from encdiff.edit.edit import Edit
 from encdiff.edit.layers import end_of_text
@@ -13,5 +21,5 @@ from encdiff.edit.methods import METHODS, mist, uce
 
 __all__ = [
     "METHODS", "Debiased", "Edit", "Targets", "concept_targets", "concept_tokens", "debias", "end_of_text",
-    "factor_targets", "factor_tokens", "mist", "solve", "uce",
+    "factor_concepts", "factor_targets", "factor_tokens", "known_codes", "mist", "solve", "uce",
 ]  # fmt: skip

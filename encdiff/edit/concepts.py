@@ -56,7 +56,7 @@ def concept_targets(
     over the range of the concepts in `keep`, or of all others. The range is that of so many images, drawn by `seed`.
     """
     concept = _check_concept(model, concept)
-    spread = _over_range(model, _known(model, dataset, images, seed)[0])
+    spread = _over_range(model, known_codes(model, dataset, images, seed)[0])
     edited = spread[:, concept]
     wanted = concept_tokens(model, concept, value).expand(len(edited), -1)
     return Targets(edited, wanted, _kept(model, spread, [concept], keep))
@@ -77,14 +77,14 @@ def factor_targets(
 
     Edited are the tokens of the concepts that carry the factor at the mean codes of each of its values, wanted those
     at this value, kept as for `concept_targets`. Without `concepts` they are found by the share of a concept's
-    variance that a factor explains.
+    variance that a factor explains: `factor_concepts`.
     """
-    codes, factors = _known(model, dataset, images, seed)
+    codes, factors = known_codes(model, dataset, images, seed)
     column = factor_column(dataset, factor)
     size = dataset.factor_sizes[column]
     if not isinstance(value, int | np.integer) or not 0 <= value < size:
         raise InputError(f"value of {factor!r} is {value}, must be a whole number in 0..{size - 1}")
-    owned = _carriers(model, dataset, codes, factors, column, concepts)
+    owned = _carriers(dataset, codes, factors, column) if concepts is None else list(concepts)
     tokens = factor_tokens(model, codes, factors[:, column], owned)
     if value not in factors[:, column]:
         raise InputError(f"value {value} of {factor!r} is in none of {len(codes)} images; take more")
@@ -110,6 +110,12 @@ def factor_tokens(model: EncDiff, codes: Tensor, labels: np.ndarray | Tensor, co
     return _tokens(model, means)[:, owned]
 
 
+def factor_concepts(model: EncDiff, dataset: Dataset, factor: str, *, images: int = KNOWN, seed: int = 0) -> list[int]:
+    """The concepts that carry a factor, by the share of a concept's variance that it explains in so many images."""
+    column = factor_column(dataset, factor)
+    return _carriers(dataset, *known_codes(model, dataset, images, seed), column)
+
+
 def factor_column(dataset: Dataset, factor: str) -> int:
     """Which of the data's factors is called so, with spaces or underscores."""
     names = [name.replace("_", " ") for name in dataset.factor_names]
@@ -120,8 +126,8 @@ def factor_column(dataset: Dataset, factor: str) -> int:
     return names.index(factor.replace("_", " "))
 
 
-def _known(model: EncDiff, dataset: Dataset, images: int, seed: int) -> tuple[Tensor, np.ndarray]:
-    """Codes (n, N) and factors (n, F) of images drawn by the seed."""
+def known_codes(model: EncDiff, dataset: Dataset, images: int = KNOWN, seed: int = 0) -> tuple[Tensor, np.ndarray]:
+    """Codes (n, N) and factors (n, F) of so many images at most, drawn by the seed."""
     check_types(model=(model, EncDiff, ""), dataset=(dataset, Dataset, "open_dataset"))
     _check_scalars(model)
     if dataset.image_size != model.config.image_size:
@@ -134,10 +140,7 @@ def _known(model: EncDiff, dataset: Dataset, images: int, seed: int) -> tuple[Te
     return codes, dataset.factors(rows) if dataset.factor_names else np.empty((len(rows), 0), np.int64)
 
 
-def _carriers(model, dataset: Dataset, codes: Tensor, factors: np.ndarray, column: int, concepts) -> list[int]:
-    """The concepts that carry the factor: those given, or those that it explains."""
-    if concepts is not None:
-        return [_check_concept(model, c) for c in concepts]
+def _carriers(dataset: Dataset, codes: Tensor, factors: np.ndarray, column: int) -> list[int]:
     names = [name.replace("_", " ") for name in dataset.factor_names]
     owned = concept_groups(explained_variance(codes.numpy(), factors), names).get(names[column], [])
     if not owned:
