@@ -14,12 +14,12 @@ from encdiff.edit.concepts import (
     factor_tokens,
     known_codes,
 )
-from encdiff.edit.debias import Debiased, debias
+from encdiff.edit.debias import Debiased, debias, joint_attributes
 from encdiff.edit.edit import Edit
 from encdiff.edit.layers import end_of_text
 from encdiff.edit.methods import METHODS, mist, uce
 
 __all__ = [
     "METHODS", "Debiased", "Edit", "Targets", "concept_targets", "concept_tokens", "debias", "end_of_text",
-    "factor_concepts", "factor_targets", "factor_tokens", "known_codes", "mist", "solve", "uce",
+    "factor_concepts", "factor_targets", "factor_tokens", "joint_attributes", "known_codes", "mist", "solve", "uce",
 ]  # fmt: skip

@@ -85,6 +85,19 @@ def debias(
         moved = moved + rate * ahead
 
 
+def joint_attributes(*tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Edited tokens (n, D) and their attributes (K, n, D), for `debias`, of one factor or of several at once.
+
+    tokens: for each factor (K_f, n_f, D), of its n_f concepts at each of its values, as `factor_tokens` gives them.
+    Edited are all of them. K is the product of the K_f, the last factor varying fastest.
+    """
+    if not tokens or any(t.ndim != 3 for t in tokens):
+        raise InputError(f"tokens are {[tuple(t.shape) for t in tokens]}, must be (K, n, D) for each factor")
+    places = torch.cartesian_prod(*(torch.arange(len(t)) for t in tokens)).reshape(-1, len(tokens))  # (K, factors)
+    own = [t[at].repeat(1, len(t), 1) for t, at in zip(tokens, places.T, strict=True)]
+    return torch.cat([t.flatten(0, 1) for t in tokens]), torch.cat(own, dim=1)
+
+
 def _moved(edited: Tensor, attributes: Tensor, by: Tensor) -> Values:
     """v* (n, inner) of a weight: W c + sum_j by_j |W c| u_j / |u_j|."""
 
