@@ -86,8 +86,9 @@ def solve(
     """
     found = update(edited, kept, lam=lam, edit_scale=edit_scale, keep_scale=keep_scale)
     kept = found.edited[:0] if kept is None else check_tokens(kept, "keep")
+    changed = found(weight, wanted)
     check_consistent(found.edited, wanted.double(), kept, kept @ weight.double().T)
-    return found(weight, wanted)
+    return changed
 
 
 def check_tokens(tokens: Tensor, name: str, width: int | None = None) -> Tensor:

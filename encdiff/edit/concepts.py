@@ -173,4 +173,5 @@ def _check_scalars(model: EncDiff) -> None:
 
 
 def _check_concept(model: EncDiff, concept: int) -> int:
+    check_types(model=(model, EncDiff, ""))
     return model._check_concept(concept)

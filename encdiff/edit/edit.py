@@ -24,7 +24,7 @@ Weights = dict[str, Tensor]
 class Edit:
     """New weights for projections of one U-Net; `mist`, `uce` and `debias` make it, none changes the model.
 
-    `weights`: (inner, D) by the layers' names, in the dtype of the U-Net. `method` and `name` say what was done;
+    `weights`: (inner, D) by their names in its state dict, in its dtype. `method` and `name` say what was done;
     `layers`, `shapes` and `original` are how many projections the U-Net has, and digests of their names and shapes and
     of the weights that the edit was made of.
     """
@@ -70,9 +70,7 @@ class Edit:
         """
         unet = unet_of(unet)
         if unet not in self._before:
-            raise InputError(
-                f"edit {self.name!r}: was not applied to this U-Net by this object, so it cannot be undone"
-            )
+            raise InputError(f"edit {self.name!r}: this object was not applied to this U-Net, there is nothing to undo")
         layers, (before, after) = self._layers(unet), self._before[unet]
         if _digest(_own(layers, self.weights)) != after:
             raise InputError(

@@ -19,8 +19,9 @@ def unet_of(model: Any) -> nn.Module:
 
 
 def projections(unet: nn.Module, kinds: tuple[str, ...] = (KEYS, VALUES)) -> dict[str, nn.Linear]:
-    """The layers of these kinds of every cross-attention, by name: `attn2` and, where it attends to tokens, `attn1`.
+    """The layers of these kinds of every cross-attention, by the names of their weights.
 
+    These are `attn2` and, where it attends to tokens too, `attn1`.
     InputError for a U-Net without cross-attention, and for layers whose weight is not all there is: wrapped by PEFT,
     fused with others, quantised.
     """
@@ -34,7 +35,7 @@ def projections(unet: nn.Module, kinds: tuple[str, ...] = (KEYS, VALUES)) -> dic
         if getattr(attention, "fused_projections", False):
             raise InputError(f"{place}: its projections are fused; call unfuse_qkv_projections() before an edit")
         for kind in kinds:
-            found[f"{place}.{kind}"] = _linear(getattr(attention, kind), f"{place}.{kind}")
+            found[f"{place}.{kind}.weight"] = _linear(getattr(attention, kind), f"{place}.{kind}")
     if not found:
         raise InputError(f"unet: this {type(unet).__name__} has no cross-attention (attn2.to_k, attn2.to_v) to edit")
     return found
