@@ -2,7 +2,9 @@
 
 For each factor the edit should give every image value 2. Images of other values are drawn by the model as it is and by
 the edited one, and read by the nearest of all true images: `wanted` is the share with value 2, `unwanted` the share in
-which another factor changed. Before any edit stand the tokens: how many dimensions they fill.
+which another factor changed. Before any edit stand the tokens: how many dimensions they fill. Beside the rates, means
+over factors: of the way from an edited token to the wanted one, how much is gone, and how far kept tokens move,
+relative to their length; and the condition of the system.
 """
 
 import argparse
@@ -13,8 +15,8 @@ import torch
 
 from encdiff import EncDiff, open_dataset
 from encdiff.data import Dataset
-from encdiff.edit import factor_concepts, factor_targets, known_codes
-from encdiff.edit.closed_form import Scale
+from encdiff.edit import Targets, factor_concepts, factor_targets, known_codes
+from encdiff.edit.closed_form import update
 from encdiff.edit.methods import edit_by
 from encdiff.evaluation import edit_effect
 from encdiff.evaluation.judge import judge_of
@@ -103,34 +105,42 @@ def main(arguments: list[str] | None = None) -> None:
     tell_tokens(model, known[0])
     factors = [name.replace("_", " ") for name in room.factor_names]
     targets = {factor: factor_targets(model, room, factor, VALUE) for factor in factors}
-    print(f"| | {' | '.join(factors)} | mean | condition |\n|---|{'---|' * (len(factors) + 2)}")
+    print(f"| | {' | '.join(factors)} | mean | gone | kept move | condition |\n|---|{'---|' * (len(factors) + 4)}")
     owned = {factor: factor_concepts(model, room, factor) for factor in factors}
-    tell("scalars set", [moved_scalars(model, room, i, owned[f], known, given) for i, f in enumerate(factors)], [])
+    tell("scalars set", [moved_scalars(model, room, i, owned[f], known, given) for i, f in enumerate(factors)])
     for name in given.variants.split(";"):
-        variant, rates, conditions = VARIANTS[name], [], []
+        variant, rates, solved = VARIANTS[name], [], []
         for factor in factors:
             own = targets[factor]
             kept, times = kept_tokens(model, known[0], owned[factor], own.keep, variant.kept)
-            p: Scale = variant.keep_scale * times
+            p = variant.keep_scale * times
             edit = edit_by(
                 variant.method, model, own.edited, own.wanted, kept, name=factor, lam=variant.lam, keep_scale=p
             )
-            conditions.append(condition(own.edited, kept, variant.lam, p))
+            solved.append(told_of(own, kept, variant.lam, p))
             effect = edit_effect(model, edit, room, factor, VALUE, images=given.images, steps=given.steps)
             rates.append((effect["after"]["wanted"], effect["after"]["unwanted"]))
-        tell(name, rates, conditions)
+        tell(name, rates, *np.mean(solved, axis=0))
 
 
-def condition(edited: torch.Tensor, kept: torch.Tensor | None, lam: float, p: float) -> float:
-    """Of the system that is solved."""
-    rows = edited.double() if kept is None else torch.cat([edited.double(), p**0.5 * kept.double()])
-    return float(torch.linalg.cond(lam * torch.eye(rows.shape[1], dtype=torch.float64) + rows.T @ rows))
+def told_of(targets: Targets, kept: torch.Tensor | None, lam: float, p: float) -> tuple[float, float, float]:
+    """How far edited tokens come, how far those of the range move, and the system's condition, in token space.
+
+    With keys and values edited alike the edit is one linear map of tokens, the same for every layer.
+    """
+    edited, wanted, range_ = (tokens.double() for tokens in targets)
+    step = (wanted - edited).T @ update(edited, kept, lam=lam, keep_scale=p).gain  # the map less the identity
+    left = ((wanted - edited) - edited @ step.T).norm() / (wanted - edited).norm()
+    moved = (range_ @ step.T).norm(dim=1) / range_.norm(dim=1)
+    rows = edited if kept is None else torch.cat([edited, p**0.5 * kept.double()])
+    condition = torch.linalg.cond(lam * torch.eye(rows.shape[1], dtype=torch.float64) + rows.T @ rows)
+    return 1 - float(left), float(moved.mean()), float(condition)
 
 
-def tell(name: str, rates: list[tuple[float, float]], conditions: list[float]) -> None:
+def tell(name: str, rates: list[tuple[float, float]], *solved: float) -> None:
     cells = [f"{100 * wanted:.0f} / {100 * unwanted:.0f}" for wanted, unwanted in [*rates, np.mean(rates, axis=0)]]
-    shown = f"{np.median(conditions):.0f}" if conditions else ""
-    print(f"| {name} | {' | '.join(cells)} | {shown} |", flush=True)
+    cells += [f"{number:.2f}" for number in solved[:2]] + [f"{number:.0f}" for number in solved[2:]]
+    print(f"| {name} | {' | '.join(cells + [''] * (3 - len(solved)))} |", flush=True)
 
 
 if __name__ == "__main__":

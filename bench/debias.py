@@ -2,7 +2,7 @@
 
 A prior is fitted to codes of images in which the first of each factor's values is more frequent. Images drawn from it
 are read by the nearest of all true images. The loop of MIST edits the model until the values, or with several factors
-their combinations, are as frequent as each other; then as many images are drawn by another seed, before and after.
+their combinations, are as frequent as each other; then images are drawn by another seed, before and after.
 """
 
 import argparse
@@ -65,7 +65,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--images", type=int, default=256)
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--rate", type=float, default=0.1)
+    parser.add_argument("--tolerance", type=float, default=0.05)
     parser.add_argument("--rounds", type=int, default=150)
+    parser.add_argument("--fresh", type=int, default=1000, help="images by another seed")
     given = parser.parse_args(arguments)
     model = EncDiff.from_pretrained(given.model)
     room = open_dataset(given.data, model.config.image_size)
@@ -79,18 +81,19 @@ def main(arguments: list[str] | None = None) -> None:
     with torch.no_grad():
         spread = model.tokens(torch.quantile(codes, torch.linspace(0.02, 0.98, 5), dim=0))[:, others].flatten(0, 1)
 
-    def draw(seed: int) -> np.ndarray:
-        return read(model.sample_prior(given.images, prior, steps=given.steps, seed=seed))
+    def draw(count: int, seed: int) -> np.ndarray:
+        return read(model.sample_prior(count, prior, steps=given.steps, seed=seed))
 
     began = time.perf_counter()
     found = debias(
-        model, *joint_attributes(*tokens), lambda _: shares_of(draw(1), chosen), spread, method=given.method,
-        rate=given.rate, rounds=given.rounds, progress=lambda i, r: print(i, np.round(r, 3), flush=True),
+        model, *joint_attributes(*tokens), lambda _: shares_of(draw(given.images, 1), chosen), spread,
+        method=given.method, rate=given.rate, tolerance=given.tolerance, rounds=given.rounds,
+        progress=lambda i, shares: print(i, np.round(shares, 3), flush=True),
     )  # fmt: skip
     print(f"{len(found.shares) - 1} rounds, balanced {found.balanced}, {time.perf_counter() - began:.0f} s")
-    before = draw(2)
+    before = draw(given.fresh, 2)
     found.edit.apply(model)
-    after = draw(2)
+    after = draw(given.fresh, 2)
     for name, of in (("before", before), ("after", after)):
         print(f"another seed, {name}: shares {np.round(shares_of(of, chosen), 3)}")
     print(

@@ -71,7 +71,7 @@ def debias(
             raise InputError(f"{said} is {number}, must be above {low} and at most {high:g}")
     tokens = _attributes(attributes, 1 if edited.ndim == 1 else len(edited))
     moved = torch.zeros(len(tokens), dtype=torch.float64)  # sum of w_j over the rounds
-    scales = {"lam": lam, "edit_scale": edit_scale, "keep_scale": keep_scale}
+    scales: dict[str, Any] = {"lam": lam, "edit_scale": edit_scale, "keep_scale": keep_scale}
     found: list[list[float]] = []
     while True:
         edit = edit_by(method, model, edited, _moved(edited, tokens, moved), keep, name=name, **scales)

@@ -149,7 +149,7 @@ def _digest(weights: Weights) -> str:
     for name in sorted(weights):
         weight = weights[name].detach().cpu().contiguous()
         digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}\n".encode())
-        digest.update(weight.view(torch.uint8).numpy())
+        digest.update(weight.view(torch.uint8).numpy().data)
     return digest.hexdigest()[:32]
 
 

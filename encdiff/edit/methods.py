@@ -87,7 +87,7 @@ def edit_by(
     kept = c[:0] if keep is None else check_tokens(keep, "keep", width).to(device)
     values = wanted if callable(wanted) else _values_of(wanted, len(c), width, device)
     found = update(c, kept if len(kept) else None, names=names, **scales)
-    weights = {}
+    weights: dict[str, Tensor] = {}
     for place, layer in layers.items():
         weight = layer.weight.detach().double()
         target = values(weight)
