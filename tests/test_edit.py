@@ -236,6 +236,12 @@ def test_files_of_others_and_damaged_ones_are_refused(model, tmp_path):
     with pytest.raises(InputError, match="edit.safetensors: not an edit that encdiff saved"):
         Edit.load(path)
     about = {name: "1" for name in ("method", "name", "layers", "shapes", "original")} | {"format": "encdiff edit 1"}
+    save_file({"x": torch.ones(2, 2)}, path, about | {"name": "x" * 300})
+    with pytest.raises(InputError, match="edit.safetensors: not an edit that encdiff saved"):
+        Edit.load(path)
+    save_file({"x\n": torch.ones(2, 2)}, path, about)
+    with pytest.raises(InputError, match=r"is of a U-Net that has 'x\\n', which"):
+        Edit.load(path, model)
     save_file({"x": torch.full((2, 2), torch.nan)}, path, about)
     with pytest.raises(InputError, match="weights must be finite matrices"):
         Edit.load(path)

@@ -17,6 +17,7 @@ from encdiff.files.checkpoint import load_tensors, save_tensors
 
 ABOUT = ("method", "name", "layers", "shapes", "original")  # what a file says of itself
 FORMAT = "encdiff edit 1"
+LONGEST = 200  # characters of a name
 Weights = dict[str, Tensor]
 
 
@@ -40,6 +41,8 @@ class Edit:
     @classmethod
     def of(cls, unet: nn.Module, weights: Weights, method: str, name: str = "") -> "Edit":
         """The edit that puts these weights into this U-Net."""
+        if len(name) > LONGEST:
+            raise InputError(f"name is {len(name)} characters long, must be at most {LONGEST}")
         layers = projections(unet)
         return cls(weights, method, name, len(layers), _digest_of_shapes(layers), _digest(_own(layers, weights)))
 
@@ -92,7 +95,8 @@ class Edit:
         """
         weights, about = load_tensors(path)
         about = {name: about[name] for name in (*ABOUT, "format") if name in about}
-        if about.pop("format", None) != FORMAT or len(about) < len(ABOUT) or not weights:
+        whole = len(about) > len(ABOUT) and all(len(text) <= LONGEST for text in about.values())
+        if about.pop("format", None) != FORMAT or not whole or not weights:
             raise InputError(f"{path}: not an edit that encdiff saved")
         if not re.fullmatch("[0-9]{1,6}", about["layers"]) or not all(map(_is_weight, weights.values())):
             raise InputError(f"{path}: not an edit that encdiff saved, or damaged; its weights must be finite matrices")
@@ -106,7 +110,7 @@ class Edit:
         layers, source = projections(unet), source or f"edit {self.name!r}"
         for name, weight in self.weights.items():
             if name not in layers:
-                raise InputError(f"{source}: is of a U-Net that has {name[:200]}, which this one lacks")
+                raise InputError(f"{source}: is of a U-Net that has {name[:200]!r}, which this one lacks")
             here = layers[name].weight
             if here.shape != weight.shape or here.dtype != weight.dtype:
                 raise InputError(
