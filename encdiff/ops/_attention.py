@@ -120,7 +120,8 @@ def stock_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, token_bias: Ten
     q, k, v = (split_heads(t, heads) for t in (q, k, v))
     mask, nothing = (None, None) if token_bias is None else _stock_mask(token_bias, q.dtype)
     if not torch.compiler.is_compiling():
-        q, k, v, mask = (_Once.apply(t) if has_gradient(t) else t for t in (q, k, v, mask))
+        q, k, v = (_Once.apply(t) if has_gradient(t) else t for t in (q, k, v))
+        mask = _Once.apply(mask) if has_gradient(mask) else mask
     a = F.scaled_dot_product_attention(q, k, v, mask)
     return merge_heads(a if nothing is None else a.masked_fill(nothing, 0.0))
 
