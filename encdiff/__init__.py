@@ -48,8 +48,8 @@ _HOMES = {
     "use_impl": "encdiff.ops",
 }
 _ROOMS = (
-    "data", "diffusion", "engine", "evaluation", "experiments", "interop", "metrics", "models", "ops", "pictures",
-    "prior", "training",
+    "data", "diffusion", "edit", "engine", "evaluation", "experiments", "interop", "metrics", "models", "ops",
+    "pictures", "prior", "training",
 )  # fmt: skip
 
 

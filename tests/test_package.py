@@ -25,7 +25,7 @@ LAYERS = [
     {"ops"},
     {"diffusion", "data", "metrics", "profiling", "health"},
     {"models"},
-    {"engine", "interop"},
+    {"engine", "interop", "edit"},
     {"pictures", "evaluation", "prior"},
     {"training"},
     {"experiments"},

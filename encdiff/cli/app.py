@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from encdiff import __version__
+from encdiff.cli.concept_edits import edit
 from encdiff.cli.data import data_app
 from encdiff.cli.doctor import doctor
 from encdiff.cli.edits import direction, interpolate
@@ -46,8 +47,8 @@ def options(
 
 
 for command in (
-    train, train_autoencoder, evaluate, swap, traverse, interpolate, direction, attend, sample, demo, reproduce, ablate,
-    profile, doctor,
+    train, train_autoencoder, evaluate, swap, traverse, interpolate, direction, edit, attend, sample, demo, reproduce,
+    ablate, profile, doctor,
 ):  # fmt: skip
     app.command()(command)
 

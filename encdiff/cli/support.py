@@ -74,14 +74,14 @@ def metric_names(given: str) -> list[str]:
     return names
 
 
-def parse_concepts(concepts: str | None) -> list[int] | None:
+def parse_concepts(concepts: str | None, option: str = "--concepts") -> list[int] | None:
     """The numbers in "0,3"; None of none."""
     if not concepts:
         return None
     try:
         return [int(concept) for concept in concepts.split(",")]
     except ValueError:
-        raise InputError(f"--concepts {concepts!r} must be numbers such as 0,3") from None
+        raise InputError(f"{option} {concepts!r} must be numbers such as 0,3") from None
 
 
 def writable(path: Path) -> Path:

@@ -18,6 +18,7 @@ from encdiff import EncDiff, EncDiffConfig
 from encdiff.cli.support import factor_groups, rebuilt
 from encdiff.data import describe, mpi3d, open_dataset
 from encdiff.data.shapes3d import write_shapes3d
+from encdiff.edit import Edit, uce
 from encdiff.evaluation import Direction, evaluate_codes, load_direction
 from encdiff.experiments.phases import seconds_per_step
 from encdiff.files.checkpoint import load_tensors, save_tensors, step_of
@@ -225,6 +226,10 @@ def make_direction(folder: Path) -> None:
     Direction(torch.ones(3), torch.ones(3), "ridge", 0.5, "R^2", 0.0, "scale").save(folder / "scale.safetensors")
 
 
+def make_edit(folder: Path) -> None:
+    uce(EncDiff(TINY), torch.ones(1, 4), torch.zeros(1, 4), name="hue").save(folder / "edit.safetensors")
+
+
 def make_priors(folder: Path) -> None:
     codes = np.random.default_rng(0).normal(size=(64, 3))
     MixturePrior.fit(codes, 2).save(folder / "mixture.safetensors")
@@ -248,5 +253,6 @@ READERS = {
     "published": Reader(make_published, lambda path: EncDiff.load_published(path, TINY), "*.ckpt"),
     "run": Reader(make_run, read_run),
     "direction": Reader(make_direction, lambda path: load_direction(path).ranked(), "*.safetensors"),
+    "edit": Reader(make_edit, Edit.load, "*.safetensors"),
     "prior": Reader(make_priors, lambda path: load_prior(path).sample(2), "*.safetensors"),
 }
