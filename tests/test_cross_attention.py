@@ -243,6 +243,7 @@ def test_on_a_cpu_a_mask_is_left_to_the_fused_attention(dtype):
     with ops.record_impls() as ran:
         y = ops.cross_attention(x, tokens, *weights, b_o, heads=2, token_bias=bias)
     assert ran == [("cross_attention", "sdpa")]
+    assert "native: chosen" in ops.explain("cross_attention", x, tokens, *weights, b_o, heads=2), "without a mask"
     expected = by_loops(x, tokens[:, :9], weights, b_o, 2)[0]
     bound = 1e-5 if dtype == torch.float32 else 2e-2
     assert relative_error(y.double(), expected) < bound

@@ -110,8 +110,8 @@ def _native_reasons(x, context, w_q, *weights, heads, maps=None, token_bias=None
 
 
 def _native_doubts(x, context, w_q, *weights, heads, **_) -> list[str]:
-    """In bfloat16 it is faster for Stable Diffusion's heads of 40, too (bench/bench_cross_attention.py)."""
-    return native_doubts(w_q.shape[0] // heads, 40 if product_dtype(x) == torch.bfloat16 else 32)
+    """It pays for Stable Diffusion's heads of 40, too (bench/stable_diffusion.py)."""
+    return native_doubts(w_q.shape[0] // heads, 40)
 
 
 def cross_attention_transposed(

@@ -338,7 +338,7 @@ def gate_cases():
         "tiled dq": cross_attention_heads_tiled_bwd_kernel_dq,
         "dkv": cross_attention_heads_bwd_kernel_dkv,
     }
-    found = {}
+    found: dict[tuple, None] = {}
     for (name, half, BLOCK_D), tile in HEADS_TILES.items():
         size = 2 if half else 4
         for L, N in product((16, 17), (FEW_TOKENS, tile.BLOCK_N, MAX_TOKENS)):
