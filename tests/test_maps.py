@@ -117,9 +117,20 @@ def test_our_own_model(model, whole):
         with encdiff.record_maps(model if whole else model.unet) as maps:
             assert torch.equal(model.denoise(x_t, t, tokens), output)
     assert len(maps) == len(expected) > 2 and maps.evaluations == 1
-    assert next(iter(maps)).startswith("model.diffusion_model.") == whole
+    assert next(iter(maps)).startswith("input_blocks.")
     for name, one in zip(maps, expected, strict=True):
         torch.testing.assert_close(maps[name], one)
+
+
+def test_chosen_layers_of_our_own_model(model):
+    scalars = torch.randn(2, 3)
+    with encdiff.record_maps(model) as maps:
+        model.sample(scalars, steps=2)
+    with encdiff.record_maps(model, layers="output_blocks") as chosen:
+        model.sample(scalars, steps=2)
+    assert 0 < len(chosen) < len(maps)
+    for name in chosen:
+        torch.testing.assert_close(chosen[name], maps[name])
 
 
 def test_our_own_sampling(model):
@@ -149,7 +160,10 @@ def test_bad_input():
         encdiff.record_maps(unet, steps="all"),
     ):
         pass
-    with pytest.raises(InputError, match="unet is a str, must be a torch.nn.Module"), encdiff.record_maps("unet"):
+    with (
+        pytest.raises(InputError, match="unet is a str, must be a U-Net, or a model or pipeline"),
+        encdiff.record_maps("unet"),
+    ):
         pass
     with encdiff.record_maps(unet) as maps:
         pass

@@ -333,17 +333,12 @@ def test_explain_tells_of_ops_as_before():
     assert "reference" in encdiff.explain("cross_attention")
 
 
-class Pipeline:
-    def __init__(self, unet):
-        self.unet = unet
-
-
 def test_bad_input():
     unet = unet_of("sd1")
     with pytest.raises(InputError, match=r"unet is a Linear, must have cross-attention"):
         encdiff.patch(nn.Linear(2, 2))
-    with pytest.raises(InputError, match=r"unet is a Pipeline, must be a torch.nn.Module: its .unet is one"):
-        encdiff.patch(Pipeline(unet))
+    with pytest.raises(InputError, match=r"unet is a dict, must be a U-Net, or a model or pipeline that has one"):
+        encdiff.patch({"unet": unet})
     encdiff.patch(unet, impl="triton")
     with pytest.raises(InputError, match=r"impl='triton' cannot serve this input: 1100 tokens must be 1 to"):
         unet(**inputs("sd1", tokens=1100))

@@ -101,7 +101,14 @@ def test_all_at_once_with_our_scheduler(pipe, rows):
 def test_too_few_evaluations_are_said(pipe):
     with pytest.raises(InputError, match="gate is 25, must lie in 1 to 6"), encdiff.tgate(pipe.unet, 25, STEPS):
         pass
-    with pytest.raises(
-        InputError, match="unet is a StableDiffusionPipeline, must be a torch.nn.Module: its .unet is one"
-    ):
-        encdiff.patch(pipe)
+
+
+def test_a_pipeline_stands_for_its_unet(pipe, rows):
+    expected = draw(pipe)
+    table = encdiff.patch(pipe)
+    assert str(table) == encdiff.explain(pipe) == encdiff.explain(pipe.unet)
+    with encdiff.record_maps(pipe) as maps, encdiff.tgate(pipe, STEPS, STEPS):
+        assert relative(draw(pipe), expected) < 1e-5
+    assert maps.evaluations == STEPS
+    encdiff.unpatch(pipe)
+    assert torch.equal(draw(pipe), expected)

@@ -138,6 +138,25 @@ def test_layers_that_stay_with_their_library_are_gated_too():
         assert relative(unet(**other).sample, first) < 1e-6
 
 
+class LatentDiffusion(torch.nn.Module):
+    """What latent-diffusion code wraps its U-Net in."""
+
+    def __init__(self, unet):
+        super().__init__()
+        self.model = torch.nn.ModuleDict({"diffusion_model": unet})
+
+
+def test_a_wrapped_unet_is_found_and_one_that_is_not_called_is_said():
+    unet = ldm_unet()
+    whole = LatentDiffusion(unet)
+    whole.model.diffusion_model = unet
+    with encdiff.tgate(whole, 1, evaluations=2), torch.no_grad():
+        unet(torch.randn(2, 3, 8, 8), torch.tensor([9, 9]), torch.randn(2, 5, 4))
+    with pytest.warns(UserWarning, match="tgate: the UNet was not called inside the block"):
+        with encdiff.tgate(whole, 1, evaluations=2):
+            pass
+
+
 def test_bad_input(model):
     unet, given = unet_of("sd1"), inputs("sd1", batch=3)
 

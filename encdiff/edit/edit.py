@@ -11,9 +11,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from encdiff.edit.layers import projections, unet_of
+from encdiff.edit.layers import projections
 from encdiff.errors import InputError
 from encdiff.files.checkpoint import load_tensors, save_tensors
+from encdiff.models.unet import unet_of
 
 ABOUT = ("method", "name", "layers", "shapes", "original")  # what a file says of itself
 FORMAT = "encdiff edit 1"

@@ -1,21 +1,11 @@
 """The projections of a U-Net's cross-attentions: by the names that diffusers and ours share."""
 
-from typing import Any
-
 import torch.nn as nn
 from torch import Tensor
 
 from encdiff.errors import InputError
 
 KEYS, VALUES = "to_k", "to_v"
-
-
-def unet_of(model: Any) -> nn.Module:
-    """The U-Net: itself, or that of an `EncDiff` or of a pipeline of diffusers."""
-    unet = getattr(model, "unet", model)
-    if not isinstance(unet, nn.Module):
-        raise InputError(f"unet is a {type(model).__name__}, must be a U-Net, or a model or pipeline that has one")
-    return unet
 
 
 def projections(unet: nn.Module, kinds: tuple[str, ...] = (KEYS, VALUES)) -> dict[str, nn.Linear]:

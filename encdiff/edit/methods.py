@@ -8,8 +8,9 @@ from torch import Tensor
 
 from encdiff.edit.closed_form import Scale, check_consistent, check_tokens, update
 from encdiff.edit.edit import Edit
-from encdiff.edit.layers import KEYS, VALUES, projections, token_width, unet_of
+from encdiff.edit.layers import KEYS, VALUES, projections, token_width
 from encdiff.errors import InputError
+from encdiff.models.unet import unet_of
 
 Values = Callable[[Tensor], Tensor]  # a weight (inner, D) -> the values v* (n, inner), both float64
 METHODS = {"mist": (VALUES,), "uce": (KEYS, VALUES)}  # the projections that each edits

@@ -13,7 +13,7 @@ from encdiff.errors import InputError
 from encdiff.interop.patch import layers as layers_of
 from encdiff.interop.patch import patch, state_of, unpatch
 from encdiff.interop.state import features_of
-from encdiff.models.unet import UNet
+from encdiff.models.unet import UNet, unet_of
 
 
 class Maps:
@@ -80,7 +80,7 @@ class Maps:
 
 @contextmanager
 def record_maps(
-    unet: nn.Module, *, layers: str | Sequence[str] | None = None, steps: Literal["mean", "each"] = "mean"
+    unet: Any, *, layers: str | Sequence[str] | None = None, steps: Literal["mean", "each"] = "mean"
 ) -> Iterator[Maps]:
     """Record where a U-Net's cross-attention looks while the block runs.
 
@@ -91,7 +91,7 @@ def record_maps(
     A pass that also gives the maps replaces the usual one; memory is that of the maps, whatever the number of steps.
 
     Args:
-        unet: patched or not (then for the time of the block), or our own `UNet` or `EncDiff`.
+        unet: patched or not (then for the time of the block), a pipeline that has one, or our own `EncDiff`.
         layers: of the layers' names in `encdiff.explain(unet)` those that contain this, or one of these; None: all.
         steps: "mean" adds up while it samples; "each" keeps every evaluation.
 
@@ -100,16 +100,16 @@ def record_maps(
     """
     if steps not in ("mean", "each"):
         raise InputError(f"steps is {steps!r}, must be 'mean' or 'each'")
+    unet = unet_of(unet)
     with ExitStack() as stack:
-        ours = [module for module in unet.modules() if isinstance(module, UNet)] if isinstance(unet, nn.Module) else []
-        if not ours and isinstance(unet, nn.Module) and state_of(unet) is None:
+        ours = isinstance(unet, UNet)
+        if not ours and state_of(unet) is None:
             patch(unet)
             stack.callback(unpatch, unet)
         maps = Maps(_chosen(unet, layers), steps == "each")
-        called = ours[0] if ours else unet
-        stack.callback(called.register_forward_pre_hook(maps.begin, with_kwargs=True).remove)
+        stack.callback(unet.register_forward_pre_hook(maps.begin, with_kwargs=True).remove)
         if ours:
-            for handle in _listen_to_ours(ours[0], maps, list(maps.names)):
+            for handle in _listen_to_ours(unet, maps):
                 stack.callback(handle.remove)
         if (state := state_of(unet)) is not None:
             state.maps = maps
@@ -136,9 +136,9 @@ def _grid(positions: int, height: int, width: int) -> tuple[int, int]:
     return (h, w) if h * w == positions else (1, positions)
 
 
-def _listen_to_ours(unet: UNet, maps: Maps, names: list[str]) -> list[Any]:
+def _listen_to_ours(unet: UNet, maps: Maps) -> list[Any]:
     """Our U-Net puts maps into a list that it is given, one for each block that attends, in the blocks' order."""
-    signature = inspect.signature(unet.forward)
+    signature, names = inspect.signature(unet.forward), [n for n in layers_of(unet) if n.endswith("attn2")]
     lists: list[tuple[list[Tensor], int]] = []
 
     def begin(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:

@@ -1,6 +1,5 @@
 """`patch`: our attention in another library's U-Net, in place; `unpatch` restores it."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -10,6 +9,7 @@ from encdiff.errors import InputError
 from encdiff.interop.blocks import ATTENTIONS, Patched, full_name, is_served, original, patched_class, reasons
 from encdiff.interop.state import Patch
 from encdiff.models.attention import TransformerBlock
+from encdiff.models.unet import unet_of
 
 
 class Layer(NamedTuple):
@@ -35,7 +35,7 @@ class Layers(dict[str, Layer]):
     __repr__ = __str__
 
 
-def patch(unet: nn.Module, *, self_attention: bool = False, impl: str | None = None) -> Layers:
+def patch(unet: Any, *, self_attention: bool = False, impl: str | None = None) -> Layers:
     """Let the cross-attentions of a U-Net run by `encdiff.ops`, with LayerNorm and residual in the same op; in place.
 
     Weights are neither copied nor renamed: `state_dict`, `save_pretrained`, `deepcopy`, LoRA and `torch.compile` go on
@@ -43,8 +43,9 @@ def patch(unet: nn.Module, *, self_attention: bool = False, impl: str | None = N
     step (not under `torch.compile` or `torch.inference_mode`, nor with gradients).
 
     Args:
-        unet: diffusers' `UNet2DConditionModel` or `ControlNetModel`, or whatever holds blocks of diffusers' or
-            latent-diffusion code's class `BasicTransformerBlock`. Our own U-Net runs by the ops as it is.
+        unet: diffusers' `UNet2DConditionModel` or `ControlNetModel`, a pipeline for its U-Net, or whatever holds blocks
+            of diffusers' or latent-diffusion code's class `BasicTransformerBlock`. Our own U-Net runs by the ops as it
+            is.
         self_attention: `attn1`, too.
         impl: force an implementation of the ops (`encdiff.explain("cross_attention")` lists them); None chooses.
 
@@ -54,7 +55,7 @@ def patch(unet: nn.Module, *, self_attention: bool = False, impl: str | None = N
         forth; `encdiff.explain(unet)` is the table as of now.
 
     Raises:
-        InputError: something that is no module, or has no cross-attention.
+        InputError: something that has no cross-attention.
     """
     state = Patch(self_attention, impl)
     for name, block in _attending(unet).items():
@@ -68,7 +69,7 @@ def patch(unet: nn.Module, *, self_attention: bool = False, impl: str | None = N
     return layers(unet)
 
 
-def unpatch(unet: nn.Module) -> None:
+def unpatch(unet: Any) -> None:
     """Undo `patch`; a U-Net that is not patched stays as it is."""
     for block in _attending(unet).values():
         if isinstance(block, Patched):
@@ -76,7 +77,7 @@ def unpatch(unet: nn.Module) -> None:
             block.__class__ = original(block)
 
 
-def layers(unet: nn.Module) -> Layers:
+def layers(unet: Any) -> Layers:
     """Every attention of a U-Net, and what speaks against our ops there as of now."""
     found = Layers()
     for name, block in _attending(unet).items():
@@ -89,14 +90,15 @@ def layers(unet: nn.Module) -> Layers:
     return found
 
 
-def explain(op: str | Callable[..., Any] | nn.Module, *args: Any, **kwargs: Any) -> str:
+def explain(op: Any, *args: Any, **kwargs: Any) -> str:
     """Say what would run: of an op for these arguments (`encdiff.ops.explain`), or in each attention of a U-Net."""
-    return str(layers(op)) if isinstance(op, nn.Module) else ops.explain(op, *args, **kwargs)
+    module = isinstance(op, nn.Module) or isinstance(getattr(op, "unet", None), nn.Module)
+    return str(layers(op)) if module else ops.explain(op, *args, **kwargs)
 
 
-def state_of(unet: nn.Module) -> Patch | None:
+def state_of(unet: Any) -> Patch | None:
     """What `patch` left, or None."""
-    return next((block.encdiff_patch for block in unet.modules() if isinstance(block, Patched)), None)
+    return next((block.encdiff_patch for block in unet_of(unet).modules() if isinstance(block, Patched)), None)
 
 
 def _reasons(block: nn.Module, which: str) -> list[str]:
@@ -109,11 +111,9 @@ def _reasons(block: nn.Module, which: str) -> list[str]:
     ]
 
 
-def _attending(unet: nn.Module) -> dict[str, Any]:
+def _attending(unet: Any) -> dict[str, Any]:
     """The transformer blocks by name, our own among them."""
-    if not isinstance(unet, nn.Module):
-        hint = ": its .unet is one" if isinstance(getattr(unet, "unet", None), nn.Module) else ""
-        raise InputError(f"unet is a {type(unet).__name__}, must be a torch.nn.Module{hint}")
+    unet = unet_of(unet)
     blocks = {name: module for name, module in unet.named_modules() if _is_block(module)}
     if not any(getattr(block, "attn2", None) is not None for block in blocks.values()):
         raise InputError(f"unet is a {type(unet).__name__}, must have cross-attention: transformer blocks with attn2")

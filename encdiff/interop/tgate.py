@@ -1,5 +1,6 @@
 """T-GATE for other libraries' U-Nets: converged attention is repeated, guidance that no longer acts is dropped."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,10 +13,11 @@ from encdiff.diffusion.gate import TGate, as_tgate
 from encdiff.errors import InputError
 from encdiff.interop.patch import patch, state_of, unpatch
 from encdiff.interop.state import Patch, features_of
+from encdiff.models.unet import unet_of
 
 
 @contextmanager
-def tgate(unet: nn.Module, gate: int | TGate, evaluations: int, *, guided: bool = False) -> Iterator[None]:
+def tgate(unet: Any, gate: int | TGate, evaluations: int, *, guided: bool = False) -> Iterator[None]:
     """Let a U-Net sample with T-GATE (arXiv 2404.02747) while the block runs: less work, and not exact.
 
         with encdiff.tgate(pipe.unet, encdiff.TGate(10), evaluations=25, guided=True):
@@ -25,8 +27,8 @@ def tgate(unet: nn.Module, gate: int | TGate, evaluations: int, *, guided: bool 
     ControlNet takes one of its own: `with tgate(unet, ...), tgate(controlnet, ...)`.
 
     Args:
-        unet: diffusers' U-Net or ControlNet, or latent-diffusion code's; patched or not (then for the time of the
-            block). Of our own model it is `EncDiff.sample(gate=...)`.
+        unet: diffusers' U-Net or ControlNet, a pipeline that has one, or latent-diffusion code's U-Net; patched or not
+            (then for the time of the block). Of our own model it is `EncDiff.sample(gate=...)`.
         gate: what to repeat from when on; a number gates cross-attention alone.
         evaluations: how often a sampling calls the U-Net: the number of steps; of Heun's two a step but one.
         guided: batches are the unconditional half, then the conditional one. What is kept is the mean of the two, and
@@ -41,7 +43,8 @@ def tgate(unet: nn.Module, gate: int | TGate, evaluations: int, *, guided: bool 
     if not isinstance(evaluations, int) or isinstance(evaluations, bool) or evaluations < 1:
         raise InputError(f"evaluations is {evaluations!r}, must be a whole number of at least 1")
     chosen.check(evaluations)
-    before = state_of(unet) if isinstance(unet, nn.Module) else None
+    unet = unet_of(unet)
+    before = state_of(unet)
     if before is None:
         patch(unet)
     state = state_of(unet)
@@ -54,6 +57,8 @@ def tgate(unet: nn.Module, gate: int | TGate, evaluations: int, *, guided: bool 
     ]
     try:
         yield
+        if not hooks.done:
+            warnings.warn(f"tgate: the {type(unet).__name__} was not called inside the block", stacklevel=3)
     finally:
         for handle in handles:
             handle.remove()

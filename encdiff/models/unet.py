@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -159,6 +160,14 @@ class UNet(nn.Module):
             again = stage if torch.compiler.is_compiling() else carried(stage)
             return checkpoint(again, *inputs, use_reentrant=False, preserve_rng_state=False)  # nothing in it is random
         return stage(*inputs)
+
+
+def unet_of(model: Any) -> nn.Module:
+    """The U-Net: itself, or that of an `EncDiff`, of a pipeline of diffusers or of latent-diffusion code's model."""
+    unet = getattr(model, "unet", None) or getattr(getattr(model, "model", None), "diffusion_model", model)
+    if not isinstance(unet, nn.Module):
+        raise InputError(f"unet is a {type(model).__name__}, must be a U-Net, or a model or pipeline that has one")
+    return unet
 
 
 class Stage(nn.ModuleList):
