@@ -47,7 +47,7 @@ def form_of(impl: str, block: nn.Module):
 
 
 def decides(size, impl, dtype) -> bool:
-    return dtype == DTYPES[GPU] and size in ("SD 64x64", "SD 16x16")
+    return dtype == DTYPES[GPU] and size == "SD 16x16"
 
 
 @cases("size, impl, dtype", CASES, decides)
