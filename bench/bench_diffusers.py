@@ -40,7 +40,7 @@ def form_of(impl: str, block: nn.Module):
 
     def ours(x: Tensor, prompt: Tensor) -> Tensor:
         if impl == "ours_anew":
-            block.encdiff_patch.forget()
+            block.encdiff_patch.tokens.clear()
         return block._cross_attend(x, prompt, None, {})
 
     return ours

@@ -68,7 +68,7 @@ class FeedForward(nn.Module):
         return self.net(x)
 
 
-class TransformerBlock(nn.Module):
+class BasicTransformerBlock(nn.Module):
     def __init__(self, width: int, context_width: int, heads: int, factor: int, attention: str):
         super().__init__()
         self.attn1 = Attention(width, width, heads, attention)
@@ -87,7 +87,8 @@ class SpatialTransformer(nn.Module):
         super().__init__()
         self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
         self.proj_in = nn.Conv2d(channels, channels, 1)
-        self.transformer_blocks = nn.ModuleList([TransformerBlock(channels, context_width, heads, factor, attention)])
+        block = BasicTransformerBlock(channels, context_width, heads, factor, attention)
+        self.transformer_blocks = nn.ModuleList([block])
         self.proj_out = nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:

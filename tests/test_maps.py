@@ -1,5 +1,7 @@
 """Maps of attention from the fused pass, against the formula on what each layer is given."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -141,6 +143,77 @@ def test_our_own_sampling(model):
     torch.testing.assert_close(maps.mean(16).sum(1), torch.ones(2, 16, 16))
 
 
+def test_blocks_may_nest_and_roots_may_differ():
+    unet, given = unet_of("sd1"), inputs("sd1")
+    encdiff.patch(unet)
+    whole = torch.nn.ModuleDict({"net": unet})
+    with torch.no_grad(), encdiff.record_maps(unet) as outer:
+        with encdiff.record_maps(unet, layers="mid") as inner:
+            unet(**given)
+        unet(**given)
+    assert (len(outer), outer.evaluations, len(inner), inner.evaluations) == (4, 2, 1, 1)
+    encdiff.unpatch(unet)
+    encdiff.patch(whole)  # whose layers' names begin with net.
+    with torch.no_grad(), encdiff.record_maps(unet) as maps:
+        unet(**given)
+    assert list(maps) == list(outer)
+    encdiff.patch(unet.mid_block)  # some of them once more
+    with torch.no_grad(), encdiff.record_maps(unet) as maps:
+        unet(**given)
+    assert set(maps) == set(outer)
+
+
+def test_a_compiled_unet_is_recorded():
+    unet, given = unet_of("sd1"), inputs("sd1")
+    encdiff.patch(unet)
+    with torch.no_grad(), encdiff.record_maps(unet) as expected:
+        unet(**given)
+    compiled = torch.compile(unet, fullgraph=True, backend="aot_eager")
+    with torch.no_grad(), encdiff.record_maps(compiled) as maps:
+        for _ in range(10):  # more than may be compiled anew
+            compiled(**given)
+    assert maps.evaluations == 10 and len(maps) == len(expected)
+    torch.testing.assert_close(maps.mean(), expected.mean())
+
+
+def test_nobody_elses_tensors_are_written(model):
+    x_t, t, tokens = torch.randn(2, *model.latent_shape), torch.tensor([5, 60]), torch.randn(2, 3, 4)
+    mine: list[torch.Tensor] = []
+    with torch.no_grad(), encdiff.record_maps(model):
+        model.denoise(x_t, t, tokens, maps=mine)
+        before = [m.clone() for m in mine]
+        model.denoise(x_t + 1, t, 2 * tokens)
+    assert all(torch.equal(now, then) for now, then in zip(mine, before, strict=True))
+
+
+def test_inference_mode_and_gradients_mix():
+    unet, given = unet_of("sd1"), inputs("sd1")
+    with encdiff.record_maps(unet) as maps:
+        with torch.inference_mode():
+            unet(**given)
+        unet(**given)
+    assert maps.mean().isfinite().all() and maps.evaluations == 2
+
+
+def test_what_is_computed_again_for_gradients_is_not_recorded_again():
+    unet, given = unet_of("sd1"), inputs("sd1")
+    encdiff.patch(unet)
+    unet.enable_gradient_checkpointing()
+    unet.train()
+    with encdiff.record_maps(unet, steps="each") as maps:
+        unet(**given).sample.square().sum().backward()
+    assert {len(maps[name]) for name in maps} == {1} and maps.evaluations == 1
+
+
+def test_a_copy_is_not_recorded():
+    unet, given = unet_of("sd1"), inputs("sd1")
+    with torch.no_grad(), encdiff.record_maps(unet) as maps:
+        copy.deepcopy(unet)(**given)
+        assert maps.evaluations == 0
+        unet(**given)
+    assert maps.evaluations == 1 and "of 1 evaluations" in repr(maps)
+
+
 def test_memory_is_that_of_the_maps():
     """Twenty evaluations hold as much as one."""
     unet, given = unet_of("sd1"), inputs("sd1")
@@ -165,11 +238,18 @@ def test_bad_input():
         encdiff.record_maps("unet"),
     ):
         pass
+    with (
+        pytest.raises(InputError, match="layers are .3., must be names of layers"),
+        encdiff.record_maps(unet, layers=[3]),
+    ):
+        pass
     with encdiff.record_maps(unet) as maps:
         pass
     with pytest.raises(InputError, match="no evaluation of the U-Net was recorded"):
         maps.mean()
-    with pytest.raises(InputError, match="layer 'mid' has no map, must be one of: none: no evaluation was recorded"):
+    with pytest.raises(
+        InputError, match="layer 'mid' has no map, must be one of: none: no evaluation of the U-Net was recorded"
+    ):
         maps["mid"]
     with (
         pytest.raises(InputError, match=r"attends as \(3, 16, 16, 7\) after \(2, 16, 16, 7\): record one size"),

@@ -99,7 +99,7 @@ def test_latent_diffusion_code():
         assert torch.equal(unet(x, t, tokens), expected)
 
 
-class Checkpointed(nn.Module):
+class BasicTransformerBlock(nn.Module):
     """As latent-diffusion code has it: the work is in `_forward`, which `forward` may checkpoint."""
 
     def __init__(self, block):
@@ -119,7 +119,7 @@ class Checkpointed(nn.Module):
 
 
 def test_what_checkpoints_goes_on_to():
-    block = Checkpointed(next(m for m in ldm_unet().modules() if hasattr(m, "attn2")))
+    block = BasicTransformerBlock(next(m for m in ldm_unet().modules() if hasattr(m, "attn2")))
     x, tokens = torch.randn(2, 6, block.norm1.weight.numel()), torch.randn(2, 5, 4)
     expected = block(x, tokens)
     encdiff.patch(block)
@@ -298,7 +298,7 @@ def scale(attn) -> None:
 
 
 @pytest.mark.parametrize("change, said", [
-    (hook, "a hook on it"), (processor, "its processor is Doubling"), (offload, "a hook on it"),
+    (hook, "a hook on it"), (processor, "its processor is test_patch.Doubling"), (offload, "a hook on it"),
     (scale, "it has rescale_output_factor"),
 ])  # fmt: skip
 def test_what_we_do_not_compute_is_left_alone(change, said):

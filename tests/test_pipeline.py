@@ -67,10 +67,33 @@ def test_maps_of_a_sampling(pipe):
 
 def test_tgate_drops_the_guidance(pipe, rows):
     whole = draw(pipe)
-    with encdiff.tgate(pipe.unet, TGate(3), evaluations=STEPS, guided=True):
+    with encdiff.tgate(pipe, TGate(3)):  # the pipeline knows how often and whether guided
         gated, again = draw(pipe), draw(pipe)
     assert rows == [2] * STEPS + 2 * [2, 2, 2, 1, 1, 1]
     assert torch.equal(gated, again) and gated.shape == whole.shape and relative(gated, whole) > 5e-5
+
+
+@pytest.mark.parametrize("name, evaluations", [("HeunDiscreteScheduler", 2 * STEPS - 1), ("PNDMScheduler", STEPS + 1)])
+def test_evaluations_of_other_schedulers(name, evaluations):
+    options = {"skip_prk_steps": True} if name.startswith("PNDM") else {}
+    pipe = stable_diffusion(getattr(diffusers, name)(steps_offset=1, **options))
+    with encdiff.tgate(pipe, 2), encdiff.record_maps(pipe) as maps:
+        first, second = draw(pipe), draw(pipe)
+    assert maps.evaluations == 2 * evaluations and torch.equal(first, second)
+
+
+def test_image_to_image_knows_its_evaluations(recwarn):
+    pipe = stable_diffusion(diffusers.DDIMScheduler(steps_offset=1), from_image=True)
+    given = prompt() | {"image": torch.rand(1, 3, 16, 16), "strength": 0.5}
+    with encdiff.tgate(pipe, 2), encdiff.record_maps(pipe) as maps:
+        draw(pipe, given=given)
+    assert maps.evaluations == 3 and not [w for w in recwarn if "tgate" in str(w.message)]
+
+
+def test_guidance_that_is_not_there(pipe):
+    message = "guided is True, must be False for a pipeline that samples without guidance"
+    with pytest.raises(InputError, match=message), encdiff.tgate(pipe, 2, guided=True):
+        draw(pipe, guidance=1.0, given=prompt(2))
 
 
 def test_tgate_at_the_last_evaluation_is_exact(pipe):

@@ -7,7 +7,7 @@ from _unets import inputs, relative, unet_of
 
 import encdiff
 from encdiff.interop import state
-from encdiff.interop.patch import state_of
+from encdiff.interop.patch import states_of
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def test_a_prompt_is_projected_once(projections):
 def test_keys_and_values_go_with_their_prompt():
     unet, given = unet_of("sd1"), inputs("sd1")
     encdiff.patch(unet)
-    kept = state_of(unet).tokens
+    kept = states_of(unet)[0].tokens
     with torch.no_grad():
         unet(**given)
         assert len(kept) == 4

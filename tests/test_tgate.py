@@ -1,5 +1,7 @@
 """T-GATE: its schedule, and on other libraries' U-Nets against evaluations put together by hand."""
 
+import copy
+
 import pytest
 import torch
 from _unets import controlnet_of, inputs, ldm_unet, relative, unet_of
@@ -7,7 +9,7 @@ from _unets import controlnet_of, inputs, ldm_unet, relative, unet_of
 import encdiff
 from encdiff import TGate
 from encdiff.errors import InputError
-from encdiff.interop.patch import state_of
+from encdiff.interop.patch import states_of
 from encdiff.ops import record_impls
 
 
@@ -95,7 +97,7 @@ def test_what_is_kept_of_a_guided_batch_is_the_mean_of_its_halves():
     for guided in (False, True):
         with encdiff.tgate(unet, 2, evaluations=3, guided=guided):
             steps(unet, given, 2)
-            kept.append(dict(state_of(unet).kept))
+            kept.append(dict(states_of(unet)[0].kept))
     for name, both in kept[0].items():
         torch.testing.assert_close(kept[1][name], (both[:2] + both[2:]) / 2)
 
@@ -116,8 +118,11 @@ def test_controlnet_is_gated_too():
 def test_latent_diffusion_code():
     unet, x, tokens = ldm_unet(), torch.randn(2, 3, 8, 8), torch.randn(2, 5, 4)
     with torch.no_grad(), encdiff.tgate(unet, 1, evaluations=2):
-        first, second = unet(x, torch.tensor([9, 9]), tokens), unet(x, torch.tensor([9, 9]), 5 * tokens)
-    assert relative(second, first) < 1e-6, "the tokens no longer matter"
+        with record_impls() as first:
+            unet(x, torch.tensor([9, 9]), tokens)
+        with record_impls() as second:
+            unet(x, torch.tensor([5, 5]), tokens)
+    assert len(first) > 2 and second == []
 
 
 def test_several_samplings_in_one_block():
@@ -128,14 +133,29 @@ def test_several_samplings_in_one_block():
 
 
 def test_layers_that_stay_with_their_library_are_gated_too():
+    unet, given, calls = unet_of("sd1"), inputs("sd1"), []
+    for name, module in unet.named_modules():
+        if name.endswith("attn2"):
+            module.register_forward_hook(lambda *_: calls.append(1))
+    with encdiff.tgate(unet, 2, evaluations=4):
+        steps(unet, given, 4)
+    assert len(calls) == 2 * 4
+
+
+def test_a_new_prompt_begins_a_new_sampling():
+    """Whatever was said of the evaluations: no image of the prompt before."""
     unet, given = unet_of("sd1"), inputs("sd1")
-    for module in unet.modules():
-        if hasattr(module, "to_q"):
-            module.rescale_output_factor = 2.0
-    with torch.no_grad(), encdiff.tgate(unet, 1, evaluations=2):
-        first = unet(**given).sample
-        other = given | {"encoder_hidden_states": 5 * given["encoder_hidden_states"]}
-        assert relative(unet(**other).sample, first) < 1e-6
+    other = given | {"encoder_hidden_states": torch.randn_like(given["encoder_hidden_states"])}
+    with encdiff.tgate(unet, 2, evaluations=3):
+        expected = steps(unet, other, 3)
+    said = "called 3 times, not 25 as was said"
+    with pytest.warns(UserWarning, match=said), encdiff.tgate(unet, 2, evaluations=25):
+        steps(unet, given, 3)
+        actual = steps(unet, other, 3)
+        given["encoder_hidden_states"].copy_(other["encoder_hidden_states"])  # into the same buffer
+        again = steps(unet, given, 3)
+    for found in (actual, again):
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
 
 
 class LatentDiffusion(torch.nn.Module):
@@ -152,9 +172,56 @@ def test_a_wrapped_unet_is_found_and_one_that_is_not_called_is_said():
     whole.model.diffusion_model = unet
     with encdiff.tgate(whole, 1, evaluations=2), torch.no_grad():
         unet(torch.randn(2, 3, 8, 8), torch.tensor([9, 9]), torch.randn(2, 5, 4))
-    with pytest.warns(UserWarning, match="tgate: the UNet was not called inside the block"):
-        with encdiff.tgate(whole, 1, evaluations=2):
+    said = "tgate: the UNet was not called inside the block"
+    with pytest.warns(UserWarning, match=said), encdiff.tgate(whole, 1, evaluations=2):
+        pass
+
+
+def test_a_sampling_that_fails_is_followed_by_a_whole_one():
+    unet, given = unet_of("sd1"), inputs("sd1")
+    with encdiff.tgate(unet, 2, evaluations=4):
+        expected = steps(unet, given, 4)
+        with pytest.raises(RuntimeError):
+            unet(**given | {"sample": torch.randn(2, 5, 16, 16)})
+        actual = steps(unet, given, 4)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(actual, expected, strict=True))
+
+
+def test_a_copy_is_not_gated():
+    unet, given = unet_of("sd1"), inputs("sd1")
+    encdiff.patch(unet)
+    exact = steps(unet, given, 4)
+    with encdiff.tgate(unet, 1, evaluations=4):
+        steps(unet, given, 2)
+        copied = copy.deepcopy(unet)
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(steps(copied, given, 4), exact, strict=True))
+        steps(unet, given, 2)
+
+
+def test_a_compiled_unet_is_gated():
+    unet, given = unet_of("sd1"), inputs("sd1")
+    encdiff.patch(unet)
+    with encdiff.tgate(unet, 2, evaluations=4):
+        expected = steps(unet, given, 4)
+    compiled = torch.compile(unet, fullgraph=True, backend="aot_eager")
+    with encdiff.tgate(compiled, 2, evaluations=4):
+        actual = steps(compiled, given, 4)
+    for ours, theirs in zip(actual, expected, strict=True):
+        assert relative(ours, theirs) < 1e-5
+
+
+def test_one_at_a_time():
+    unet = unet_of("sd1")
+    with encdiff.tgate(unet, 1, 2), encdiff.record_maps(unet):
+        for refused in (lambda: encdiff.patch(unet), lambda: encdiff.unpatch(unet)):
+            with pytest.raises(InputError, match="unet is in use by a block of tgate, must be patched or unpatched"):
+                refused()
+        message = "unet is in use by a block of tgate, must have one at a time"
+        with pytest.raises(InputError, match=message), encdiff.tgate(unet, 1, 2):
             pass
+        unet(**inputs("sd1"))
+        unet(**inputs("sd1"))
+    assert not states_of(unet)
 
 
 def test_bad_input(model):
@@ -164,15 +231,16 @@ def test_bad_input(model):
         with pytest.raises(InputError, match=message), encdiff.tgate(unet, *args, **options), torch.no_grad():
             assert run
             unet(**given)
-            unet(**inputs("sd1", batch=2))
+            unet(**given | {"sample": torch.randn(3, 4, 8, 8)})
 
     refused("gate is 9, must lie in 1 to 5, the evaluations of the U-Net", 9, 5)
     refused("gate is 0, must be an integer at least 1", 0, 5)
     refused("gate is None, must be a whole number or a TGate", None, 5)
     refused("evaluations is 2.5, must be a whole number of at least 1", 2, 2.5)
     refused("sample has 3 rows, must be even", 1, 2, guided=True, run=True)
-    refused("batch and size stay the same during a sampling", 1, 2, run=True)
-    assert state_of(unet) is None and not unet._forward_hooks and not unet._forward_pre_hooks
+    refused("batch, size and layers must stay the same during a sampling", 1, 2, run=True)
+    refused("evaluations is None, must be given for a U-Net; a pipeline knows them", 1)
+    assert not states_of(unet) and not unet._forward_hooks and not unet._forward_pre_hooks
     with pytest.raises(InputError, match="an EncDiff samples with gate="), encdiff.tgate(model, 1, 2):
         pass
     with pytest.raises(InputError, match="must have cross-attention"), encdiff.tgate(torch.nn.Linear(2, 2), 1, 2):

@@ -38,13 +38,22 @@ def test_a_pil_image_of_any_sides_and_a_list_of_words(texts):
     assert {"begin", "a", "cat"} <= set(texts)
 
 
+def test_a_word_may_come_twice(texts):
+    words_picture(Image.new("RGB", (32, 32)), maps_of(), ["a", "cat", "a", "dog"])
+    assert texts.count("a") == 2
+
+
 @pytest.mark.parametrize("image, maps, words, said", [
     (torch.zeros(3, 8, 8), torch.zeros(1, 4, 8, 8), ["a"], r"maps are \(1, 4, 8, 8\), must be a torch.Tensor"),
     (torch.zeros(3, 8, 8), [[0.0]], ["a"], "maps are list, must be"),
     (torch.zeros(3, 8, 8), maps_of(), {4: "cat"}, r"place 4 of a word must be in 0..3"),
     (torch.zeros(3, 8, 8), maps_of(), {(): "cat"}, r"place \(\) of a word"),
-    (torch.zeros(3, 8, 8), maps_of(), {}, "words are none, must name at least one token"),
-    (torch.zeros(1, 8, 8), maps_of(), ["a"], r"image is \(1, 8, 8\), must be \(3, H, W\), or a PIL image"),
+    (torch.zeros(3, 8, 8), maps_of(), {}, "words are '{}', must be a list of words"),
+    (torch.zeros(1, 8, 8), maps_of(), ["a"], r"image is \(1, 8, 8\), must be a torch.Tensor \(3, H, W\)"),
+    (np.zeros((8, 8, 3)), maps_of(), ["a"], "image is ndarray, must be a torch.Tensor"),
+    (torch.zeros(3, 8, 8), maps_of(), "a cat", "words are 'a cat', must be a list of words"),
+    (torch.zeros(3, 8, 8), maps_of(), {1: 5}, "must be a list of words"),
+    (torch.zeros(3, 8, 8), maps_of(), {"a": 1}, "must be a list of words"),
 ])  # fmt: skip
 def test_bad_input(image, maps, words, said):
     with pytest.raises(InputError, match=said):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from encdiff import ops
-from encdiff.interop.reasons import attention_reasons, block_reasons, fingerprint
+from encdiff.interop.reasons import attention_reasons, block_reasons, fingerprint, ldm_block_reasons
 from encdiff.interop.state import Patch
 
 ATTENTIONS = "attn1", "attn2"
@@ -35,7 +35,7 @@ class Patched(nn.Module):
 
     def __reduce_ex__(self, protocol):
         """To copy and pickle: the class is made at run time, so it is told by the one that it stands for."""
-        return _blank, (self.encdiff_original,), self.__dict__
+        return _blank, (self.encdiff_original,), self.__getstate__()
 
 
 class DiffusersBlock(Patched):
@@ -60,8 +60,11 @@ class DiffusersBlock(Patched):
         plain = attention_mask is None and not options
         stock = lambda: self.attn1(self.norm1(x), attention_mask=attention_mask, **given)  # noqa: E731
         x = attend(self, "attn1", x, None, None, plain, stock)
-        if self.attn2 is not None:
+        if self.attn2 is not None and self.attn2.is_cross_attention:
             x = self._cross_attend(x, context, encoder_attention_mask, options)
+        elif self.attn2 is not None:  # attends to the features a second time
+            given = dict(encoder_hidden_states=context, attention_mask=encoder_attention_mask, **options)
+            x = self.attn2(self.norm2(x), **given) + x
         h = self.norm3(x)
         if self._chunk_size is None:
             return x + self.ff(h)
@@ -80,7 +83,7 @@ class LDMBlock(Patched):
     """The BasicTransformerBlock of latent-diffusion code, and of what is made from it."""
 
     def encdiff_forward(self, x, context=None, *others, **options):
-        if any(other is not None for other in (*others, *options.values())):
+        if ldm_block_reasons(self) or any(other is not None for other in (*others, *options.values())):
             stock = getattr(self.encdiff_original, method_of(self.encdiff_original))
             return stock(self, x, context, *others, **options)
         x = attend(self, "attn1", x, None, None, True, lambda: self.attn1(self.norm1(x)))
@@ -125,10 +128,12 @@ def _by_ops(
     if context is None:
         return ops.self_attention(x, *weights, **options)
     options |= dict(token_bias=bias, projected=patch.projected(name, attn, context))
-    if patch.maps is None or not patch.maps.wants(name):
+    recording = [(names[name], recorder) for names, recorder in patch.maps if name in names]
+    if not recording:
         return ops.cross_attention(x, context, *weights, **options)
     y, attention = ops.cross_attention(x, context, *weights, maps="mean", **options)
-    patch.maps.take(name, attention)
+    for known_as, recorder in recording:
+        recorder.take(known_as, attention)
     return y
 
 
@@ -144,33 +149,42 @@ def parts_of(block: Patched, which: str) -> tuple[Any, Any]:
 
 def reasons(block: Patched, which: str) -> list[str]:
     """Why an attention of a patched block stays with its library, as of now."""
-    found = block_reasons(block) if isinstance(block, DiffusersBlock) else []
+    found = block_reasons(block) if isinstance(block, DiffusersBlock) else ldm_block_reasons(block)
+    if "forward" in block.__dict__:
+        found.append("a hook took the place of its block's forward")
     if which == "attn1" and not block.encdiff_patch.self_attention:
-        found.append("self-attention was not asked for")
+        found.append("self_attention=True was not asked for")
     elif which == "attn1" and getattr(block, "only_cross_attention", False):
         found.append("it attends to the tokens")
+    elif which == "attn2" and not getattr(block.attn2, "is_cross_attention", True):
+        found.append("it attends to the features, not to tokens")
     return found or attention_reasons(*parts_of(block, which))
 
 
 def is_served(block: Patched, which: str, name: str) -> bool:
-    """Looked up at every call, since a layer may get LoRA or a hook at any time; a compiled graph has what was last."""
-    served = block.encdiff_patch.served
-    if not torch.compiler.is_compiling():
-        seen = fingerprint(*parts_of(block, which))
-        if served.get(name, (None,))[0] != seen:
-            served[name] = seen, not reasons(block, which)
-    return served[name][1]
+    """Looked up at every call, since a layer may get LoRA or a hook at any time."""
+    if torch.compiler.is_compiling():  # what is looked at becomes a guard of the graph
+        return not reasons(block, which)
+    patch, seen = block.encdiff_patch, fingerprint(*parts_of(block, which))
+    if patch.served.get(name, (None,))[0] != seen:
+        patch.served[name] = seen, not reasons(block, which)
+        patch.tokens.pop(name, None)
+    return patch.served[name][1]
 
 
 @cache
 def patched_class(cls: type) -> type | None:
     """`cls` with our method in the place of its own; None for a class that is not known."""
     body: dict[str, Any] = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "encdiff_original": cls}
-    theirs = [c for c in cls.__mro__ if c.__name__ == "BasicTransformerBlock" and c.__module__.startswith("diffusers.")]
-    if theirs and vars(cls).get("forward", vars(theirs[0])["forward"]) is vars(theirs[0])["forward"]:
+    known: Any = next((c for c in cls.__mro__ if c.__name__ == "BasicTransformerBlock"), None)
+    if known is None:
+        return None
+    method = "forward" if known.__module__.startswith("diffusers.") else method_of(known)
+    if getattr(cls, method) is not getattr(known, method):  # a subclass that does something else
+        return None
+    if known.__module__.startswith("diffusers."):
         return type(cls.__name__, (DiffusersBlock, cls), body)
-    method = method_of(cls)
-    if theirs or list(inspect.signature(getattr(cls, method)).parameters)[:3] != ["self", "x", "context"]:
+    if list(inspect.signature(getattr(known, method)).parameters)[:3] != ["self", "x", "context"]:
         return None
     return type(cls.__name__, (LDMBlock, cls), body | {method: LDMBlock.encdiff_forward})
 

@@ -1,5 +1,7 @@
 """`patch`: our attention in another library's U-Net, in place; `unpatch` restores it."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -57,6 +59,10 @@ def patch(unet: Any, *, self_attention: bool = False, impl: str | None = None) -
     Raises:
         InputError: something that has no cross-attention.
     """
+    if impl is not None:
+        with ops.use_impl(impl):  # or it says that there is none
+            pass
+    _check_idle(unet)
     state = Patch(self_attention, impl)
     for name, block in _attending(unet).items():
         cls = patched_class(original(block))
@@ -71,6 +77,7 @@ def patch(unet: Any, *, self_attention: bool = False, impl: str | None = None) -
 
 def unpatch(unet: Any) -> None:
     """Undo `patch`; a U-Net that is not patched stays as it is."""
+    _check_idle(unet)
     for block in _attending(unet).values():
         if isinstance(block, Patched):
             del block.encdiff_patch, block.encdiff_name
@@ -96,9 +103,33 @@ def explain(op: Any, *args: Any, **kwargs: Any) -> str:
     return str(layers(op)) if module else ops.explain(op, *args, **kwargs)
 
 
-def state_of(unet: Any) -> Patch | None:
-    """What `patch` left, or None."""
-    return next((block.encdiff_patch for block in unet_of(unet).modules() if isinstance(block, Patched)), None)
+def states_of(unet: Any) -> list[Patch]:
+    """What `patch` left: one for each call of it."""
+    states = [block.encdiff_patch for block in unet_of(unet).modules() if isinstance(block, Patched)]
+    return list({id(state): state for state in states}.values())
+
+
+@contextmanager
+def in_use(unet: nn.Module, by: str) -> Iterator[list[Patch]]:
+    """The states of a U-Net, patched for the time of the block if it is not; meanwhile nobody patches or unpatches."""
+    before = states_of(unet)
+    if not before:
+        patch(unet)
+    states = states_of(unet)
+    for state in states:
+        state.users.append(by)
+    try:
+        yield states
+    finally:
+        for state in states:
+            state.users.remove(by)
+        if not before:
+            unpatch(unet)
+
+
+def _check_idle(unet: Any) -> None:
+    if users := [user for state in states_of(unet) for user in state.users]:
+        raise InputError(f"unet is in use by a block of {users[0]}, must be patched or unpatched before it or after it")
 
 
 def _reasons(block: nn.Module, which: str) -> list[str]:

@@ -4,13 +4,12 @@ from typing import Any
 
 from torch import nn
 
-# Their result is the plain formula; slices are a matter of memory, which a fused kernel does not need.
+# Of diffusers: their result is the plain formula; slices are a matter of memory, which a fused kernel does not need.
 PLAIN_PROCESSORS = ("AttnProcessor", "AttnProcessor2_0", "SlicedAttnProcessor")
-# What diffusers' Attention may have beyond the formula, and how it is when it has not.
-EXTRAS: dict[str, Any] = {
-    "spatial_norm": None, "group_norm": None, "norm_cross": None, "norm_q": None, "norm_k": None,
-    "add_k_proj": None, "residual_connection": False, "rescale_output_factor": 1.0, "is_causal": False,
-}  # fmt: skip
+PROJECTIONS = ("to_q", "to_k", "to_v")
+PARTS = (*PROJECTIONS, "to_out", "processor")  # of a plain attention
+# What diffusers' Attention may do beyond the formula, and how that is when it does not.
+EXTRAS = {"residual_connection": False, "rescale_output_factor": 1.0, "is_causal": False}
 
 
 def attention_reasons(attn: Any, norm: Any) -> list[str]:
@@ -18,19 +17,13 @@ def attention_reasons(attn: Any, norm: Any) -> list[str]:
     if wrapped := _not_linear(attn):
         kinds = {f"{type(getattr(attn, name)).__module__}.{type(getattr(attn, name)).__name__}" for name in wrapped}
         return [f"{', '.join(wrapped)}: {', '.join(sorted(kinds))}, not a plain torch Linear"]
-    reasons = []
-    processor = type(getattr(attn, "processor", None)).__name__
-    if hasattr(attn, "processor") and processor not in PLAIN_PROCESSORS:
-        reasons.append(f"its processor is {processor}")
-    reasons += [f"it has {name}" for name, without in EXTRAS.items() if getattr(attn, name, without) != without]
-    if any(getattr(attn, name).bias is not None for name in ("to_q", "to_k", "to_v")):
-        reasons.append("its queries, keys or values have a bias")
-    inner = len(attn.to_q.weight)
-    if len(attn.to_k.weight) != inner or len(attn.to_v.weight) != inner or inner % attn.heads:
-        reasons.append(f"keys and values of {len(attn.to_k.weight)} columns do not go with {inner} of the queries")
-    elif abs(getattr(attn, "scale", (width := inner // attn.heads) ** -0.5) * width**0.5 - 1) > 1e-6:
+    reasons = _beyond_formula(attn)
+    inner, keys, values = (getattr(attn, name).weight.shape[0] for name in PROJECTIONS)
+    if keys != inner or values != inner or inner % attn.heads:
+        reasons.append(f"keys and values of {keys} and {values} columns do not go with {inner} of the queries")
+    elif abs(getattr(attn, "scale", (inner // attn.heads) ** -0.5) * (inner // attn.heads) ** 0.5 - 1) > 1e-6:
         reasons.append(f"it scales logits by {attn.scale}")
-    if attn.training and any(isinstance(layer, nn.Dropout) and layer.p for layer in attn.to_out):
+    if attn.training and any(layer.p for layer in attn.to_out[1:] if isinstance(layer, nn.Dropout)):
         reasons.append("it drops out in training")
     if type(norm) is not nn.LayerNorm or norm.weight is None or norm.bias is None:
         reasons.append(f"its norm is {norm}, not a LayerNorm with weight and bias")
@@ -40,15 +33,36 @@ def attention_reasons(attn: Any, norm: Any) -> list[str]:
 
 
 def fingerprint(attn: Any, norm: Any) -> tuple:
-    """What of these reasons changes while a model is in use: LoRA, adapters, hooks, mode; 5 us to look at, not 50."""
-    return attn.training, type(vars(attn).get("processor")), *(
-        (type(module), _is_hooked(module)) for module in _layers(attn, norm)
-    )  # fmt: skip
+    """What of these reasons changes while a model is in use: LoRA, adapters, hooks, mode; quicker to look at."""
+    own = attn.__dict__
+    changing = attn.training, type(own.get("processor")), len(attn._modules), *(own.get(name) for name in EXTRAS)
+    return *changing, *((type(module), _is_hooked(module)) for module in _layers(attn, norm))
+
+
+def _not_linear(attn: Any) -> list[str]:
+    """Of the four projections those that LoRA, quantisation or a parametrisation has made something else."""
+    names = [name for name in PROJECTIONS if type(getattr(attn, name)) is not nn.Linear]
+    plain = type(attn.to_out) in (nn.Sequential, nn.ModuleList) and type(attn.to_out[0]) is nn.Linear
+    return names if plain else [*names, "to_out"]
+
+
+def _beyond_formula(attn: Any) -> list[str]:
+    reasons = [f"it has {name}" for name, module in attn.named_children() if name not in PARTS]
+    reasons += [f"it has {name}" for name, without in EXTRAS.items() if getattr(attn, name, without) != without]
+    if hasattr(attn, "processor"):
+        kind = type(attn.processor)
+        if kind.__name__ not in PLAIN_PROCESSORS or not kind.__module__.startswith("diffusers."):
+            reasons.append(f"its processor is {kind.__module__}.{kind.__name__}")
+    if any(getattr(attn, name).bias is not None for name in PROJECTIONS):
+        reasons.append("its queries, keys or values have a bias")
+    if any(type(layer) not in (nn.Dropout, nn.Identity) for layer in attn.to_out[1:]):
+        reasons.append("its way out is more than a Linear and a Dropout")
+    return reasons
 
 
 def _layers(attn: Any, norm: Any) -> list[nn.Module]:
     parts = attn._modules  # by getattr it takes three times as long
-    return [attn, norm, *(parts[name] for name in ("to_q", "to_k", "to_v")), parts["to_out"]._modules.get("0", attn)]
+    return [attn, norm, *(parts[name] for name in PARTS[:4]), *parts["to_out"]._modules.values()]
 
 
 def _is_hooked(module: nn.Module) -> bool:
@@ -56,15 +70,6 @@ def _is_hooked(module: nn.Module) -> bool:
     own = module.__dict__
     hooks = own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
     return bool(hooks) or "forward" in own
-
-
-def _not_linear(attn: Any) -> list[str]:
-    """Of the four projections those that LoRA, quantisation or a parametrisation has made something else."""
-    names = [name for name in ("to_q", "to_k", "to_v") if type(getattr(attn, name)) is not nn.Linear]
-    out = attn.to_out
-    return (
-        names if isinstance(out, (nn.Sequential, nn.ModuleList)) and type(out[0]) is nn.Linear else [*names, "to_out"]
-    )
 
 
 def block_reasons(block: Any) -> list[str]:
@@ -76,4 +81,13 @@ def block_reasons(block: Any) -> list[str]:
         reasons.append("it adds positions")
     if hasattr(block, "fuser"):
         reasons.append("it is gated by grounding (GLIGEN)")
+    return reasons
+
+
+def ldm_block_reasons(block: Any) -> list[str]:
+    """The same for latent-diffusion code's block, which others have taken further."""
+    known = ("attn1", "attn2", "ff", "norm1", "norm2", "norm3")
+    reasons = [f"its block has {name}" for name, _ in block.named_children() if name not in known]
+    if getattr(block, "disable_self_attn", False):
+        reasons.append("its block's self-attention is switched off")
     return reasons

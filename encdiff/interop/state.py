@@ -9,13 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from encdiff.errors import InputError
+from encdiff.ops._dispatch import is_transformed
 from encdiff.ops._triton import autocast_dtype
 
 
 class Recorder(Protocol):
     """What takes maps: `interop.maps.Maps`."""
-
-    def wants(self, name: str) -> bool: ...
 
     def take(self, name: str, attention: Tensor) -> None: ...
 
@@ -37,7 +36,8 @@ class Patch:
     modes: dict[str, str] = field(default_factory=lambda: {"attn1": "compute", "attn2": "compute"})
     kept: dict[str, Tensor] = field(default_factory=dict)  # outputs of attentions, for T-GATE
     guided: bool = False  # what is kept is the mean of the two halves of a guided batch
-    maps: Recorder | None = None
+    maps: list[tuple[dict[str, str], Recorder]] = field(default_factory=list)  # who records which, by which names
+    users: list[str] = field(default_factory=list)  # the blocks of `record_maps` and `tgate` that are open
     tokens: dict[str, Projected] = field(default_factory=dict)
     served: dict[str, tuple[tuple, bool]] = field(default_factory=dict)  # by our ops? and the fingerprint of then
 
@@ -46,11 +46,12 @@ class Patch:
         self.kept[name] = y.unflatten(0, (2, -1)).mean(0) if halves else y
 
     def recall(self, name: str, x: Tensor) -> Tensor:
-        y = self.kept[name]
-        if y.shape != x.shape:
+        y = self.kept.get(name)
+        if y is None or y.shape != x.shape:
+            kept = "nothing" if y is None else f"features {tuple(y.shape)}"
             raise InputError(
-                f"{name} is given features {tuple(x.shape)}, must be {tuple(y.shape)} as in the evaluation that T-GATE "
-                "repeats: batch and size stay the same during a sampling"
+                f"{name} is given features {tuple(x.shape)}, and kept {kept} for T-GATE to repeat; batch, size and "
+                "layers must stay the same during a sampling"
             )
         return y
 
@@ -61,9 +62,12 @@ class Patch:
         (inference tensors) or would be frozen into a graph, and where gradients are wanted, they are made anew.
         """
         sources = context, attn.to_k.weight, attn.to_v.weight
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or any(t.is_inference() for t in sources):
+        if torch.is_grad_enabled():
+            self.tokens.pop(name, None)  # who trains may write to weights behind PyTorch's back
             return None
-        if context.is_cuda and torch.cuda.is_current_stream_capturing():
+        if torch.compiler.is_compiling() or any(t.is_inference() for t in sources):
+            return None
+        if is_transformed(context) or (context.is_cuda and torch.cuda.is_current_stream_capturing()):
             return None
         state = (*((t.data_ptr(), t._version, t.dtype) for t in sources), autocast_dtype(context))
         known = self.tokens.get(name)
@@ -73,20 +77,23 @@ class Patch:
             self.tokens[name] = known = Projected(gone, state, (k, v))
         return known.keys_values
 
-    def forget(self) -> None:
-        """Drop a prompt's keys and values; needed where weights change behind PyTorch's back, by `.data`."""
-        self.tokens.clear()
-
     def compute_all(self) -> None:
         """The end of T-GATE: nothing is repeated, nothing kept."""
         self.modes, self.kept, self.guided = dict.fromkeys(self.modes, "compute"), {}, False
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy begins anew: nothing kept, nothing recorded."""
-        modes = dict.fromkeys(self.modes, "compute")
-        return vars(self) | {"modes": modes, "kept": {}, "guided": False, "maps": None, "tokens": {}, "served": {}}
+        """A copy begins anew: nothing kept, nothing recorded, nobody's."""
+        fresh = Patch(self.self_attention, self.impl)
+        return vars(fresh)
 
 
 def features_of(args: tuple, kwargs: dict[str, Any]) -> Tensor:
     """What a U-Net is called with: first, or by the name that libraries give it."""
-    return args[0] if args else kwargs["sample"] if "sample" in kwargs else kwargs["x"]
+    named = [kwargs[name] for name in ("sample", "x", "hidden_states") if name in kwargs]
+    return [*args, *named, *kwargs.values()][0]
+
+
+def prompt_of(args: tuple, kwargs: dict[str, Any]) -> Any:
+    """What a U-Net attends to: third, after the timestep, or by name."""
+    named = [kwargs[name] for name in ("encoder_hidden_states", "context") if name in kwargs]
+    return [*named, *args[2:], None][0]
