@@ -25,8 +25,8 @@ class Debiased(NamedTuple):
 
     def __repr__(self) -> str:
         last = " ".join(f"{share:.2f}" for share in self.shares[-1][:8]) + (" ..." if len(self.shares[-1]) > 8 else "")
-        said = "" if self.balanced else "not "
-        return f"Debiased({self.edit}, {said}balanced after {len(self.shares) - 1} rounds: {last})"
+        said, rounds = "" if self.balanced else "not ", len(self.shares) - 1
+        return f"Debiased({self.edit}, {said}balanced after {rounds} round{'s' * (rounds != 1)}: {last})"
 
 
 def debias(
