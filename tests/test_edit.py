@@ -76,7 +76,10 @@ def test_collinear_tokens_that_want_different_values_are_named():
 @pytest.mark.parametrize("change, message", [
     ({"edited": torch.ones(2, 4)}, r"keep are \(7, 6\), must be finite tokens \(n, 4\)"),
     ({"edited": torch.ones(3, 6, dtype=torch.int64)}, "edited are torch.int64, must be a torch.Tensor of floats"),
-    ({"edited": torch.full((3, 6), torch.nan)}, "must be finite tokens"),
+    ({"edited": torch.tensor([[1.0] * 5 + [torch.nan]])}, r"edited are \(1, 6\), 1 of their numbers NaN or infinite"),
+    ({"edited": torch.ones(1, 77, 6)}, r"edited are \(1, 77, 6\), .*: of prompt embeddings end_of_text picks one each"),
+    ({"lam": "1"}, "lam is '1', must be a number"),
+    ({"edit_scale": "1"}, "edit_scale is 1, must be a number"),
     ({"edited": [1.0]}, "edited are list"),
     ({"wanted": torch.ones(2, INNER)}, r"wanted is \(2, 5\) for a weight"),
     ({"lam": -1}, "lam is -1, must be a number, at least 0"),
@@ -182,18 +185,28 @@ def test_edits_in_turn_are_undone_in_the_reverse_order(model):
     between = state(model)
     with pytest.raises(InputError, match="edit 'stale': the weights at hand are not those that it was made of"):
         stale.apply(model)
-    with pytest.raises(InputError, match="edit 'first': the weights at hand are not those that it was made of"):
+    with pytest.raises(InputError, match="edit 'first': is already applied to this U-Net; undo it before"):
         first.apply(model)
     second = uce(model, torch.randn(1, 4), torch.randn(1, 4), name="second")
     second.apply(model)
+    with pytest.raises(InputError, match="edit 'first': the weights at hand are not those that it was made of"):
+        first.apply(model)
     with pytest.raises(InputError, match="edit 'first': the weights at hand are not those that it made; undo first"):
         first.undo(model)
     second.undo(model)
     assert not changed(between, model)
     first.undo(model)
     assert not changed(start, model)
-    with pytest.raises(InputError, match="edit 'first': this object was not applied to this U-Net"):
+    with pytest.raises(InputError, match="edit 'first': this object was not applied to this U-Net, .* keep the object"):
         first.undo(model)
+    with pytest.raises(InputError, match="^this uce edit: this object was not applied"):
+        uce(model, torch.randn(1, 4), torch.randn(1, 4)).undo(model)
+
+
+def test_an_edit_is_shown_in_a_line(model):
+    c = torch.randn(1, 4)
+    assert repr(uce(model, c, -c, name="object hue 2")) == "Edit(uce 'object hue 2', 14 of 14 projections)"
+    assert repr(mist(model, c, -c)) == "Edit(mist, 7 of 14 projections)"
 
 
 def test_a_file_holds_the_changed_weights_and_is_read_again(model, tmp_path):
@@ -247,6 +260,16 @@ def test_files_of_others_and_damaged_ones_are_refused(model, tmp_path):
         Edit.load(path)
     with pytest.raises(InputError, match="none.safetensors: no such file"):
         Edit.load(tmp_path / "none.safetensors")
+    with pytest.raises(InputError, match=r"path is a EncDiff, must be a file's name: Edit.load\(path, model\)"):
+        Edit.load(model, path)
+
+
+def test_an_edit_is_saved_in_a_folder_that_is_there(model, tmp_path):
+    edit = mist(model, torch.randn(1, 4), torch.randn(1, 4))
+    with pytest.raises(InputError, match="none/edit.safetensors: .*none is no folder; make it first"):
+        edit.save(tmp_path / "none" / "edit.safetensors")
+    with pytest.raises(InputError, match="path is a EncDiff, must be a file's name"):
+        edit.save(model)
 
 
 class Adapter(nn.Module):
@@ -274,8 +297,11 @@ def test_what_cannot_be_edited_is_said(model):
         uce(model, torch.stack([c[0], 2 * c[0]]), torch.randn(2, 4), names=["red", "blue"])
     with pytest.raises(InputError, match="names are 1, must be 2"):
         uce(model, torch.randn(2, 4), c, names=["red"])
-    with pytest.raises(InputError, match="strength is nan"):
-        uce(model, c, 2 * c).apply(model, float("nan"))
+    for strength in (float("nan"), "1", 1e9):
+        with pytest.raises(InputError, match=r"strength is .*, must be a number from -1,000,000 to 1,000,000"):
+            uce(model, c, 2 * c).apply(model, strength)
+    with pytest.raises(InputError, match="name is a int, must be a text"):
+        uce(model, c, 2 * c, name=3)
     attention = model.unet.attending[0].attn2
     attention.to_v = Adapter(attention.to_v)
     with pytest.raises(InputError, match=r"attn2.to_v: is wrapped by an adapter \(PEFT\); merge or unload it"):

@@ -12,6 +12,7 @@ from PIL import Image
 from encdiff import EncDiff, InputError, open_dataset
 from encdiff.edit import (
     Edit,
+    concept_range,
     concept_targets,
     concept_tokens,
     debias,
@@ -66,6 +67,7 @@ def test_a_concept_is_edited_over_its_range_and_the_others_are_kept(model, room)
     torch.testing.assert_close(
         keep[[0, -1]], torch.cat([concept_tokens(model, c, ends[i, c]) for i, c in ((0, 0), (1, 2))])
     )
+    assert concept_range(model, room, 1) == pytest.approx(ends[:, 1].tolist())
     assert concept_targets(model, room, 1, 0.3, keep=[2]).keep.shape == (5, 4)
     assert concept_targets(model, room, 1, 0.3, keep=[]).keep is None
 
@@ -88,6 +90,10 @@ def test_a_factor_is_edited_at_its_mean_codes(model, room):
     (lambda m, r: concept_targets(m, r, 1, float("nan")), "values are .*nan.*, must be finite"),
     (lambda m, r: concept_targets(m, r, 1, 0, keep=[1]), "keep: concept 1 is edited, must be another"),
     (lambda m, r: factor_targets(m, r, "colour", 0), "factor is 'colour', must be one of floor hue, wall hue"),
+    (lambda m, r: factor_targets(m, r, 2, 2), "factor is 2, must be one of floor hue"),
+    (lambda m, r: factor_targets(m, "room", "shape", 2), "dataset is a str, must be a Dataset"),
+    (lambda m, r: factor_targets(m, r, "shape", 2, concepts=3), r"concepts is 3, must be a list .* such as \[0, 3\]"),
+    (lambda m, r: concept_targets(m, r, 1, 0, keep="0"), "keep is '0', must be a list"),
     (lambda m, r: factor_targets(m, r, "shape", 3), r"value of 'shape' is 3, must be a whole number in 0..2"),
     (lambda m, r: factor_targets(m, r, "orientation", 0), "no concept carries it; give concepts"),
     (lambda m, r: concept_targets(m, open_dataset(DATA, 32), 1, 0), "images of 32, the model takes 16"),
@@ -145,6 +151,9 @@ def test_a_round_is_the_formula_of_the_paper(model):
     expected = mist(model, c, wanted, keep)
     for name, weight in expected.weights.items():
         torch.testing.assert_close(found.edit.weights[name], weight)
+    assert (
+        repr(found) == "Debiased(Edit(mist 'debias', 7 of 14 projections), not balanced after 1 round: 0.70 0.20 0.10)"
+    )
     none = debias(model, c, attributes, lambda _: given, keep, rounds=0)
     assert all(torch.equal(none.edit.weights[n], projections(model.unet)[n].weight) for n in none.edit.weights)
 
@@ -158,13 +167,21 @@ def test_joint_attributes_are_every_combination():
         assert torch.equal(attributes[j], torch.cat([a[first].repeat(2, 1), b[second].repeat(3, 1)]))
 
 
+def test_attributes_come_one_after_another():
+    with pytest.raises(InputError, match=r"tokens are \['list'\], must be one torch.Tensor \(K, n, D\) after another"):
+        joint_attributes([torch.randn(2, 1, 4)])
+
+
 @pytest.mark.parametrize("change, message", [
+    ({"shares": [0.9, 0.1]}, "shares is a list, must be a function"),
+    ({"edited": [1.0]}, "edited are list"),
+    ({"rate": "1"}, "rate is '1', must be a number above 0"),
     ({"shares": lambda _: [0.5]}, r"shares gave \[0.5\], must give 2 numbers in 0..1"),
     ({"shares": lambda _: [0.5, 1.5]}, "must give 2 numbers"),
     ({"shares": lambda _: "many"}, "shares gave many"),
     ({"attributes": torch.randn(1, 4)}, r"attributes are \(1, 4\), must be tokens \(K, D\) or \(K, n, D\)"),
     ({"attributes": torch.randn(2, 3, 4)}, r"attributes are \(2, 3, 4\), must be finite, with 1 tokens each"),
-    ({"rate": 0}, "rate is 0, must be above 0"),
+    ({"rate": 0}, "rate is 0, must be a number above 0"),
     ({"rounds": -1}, "rounds is -1"),
     ({"method": "esd"}, "method is 'esd', must be one of mist, uce"),
 ])  # fmt: skip
@@ -257,10 +274,17 @@ def test_the_command_writes_an_edit_that_is_drawn_again(encdiff, folder, tmp_pat
     made = folder / "pictures" / "edit-concept-1-as-0.5.safetensors"
     assert code == 0 and "mist of 7 of 14 projections, 5 tokens edited, 10 kept" in text
     assert f"edit: {made}" in text and f"picture: {made.with_suffix('.png')}" in text
-    code, text = encdiff("edit", folder, "--apply", made, "--out", tmp_path / "again.png", *options)
+    assert "in the data its scalar goes from " in text
+    picture = made.with_suffix(".png").read_bytes()
+    code, text = encdiff("edit", folder, "--apply", made, *options)
     assert code == 0 and "edit:" not in text
-    with Image.open(made.with_suffix(".png")) as first, Image.open(tmp_path / "again.png") as second:
-        assert np.array_equal(np.asarray(first), np.asarray(second))
+    again = made.with_name(f"{made.stem}-again.png")
+    with Image.open(made.with_suffix(".png")) as first, Image.open(again) as second:
+        assert "Concept 1 at 0.5; in the data its" in first.info["Description"]
+        assert np.array_equal(np.asarray(first)[-280:], np.asarray(second)[-280:]), "all but the caption"
+    code, text = encdiff("edit", folder, "--apply", made, "--seed", 1, *options)
+    assert code == 0 and f"picture: {made.with_name(f'{made.stem}-again-1.png')}" in text
+    assert made.with_suffix(".png").read_bytes() == picture
     model = EncDiff.from_pretrained(folder)
     edit = Edit.load(made, model)
     edit.apply(model)
@@ -272,13 +296,24 @@ def test_the_command_of_a_factor_counts_its_effect(encdiff, folder, room, tmp_pa
     options = ["--judge", "--data", DATA, "--steps", 1, "--images", 3, "--out", out]
     code, text = encdiff("edit", folder, "--factor", factor, "--as", 1, *options)
     assert code == 0 and "before: " in text and "% of 3 images wanted" in text and Edit.load(out).method == "uce"
+    with Image.open(out.with_suffix(".png")) as picture:
+        caption = picture.info["Description"]
+    column = room.factor_names.index(factor.replace(" ", "_"))
+    assert f"Value 1 of {factor}, of 0..1, {room.label_values[column][1]:.4g} in the data." in caption
+    assert "Judged at strength 1: " in caption and "before the edit: " in caption
 
 
 @pytest.mark.parametrize("args, message", [
     (["--as", "1"], "one of --concept, --factor and --apply must be given"),
-    (["--concept", "1", "--factor", "shape", "--as", "1"], "one of --concept, --factor and --apply must be given"),
+    (["--concept", "1", "--factor", "shape", "--as", "1"], "only one of --concept, --factor and --apply must be given"),
     (["--concept", "1"], "--as must be given with --concept and --factor"),
     (["--apply", "x", "--as", "1"], "left out with --apply"),
+    (["--apply", "x", "--as", "3", "--factor", "shape"], "only one of --concept, --factor and --apply"),
+    (["--concept", "1", "--as", "500"], "--as 500: concept 1 has learnt no such value, in the data its scalar goes"),
+    (["--concept", "1", "--as", "nan"], "--as nan: concept 1 has learnt no such value"),
+    (["--factor", "shape", "--as", "inf"], "--as inf: must be a whole number"),
+    (["--concept", "1", "--as", "1", "--strength", "1e9"], "--strength 1e+09: must be a number from -1,000,000 to"),
+    (["--apply", "x", "--strength", "nan"], "--strength nan: must be"),
     (["--apply", "x", "--keep", "1"], "--keep must be left out with --apply"),
     (["--apply", "none.safetensors"], "none.safetensors: no such file"),
     (["--apply", "{weights}"], "model.safetensors: not an edit that encdiff saved"),
@@ -294,3 +329,4 @@ def test_bad_input_of_the_command(encdiff, folder, args, message):
     given = [arg.format(weights=folder / "model.safetensors") for arg in args]
     code, text = encdiff("edit", folder, "--data", DATA, "--steps", 1, *given)
     assert code == 2 and message in text and "Traceback" not in text
+    assert text.strip().startswith("error: "), "and nothing before"

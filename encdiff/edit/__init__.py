@@ -7,6 +7,7 @@ the names of its modules: diffusers itself is not imported.
 from encdiff.edit.closed_form import solve
 from encdiff.edit.concepts import (
     Targets,
+    concept_range,
     concept_targets,
     concept_tokens,
     factor_concepts,
@@ -20,6 +21,7 @@ from encdiff.edit.layers import end_of_text
 from encdiff.edit.methods import METHODS, mist, uce
 
 __all__ = [
-    "METHODS", "Debiased", "Edit", "Targets", "concept_targets", "concept_tokens", "debias", "end_of_text",
-    "factor_concepts", "factor_targets", "factor_tokens", "joint_attributes", "known_codes", "mist", "solve", "uce",
+    "METHODS", "Debiased", "Edit", "Targets", "concept_range", "concept_targets", "concept_tokens", "debias",
+    "end_of_text", "factor_concepts", "factor_targets", "factor_tokens", "joint_attributes", "known_codes", "mist",
+    "solve", "uce",
 ]  # fmt: skip

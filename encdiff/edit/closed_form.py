@@ -1,6 +1,7 @@
 """The least-squares problem that MIST and UCE share, and its solution."""
 
 from collections.abc import Sequence
+from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -42,8 +43,8 @@ def update(
     """The part of `solve` that does not depend on the weight, for all layers of a model; see there."""
     c = check_tokens(edited, "edited")
     kept = c[:0] if kept is None else check_tokens(kept, "keep", len(c[0]))
-    if not 0 <= lam <= 1e30:
-        raise InputError(f"lam is {lam}, must be a number, at least 0")
+    if not isinstance(lam, Real) or not 0 <= lam <= 1e30:
+        raise InputError(f"lam is {lam!r:.80}, must be a number, at least 0")
     e, p = _scale(edit_scale, len(c), "edit_scale"), _scale(keep_scale, len(kept), "keep_scale")
     system = lam * torch.eye(c.shape[1], dtype=torch.float64, device=c.device)
     system += (c.T * e) @ c + (kept.T * p) @ kept
@@ -98,8 +99,13 @@ def check_tokens(tokens: Tensor, name: str, width: int | None = None) -> Tensor:
         raise InputError(f"{name} are {kind}, must be a torch.Tensor of floats (n, D), tokens or prompt embeddings")
     rows = tokens.detach().double()
     rows = rows[None] if rows.ndim == 1 else rows
-    if rows.ndim != 2 or not rows.numel() or width not in (None, rows.shape[1]) or not rows.isfinite().all():
-        raise InputError(f"{name} are {tuple(tokens.shape)}, must be finite tokens (n, {width or 'D'})")
+    said, wanted = f"{name} are {tuple(tokens.shape)}", f"must be finite tokens (n, {width or 'D'})"
+    if rows.ndim == 3:
+        raise InputError(f"{said}, {wanted}: of prompt embeddings end_of_text picks one each, flatten(0, 1) takes all")
+    if rows.ndim != 2 or not rows.numel() or width not in (None, rows.shape[1]):
+        raise InputError(f"{said}, {wanted}")
+    if not rows.isfinite().all():
+        raise InputError(f"{said}, {int((~rows.isfinite()).sum())} of their numbers NaN or infinite, {wanted}")
     return rows
 
 
@@ -129,7 +135,10 @@ def collinear_pairs(tokens: Tensor, first: int) -> list[tuple[int, int]]:
 
 
 def _scale(scale: Scale, count: int, name: str) -> Tensor:
-    values = torch.as_tensor(scale, dtype=torch.float64)
+    try:
+        values = torch.as_tensor(scale, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError):
+        values = torch.empty(0)
     if values.shape not in ((), (count,)) or not (values >= 0).all() or not values.isfinite().all():
         raise InputError(f"{name} is {str(scale)[:80]}, must be a number, at least 0, or {count}, one for each token")
     return values.expand(count)

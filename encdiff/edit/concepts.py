@@ -1,6 +1,6 @@
 """What to edit in an EncDiff: tokens of a concept, or of the concepts that carry a factor, and tokens to keep."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -17,7 +17,8 @@ from encdiff.models.batches import encode_images
 from encdiff.models.mode import evaluating
 
 KNOWN, BATCH = 2000, 64  # images that tell the range of every concept, and those read at once
-QUANTILES = 5  # tokens of a concept over its range, from the 2nd to the 98th percentile
+QUANTILES = 5  # tokens of a concept over its range
+ENDS = 0.02, 0.98  # of a scalar's range, of the data
 
 
 class Targets(NamedTuple):
@@ -53,13 +54,23 @@ def concept_targets(
     """Targets after which the concept shows `value` of its scalar, whatever its scalar is.
 
     Edited are its tokens at QUANTILES values over the data's range, wanted the token at `value`; kept are the tokens
-    over the range of the concepts in `keep`, or of all others. The range is that of so many images, drawn by `seed`.
+    over the range of the concepts in `keep`, or of all others. The range is `concept_range`, of the same images.
     """
     concept = _check_concept(model, concept)
     spread = _over_range(model, known_codes(model, dataset, images, seed)[0])
     edited = spread[:, concept]
     wanted = concept_tokens(model, concept, value).expand(len(edited), -1)
     return Targets(edited, wanted, _kept(model, spread, [concept], keep))
+
+
+def concept_range(
+    model: EncDiff, dataset: Dataset, concept: int, *, images: int = KNOWN, seed: int = 0
+) -> tuple[float, float]:
+    """From where to where a concept's scalar goes in the data: the 2nd and 98th percentile in so many images."""
+    concept = _check_concept(model, concept)
+    column = known_codes(model, dataset, images, seed)[0][:, concept].float()
+    low, high = torch.quantile(column, torch.tensor(ENDS)).tolist()
+    return low, high
 
 
 def factor_targets(
@@ -79,12 +90,10 @@ def factor_targets(
     at this value, kept as for `concept_targets`. Without `concepts` they are found by the share of a concept's
     variance that a factor explains: `factor_concepts`.
     """
+    column = check_value(dataset, factor, value)
+    given = None if concepts is None else _check_concepts(model, concepts, "concepts")
     codes, factors = known_codes(model, dataset, images, seed)
-    column = factor_column(dataset, factor)
-    size = dataset.factor_sizes[column]
-    if not isinstance(value, int | np.integer) or not 0 <= value < size:
-        raise InputError(f"value of {factor!r} is {value}, must be a whole number in 0..{size - 1}")
-    owned = _carriers(dataset, codes, factors, column) if concepts is None else list(concepts)
+    owned = _carriers(dataset, codes, factors, column) if given is None else given
     tokens = factor_tokens(model, codes, factors[:, column], owned)
     if value not in factors[:, column]:
         raise InputError(f"value {value} of {factor!r} is in none of {len(codes)} images; take more")
@@ -100,7 +109,7 @@ def factor_tokens(model: EncDiff, codes: Tensor, labels: np.ndarray | Tensor, co
     codes (m, N), labels (m,) integers.
     """
     _check_scalars(model)
-    owned, labels = [_check_concept(model, c) for c in concepts], torch.as_tensor(labels)
+    owned, labels = _check_concepts(model, concepts, "concepts"), torch.as_tensor(labels)
     if codes.ndim != 2 or labels.shape != codes.shape[:1] or not owned:
         raise InputError(
             f"codes are {tuple(codes.shape)}, labels {tuple(labels.shape)} and concepts {owned}, must be (m, N), (m,) "
@@ -118,12 +127,22 @@ def factor_concepts(model: EncDiff, dataset: Dataset, factor: str, *, images: in
 
 def factor_column(dataset: Dataset, factor: str) -> int:
     """Which of the data's factors is called so, with spaces or underscores."""
+    check_types(dataset=(dataset, Dataset, "open_dataset"))
     names = [name.replace("_", " ") for name in dataset.factor_names]
     if not names:
         raise InputError(f"{dataset.name} has no factors; must be a labelled data set")
-    if factor.replace("_", " ") not in names:
-        raise InputError(f"factor is {factor!r}, must be one of {', '.join(names)}")
+    if not isinstance(factor, str) or factor.replace("_", " ") not in names:
+        raise InputError(f"factor is {factor!r:.80}, must be one of {', '.join(names)}")
     return names.index(factor.replace("_", " "))
+
+
+def check_value(dataset: Dataset, factor: str, value: int) -> int:
+    """As `factor_column`, of a factor that has this value."""
+    column = factor_column(dataset, factor)
+    most = dataset.factor_sizes[column] - 1
+    if not isinstance(value, int | np.integer) or not 0 <= value <= most:
+        raise InputError(f"value of {factor!r} is {value!r:.80}, must be a whole number in 0..{most}")
+    return column
 
 
 def known_codes(model: EncDiff, dataset: Dataset, images: int = KNOWN, seed: int = 0) -> tuple[Tensor, np.ndarray]:
@@ -150,11 +169,11 @@ def _carriers(dataset: Dataset, codes: Tensor, factors: np.ndarray, column: int)
 
 def _over_range(model: EncDiff, codes: Tensor) -> Tensor:
     """Tokens (QUANTILES, N, D) of every concept over the range of its scalar."""
-    return _tokens(model, torch.quantile(codes.float(), torch.linspace(0.02, 0.98, QUANTILES), dim=0))
+    return _tokens(model, torch.quantile(codes.float(), torch.linspace(*ENDS, QUANTILES), dim=0))
 
 
 def _kept(model: EncDiff, spread: Tensor, edited: Sequence[int], keep: Sequence[int] | None) -> Tensor | None:
-    given = range(model.config.concepts) if keep is None else [_check_concept(model, c) for c in keep]
+    given = range(model.config.concepts) if keep is None else _check_concepts(model, keep, "keep")
     if keep is not None and (both := sorted({*given} & {*edited})):
         raise InputError(f"keep: concept {both[0]} is edited, must be another")
     kept = [c for c in given if c not in edited]
@@ -175,3 +194,9 @@ def _check_scalars(model: EncDiff) -> None:
 def _check_concept(model: EncDiff, concept: int) -> int:
     check_types(model=(model, EncDiff, ""))
     return model._check_concept(concept)
+
+
+def _check_concepts(model: EncDiff, concepts: Sequence[int], name: str) -> list[int]:
+    if isinstance(concepts, str) or not isinstance(concepts, Iterable):
+        raise InputError(f"{name} is {concepts!r:.80}, must be a list of concepts such as [0, 3]")
+    return [_check_concept(model, concept) for concept in concepts]

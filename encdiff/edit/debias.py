@@ -1,13 +1,14 @@
 """MIST's loop against bias: values move toward rare attributes until all are as frequent."""
 
 from collections.abc import Callable, Sequence
+from numbers import Real
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from encdiff.edit.closed_form import Scale
+from encdiff.edit.closed_form import Scale, check_tokens
 from encdiff.edit.edit import Edit
 from encdiff.edit.methods import Values, edit_by
 from encdiff.errors import InputError
@@ -21,6 +22,11 @@ class Debiased(NamedTuple):
     edit: Edit
     shares: list[list[float]]  # (rounds + 1, K): before any edit, then after each round
     balanced: bool  # whether the last shares are within the tolerance of 1/K
+
+    def __repr__(self) -> str:
+        last = " ".join(f"{share:.2f}" for share in self.shares[-1][:8]) + (" ..." if len(self.shares[-1]) > 8 else "")
+        said, rounds = "" if self.balanced else "not ", len(self.shares) - 1
+        return f"Debiased({self.edit}, {said}balanced after {rounds} round{'s' * (rounds != 1)}: {last})"
 
 
 def debias(
@@ -67,9 +73,11 @@ def debias(
         ("tolerance", tolerance, 0, 1),
         ("rounds", rounds, -1, 1e6),
     ):
-        if not low < number <= high:
-            raise InputError(f"{said} is {number}, must be above {low} and at most {high:g}")
-    tokens = _attributes(attributes, 1 if edited.ndim == 1 else len(edited))
+        if not isinstance(number, Real) or not low < number <= high:
+            raise InputError(f"{said} is {number!r:.80}, must be a number above {low} and at most {high:g}")
+    if not callable(shares):
+        raise InputError(f"shares is a {type(shares).__name__}, must be a function: the edited model -> K shares")
+    tokens = _attributes(attributes, len(check_tokens(edited, "edited")))
     moved = torch.zeros(len(tokens), dtype=torch.float64)  # sum of w_j over the rounds
     scales: dict[str, Any] = {"lam": lam, "edit_scale": edit_scale, "keep_scale": keep_scale}
     found: list[list[float]] = []
@@ -91,8 +99,9 @@ def joint_attributes(*tokens: Tensor) -> tuple[Tensor, Tensor]:
     tokens: for each factor (K_f, n_f, D), of its n_f concepts at each of its values, as `factor_tokens` gives them.
     Edited are all of them. K is the product of the K_f, the last factor varying fastest.
     """
-    if not tokens or any(t.ndim != 3 for t in tokens):
-        raise InputError(f"tokens are {[tuple(t.shape) for t in tokens]}, must be (K, n, D) for each factor")
+    if not tokens or not all(isinstance(t, Tensor) and t.ndim == 3 for t in tokens):
+        given = [tuple(t.shape) if isinstance(t, Tensor) else type(t).__name__ for t in tokens]
+        raise InputError(f"tokens are {given}, must be one torch.Tensor (K, n, D) after another, one for each factor")
     places = torch.cartesian_prod(*(torch.arange(len(t)) for t in tokens)).reshape(-1, len(tokens))  # (K, factors)
     own = [t[at].repeat(1, len(t), 1) for t, at in zip(tokens, places.T, strict=True)]
     return torch.cat([t.flatten(0, 1) for t in tokens]), torch.cat(own, dim=1)

@@ -1,9 +1,11 @@
 """An edit: weights that take the place of a U-Net's own, and give it back to the bit."""
 
 import hashlib
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from numbers import Real
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -19,10 +21,11 @@ from encdiff.models.unet import unet_of
 ABOUT = ("method", "name", "layers", "shapes", "original")  # what a file says of itself
 FORMAT = "encdiff edit 1"
 LONGEST = 200  # characters of a name
+STRONGEST = 1e6  # of a strength, of either sign
 Weights = dict[str, Tensor]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Edit:
     """New weights for projections of one U-Net; `mist`, `uce` and `debias` make it, none changes the model.
 
@@ -37,29 +40,37 @@ class Edit:
     layers: int
     shapes: str
     original: str
-    _before: WeakKeyDictionary[nn.Module, tuple[Weights, str]] = field(default_factory=WeakKeyDictionary, repr=False)
+    _before: WeakKeyDictionary[nn.Module, tuple[Weights, str]] = field(default_factory=WeakKeyDictionary)
 
     @classmethod
     def of(cls, unet: nn.Module, weights: Weights, method: str, name: str = "") -> "Edit":
         """The edit that puts these weights into this U-Net."""
-        if len(name) > LONGEST:
-            raise InputError(f"name is {len(name)} characters long, must be at most {LONGEST}")
+        if not isinstance(name, str) or len(name) > LONGEST:
+            given = f"{len(name)} characters long" if isinstance(name, str) else f"a {type(name).__name__}"
+            raise InputError(f"name is {given}, must be a text of at most {LONGEST} characters")
         layers = projections(unet)
         return cls(weights, method, name, len(layers), _digest_of_shapes(layers), _digest(_own(layers, weights)))
+
+    def __repr__(self) -> str:
+        said = self.method + (f" {self.name!r}" if self.name else "")
+        return f"Edit({said}, {len(self.weights)} of {self.layers} projections)"
 
     def apply(self, unet: Any, strength: float = 1.0) -> None:
         """Give the U-Net, or that of a model or pipeline, its new weights W + strength (W' - W), in place.
 
         InputError, before anything is changed, unless its weights are to the bit those that the edit was made of.
         """
-        if not abs(strength) <= 1e6:  # false for NaN
-            raise InputError(f"strength is {strength}, must be a finite number; 1 is the whole edit")
+        if not isinstance(strength, Real) or not abs(strength) <= STRONGEST:  # false for NaN
+            bounds = f"{-STRONGEST:,.0f} to {STRONGEST:,.0f}"
+            raise InputError(f"strength is {strength!r:.80}, must be a number from {bounds}; 1 is the whole edit")
         unet = unet_of(unet)
         layers = self._layers(unet)
         before = _own(layers, self.weights)
         if _digest(before) != self.original:
+            if unet in self._before and _digest(before) == self._before[unet][1]:
+                raise InputError(f"{self._said}: is already applied to this U-Net; undo it before you apply it anew")
             raise InputError(
-                f"edit {self.name!r}: the weights at hand are not those that it was made of (another model or dtype, "
+                f"{self._said}: the weights at hand are not those that it was made of (another model or dtype, "
                 "or an edit was applied in between); make it anew from this U-Net"
             )
         after = {name: self._at(name, weight, strength) for name, weight in before.items()}
@@ -74,17 +85,26 @@ class Edit:
         """
         unet = unet_of(unet)
         if unet not in self._before:
-            raise InputError(f"edit {self.name!r}: this object was not applied to this U-Net, there is nothing to undo")
+            raise InputError(
+                f"{self._said}: this object was not applied to this U-Net, so it has nothing to undo; keep the object "
+                "whose `apply` was called, and call `undo` of that"
+            )
         layers, (before, after) = self._layers(unet), self._before[unet]
         if _digest(_own(layers, self.weights)) != after:
             raise InputError(
-                f"edit {self.name!r}: the weights at hand are not those that it made; undo first what came after it"
+                f"{self._said}: the weights at hand are not those that it made; undo first what came after it"
             )
         _write(layers, before)
         del self._before[unet]
 
     def save(self, path: str | Path) -> None:
-        """Write a safetensors file of the changed weights alone, whole or not at all, that `Edit.load` reads."""
+        """Write a safetensors file of the changed weights alone, whole or not at all, that `Edit.load` reads.
+
+        InputError for a folder that is not there.
+        """
+        _check_path(path, "edit.save(path)")
+        if not (folder := Path(path).parent).is_dir():
+            raise InputError(f"{path}: {folder} is no folder; make it first")
         about = {name: str(getattr(self, name)) for name in ABOUT}
         save_tensors(path, self.weights, {"format": FORMAT, **about})
 
@@ -94,6 +114,7 @@ class Edit:
 
         With a U-Net also for one that the edit does not fit; without it `apply` says so, naming the edit.
         """
+        _check_path(path, "Edit.load(path, model)")
         weights, about = load_tensors(path)
         about = {name: about[name] for name in (*ABOUT, "format") if name in about}
         whole = len(about) > len(ABOUT) and all(len(text) <= LONGEST for text in about.values())
@@ -106,9 +127,14 @@ class Edit:
             edit._layers(unet_of(unet), str(path))
         return edit
 
+    @property
+    def _said(self) -> str:
+        """What errors call it."""
+        return f"edit {self.name!r}" if self.name else f"this {self.method} edit"
+
     def _layers(self, unet: nn.Module, source: str = "") -> dict[str, nn.Linear]:
         """The layers of the U-Net that the edit is of; InputError, naming `source`, where it is of another U-Net."""
-        layers, source = projections(unet), source or f"edit {self.name!r}"
+        layers, source = projections(unet), source or self._said
         for name, weight in self.weights.items():
             if name not in layers:
                 raise InputError(f"{source}: is of a U-Net that has {name[:200]!r}, which this one lacks")
@@ -131,6 +157,11 @@ class Edit:
             return after
         moved = before.double() + strength * (after.double() - before.double())
         return moved.to(before.dtype)
+
+
+def _check_path(path: Any, call: str) -> None:
+    if not isinstance(path, str | os.PathLike):
+        raise InputError(f"path is a {type(path).__name__}, must be a file's name: {call}")
 
 
 def _is_weight(tensor: Tensor) -> bool:

@@ -8,7 +8,7 @@ import torch
 from encdiff.checked import check_types
 from encdiff.data import Dataset
 from encdiff.edit import Edit
-from encdiff.edit.concepts import factor_column
+from encdiff.edit.concepts import check_value
 from encdiff.errors import InputError
 from encdiff.evaluation.judge import judge_of
 from encdiff.evaluation.protocol import Report
@@ -56,11 +56,7 @@ def edit_effect(
     """
     check_types(model=(model, EncDiff, ""), edit=(edit, Edit, "encdiff.edit.uce"))
     judge = judge_of(model, dataset, None, progress, sampler=sampler, steps=steps, seed=seed)
-    column = factor_column(dataset, factor)
-    if not isinstance(value, int | np.integer) or not 0 <= value < dataset.factor_sizes[column]:
-        raise InputError(
-            f"value of {factor!r} is {value}, must be a whole number in 0..{dataset.factor_sizes[column] - 1}"
-        )
+    column = check_value(dataset, factor, value)
     check_at_least(1, images=images)
     check_at_least(0, seed=seed)
     others = np.flatnonzero(dataset.factors(np.arange(len(dataset)))[:, column] != value)

@@ -23,11 +23,13 @@ def edited_sheet(
     sampler: str = "dpm-solver++",
     steps: int = 20,
     seed: int = 0,
+    note: str = "",
     progress: Progress | None = None,
 ) -> Image.Image:
     """Images (n, 3, S, S), a row each, rebuilt from their own concepts by the model at each strength of the edit.
 
-    0 is the model as it is, which it is again afterwards. `progress` is called with (strengths done, strengths).
+    0 is the model as it is, which it is again afterwards. `note` ends the caption. `progress` is called with
+    (strengths done, strengths).
     """
     if len(images) == 0 or len(strengths) == 0:
         raise InputError(f"images are {len(images)} and strengths {len(strengths)}; both must be at least 1")
@@ -44,7 +46,7 @@ def edited_sheet(
     sheet = Sheet(
         f"Edited: {edit.name or edit.method}",
         "Each image rebuilt from its own, unchanged concepts, by the model as it is (0) and with its cross-attention "
-        f"edited ({edit.method.upper()}) at greater strengths; 1 is the whole edit.",
+        f"edited ({edit.method.upper()}) at greater strengths; 1 is the whole edit." + (f" {note}" if note else ""),
     )
     rows = [f"image {i + 1}" for i in range(len(images))]
     draw_panels(sheet, rows, [Column(cells_of(images), "image")], columns, "strength")
