@@ -6,7 +6,6 @@ of a smaller U-Net with random weights, whose images nobody would look at; error
 
 import argparse
 from collections.abc import Callable, Iterator
-from time import perf_counter
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -17,9 +16,11 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import encdiff
+from bench.clock import called
 from encdiff import EncDiff, TGate, open_dataset, to_float
 from encdiff.metrics.counterfactual import nearest
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EVALUATIONS, GATE = 25, 10  # the paper's
 STEPS, GATES = 20, (1, 2, 3, 4, 6, 8, 10, 12, 15, 18, 20)
 SD15: dict[str, Any] = dict(sample_size=64, cross_attention_dim=768)
@@ -30,7 +31,7 @@ SDXL: dict[str, Any] = dict(
     down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
     up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
 )  # fmt: skip
-SMALL = SD15 | dict(sample_size=32, block_out_channels=(128, 256, 512, 512))
+SMALL = SD15 | dict(sample_size=16, block_out_channels=(128, 256, 512, 512))
 WAYS = {
     "every evaluation whole": None,
     "self-attention spared": (TGate(EVALUATIONS), False),
@@ -77,9 +78,8 @@ def multiply_adds(run: Callable[[], None]) -> float:
 
 
 def seconds(run: Callable[[], None]) -> float:
-    begin = perf_counter()
-    run()
-    return perf_counter() - begin
+    """Of a sampling, the median of three after one that warms up."""
+    return called(run, torch.device(DEVICE), calls=3, warm_up=1)
 
 
 def rows_of(configs: dict[str, dict[str, Any]], device: str, measured: Callable, unit: str) -> Iterator[str]:
@@ -146,7 +146,7 @@ def main(arguments: list[str] | None = None) -> None:
     if given.what == "multiply-adds":
         rows = rows_of({"SD 1.5": SD15, "SDXL": SDXL}, "meta", multiply_adds, "T")
     elif given.what == "time":
-        rows = rows_of({"small": SMALL}, "cuda" if torch.cuda.is_available() else "cpu", seconds, "s")
+        rows = rows_of({"small": SMALL}, DEVICE, seconds, "s")
     else:
         rows = errors(given.models, given.images, given.plot)
     for row in rows:
