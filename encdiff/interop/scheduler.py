@@ -32,7 +32,10 @@ DEFAULTS = {  # of what None is taken from the class of the kind, where that cla
     "beta_start": 0.0001, "beta_end": 0.02, "timestep_spacing": "linspace", "set_alpha_to_one": True,
     "clip_sample": False,
 }  # fmt: skip
-ALIKE = {"solver_type": ("midpoint", "logrho", "bh2"), "algorithm_type": ("dpmsolver++", "deis")}  # taken for defaults
+ALIKE = {  # taken for the default
+    "solver_type": ("midpoint", "logrho", "bh2"), "algorithm_type": ("dpmsolver++", "deis"),
+    "variance_type": (None, "fixed_small"),
+}  # fmt: skip
 ADDITIONS = ("dynamic_thresholding_ratio", "sample_max_value", "flow_shift", "time_shift_type")  # nothing by themselves
 
 
@@ -62,6 +65,9 @@ class EncDiffScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # bo
     x keeps the scale of the schedule in every sampler, and `scale_model_input` changes nothing. A pipeline begins with
     noise times `init_noise_sigma`: 1, but for euler and heun with linspace or trailing sqrt(1 - alpha_bar) of the first
     timestep, where their classes begin. `EncDiff.sample` begins with the noise itself, as it does by a sampler's name.
+
+    Equal to the class of the kind but for rounding, except ddim with linspace, and with trailing where the steps do not
+    divide the schedule: `DDIMScheduler` then steps by T/steps, past or short of its next timestep; ours to the next.
 
     Raises InputError for an unknown name, an option of another sampler or a schedule that is none.
     """
@@ -95,7 +101,7 @@ class EncDiffScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # bo
         self.order = 2 if sampler == "heun" else 1  # calls of the model for each step
         self._begin_index: int | None = None
         self._walk: Walk | None = None
-        self._stages(1)  # names an option that does not fit
+        self._stages(min(2, len(self)))  # names an option that does not fit
 
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
@@ -105,7 +111,7 @@ class EncDiffScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # bo
         are ignored. One warning names the keys that it follows and ours does not. Raises InputError for a class without
         betas, such as those of flows and of EDM.
         """
-        if isinstance(config, Mapping) and config.get("_class_name") != cls.__name__:
+        if isinstance(config, Mapping) and "sampler" not in config:  # not ours
             config = _taken(config, kwargs.get("sampler", "dpm-solver++"), kwargs)
         return super().from_config(config, return_unused_kwargs, **kwargs)
 
@@ -248,7 +254,7 @@ def _check_betas(config: Mapping[str, Any]) -> None:
     theirs = getattr(diffusers, name, None) if name else None
     without = theirs is not None and "beta_start" not in inspect.signature(theirs.__init__).parameters
     betas = {"beta_start", "beta_end", "beta_schedule", "trained_betas"} & config.keys()
-    found = [key for key in ("shift", "sigma_data") if key in config and not betas]
+    found = [key for key in ("shift", "sigma_data", "sigma_max") if key in config and not betas]
     if without or found:
-        what = f"of a {name}" if name else f"with {found[0]} and without betas"
+        what = f"of {name}" if name else f"with {found[0]} and without betas"
         raise InputError(f"config is {what}, must be of a scheduler with betas: ours are samplers of a DDPM schedule")
