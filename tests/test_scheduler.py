@@ -28,9 +28,11 @@ from encdiff.models.sample import PREDICTION_TYPES
 
 EncDiffScheduler = encdiff.EncDiffScheduler
 pytestmark = QUIET
+AS_BY_NAME = {"ddim": {"clip_sample": False, **PUBLISHED}, "ddpm": {"clip_sample": False}}  # as in `EncDiff.sample`
 
 
 def ours_of(sampler, prediction="epsilon", **options):
+    options = AS_BY_NAME.get(sampler, {}) | options
     return EncDiffScheduler(sampler, **SCHEDULE, prediction_type=PREDICTION_TYPES[prediction], **options)
 
 
@@ -38,10 +40,10 @@ def sample(sampler, x, prediction, **options):
     """Our sampler as a function, with noise of torch's own."""
     own = {"prediction": prediction, "generator": drawing(4)}
     if sampler == "ddim":
-        return samplers.ddim(network, x, ALPHA_BAR, steps=7, **own, **options)
+        return samplers.ddim(network, x, ALPHA_BAR, steps=8, **own, **options)
     if sampler == "ddpm":
-        return samplers.ddpm(network, x, ALPHA_BAR, steps=7, **own)
-    path = solvers.vp_path(ALPHA_BAR, menu.timesteps(sampler, 7, 1000))
+        return samplers.ddpm(network, x, ALPHA_BAR, steps=8, **own)
+    path = solvers.vp_path(ALPHA_BAR, menu.timesteps(sampler, 8, 1000))
     solve = {"dpm-solver++": solvers.dpm_solver_pp}.get(sampler) or getattr(solvers, sampler)
     return solve(network, x, path, **own)
 
@@ -50,9 +52,9 @@ def sample(sampler, x, prediction, **options):
 @pytest.mark.parametrize("sampler", menu.SAMPLERS)
 def test_our_scheduler_is_our_sampler_to_the_bit(sampler, prediction):
     x, scheduler = noise_like_start(), ours_of(sampler, prediction)
-    theirs = pipeline_loop(scheduler, x, 7, generator=drawing(4))
-    assert torch.equal(theirs, sample(sampler, x, prediction))
-    assert torch.equal(pipeline_loop(scheduler, x, 7, generator=drawing(4)), theirs), "a second time"
+    theirs = pipeline_loop(scheduler, x, 8, generator=drawing(4))
+    assert torch.equal(theirs, sample(sampler, x * scheduler.init_noise_sigma, prediction))
+    assert torch.equal(pipeline_loop(scheduler, x, 8, generator=drawing(4)), theirs), "a second time"
     model, options = MODELS[prediction], {"steps": 4, "x_T": start(MODELS[prediction])[0]}
     if sampler != "ddpm":
         given = model.sample(torch.zeros(2, 3), sampler=scheduler, **options)
@@ -62,21 +64,21 @@ def test_our_scheduler_is_our_sampler_to_the_bit(sampler, prediction):
 def test_eta_and_the_noise_of_our_scheduler():
     x, scheduler = noise_like_start(), ours_of("ddim", eta=1.0)
     ours = sample("ddim", x, "epsilon", eta=1.0)
-    assert torch.equal(pipeline_loop(scheduler, x, 7, generator=drawing(4)), ours)
-    each = [pipeline_loop(scheduler, x[i : i + 1], 7, generator=drawing(i)) for i in range(3)]
-    assert torch.equal(pipeline_loop(scheduler, x, 7, generator=[drawing(i) for i in range(3)]), torch.cat(each))
-    same = [drawing(5) for _ in range(7)]  # another at every step
-    scheduler.set_timesteps(7)
+    assert torch.equal(pipeline_loop(scheduler, x, 8, generator=drawing(4)), ours)
+    each = [pipeline_loop(scheduler, x[i : i + 1], 8, generator=drawing(i)) for i in range(3)]
+    assert torch.equal(pipeline_loop(scheduler, x, 8, generator=[drawing(i) for i in range(3)]), torch.cat(each))
+    same = [drawing(5) for _ in range(8)]  # another at every step
+    scheduler.set_timesteps(8)
     moved = [x]
     for t, generator in zip(scheduler.timesteps, same, strict=True):
         moved.append(scheduler.step(torch.zeros_like(x), t, moved[-1], generator=generator, return_dict=False)[0])
     states = [generator.get_state() for generator in same]
     assert all(torch.equal(state, states[0]) for state in states) and not torch.equal(states[0], drawing(5).get_state())
     torch.manual_seed(6)
-    keyed = pipeline_loop(scheduler, x, 7)
+    keyed = pipeline_loop(scheduler, x, 8)
     torch.manual_seed(6)
     seed = int(torch.randint(2**63 - 1, ()))
-    assert torch.equal(keyed, samplers.ddim(network, x, ALPHA_BAR, steps=7, eta=1.0, seed=seed))
+    assert torch.equal(keyed, samplers.ddim(network, x, ALPHA_BAR, steps=8, eta=1.0, seed=seed))
 
 
 SPACINGS = [
@@ -103,7 +105,8 @@ def test_our_scheduler_is_theirs_of_its_kind(sampler, spacing, begin):
     x, a = noise_like_start(), 1.0
     if sampler in ("euler", "heun"):  # theirs keeps x / a
         a = (theirs.sigmas[begin * ours.order] ** 2 + 1).rsqrt()
-    there = pipeline_loop(theirs, x / a / theirs.init_noise_sigma, begin=begin * ours.order)
+    scaled = x / a * ours.init_noise_sigma / theirs.init_noise_sigma if begin else x  # both begin with the same noise
+    there = pipeline_loop(theirs, scaled, begin=begin * ours.order)
     assert_near(pipeline_loop(ours, x, begin=begin * ours.order), there)
 
 
@@ -118,18 +121,27 @@ def test_it_finds_where_a_pipeline_begins():
         assert told.step_index == len(told.timesteps) and (told.begin_index, untold.begin_index) == (first, None)
 
 
-def test_bounds_of_the_predicted_data():
-    theirs = diffusers.DDIMScheduler(**SCHEDULE, clip_sample_range=0.6, **PUBLISHED)
-    ours = EncDiffScheduler.from_config(theirs.config, sampler="ddim", clip_sample=True)
-    x = noise_like_start()
-    assert_near(pipeline_loop(ours, x, 20), pipeline_loop(theirs, x, 20, use_clipped_model_output=True))
-    assert (pipeline_loop(ours_of("ddim"), x, 20) - pipeline_loop(ours, x, 20)).abs().max() > 1e-2
+@pytest.mark.parametrize("prediction", PREDICTION_TYPES.values())
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm", "heun"])
+def test_bounds_of_the_predicted_data(sampler, prediction):
+    options = {"clip_sample": True, "clip_sample_range": 0.6, "prediction_type": prediction, **SCHEDULE}
+    theirs = getattr(diffusers, CLASSES[sampler])(**options)
+    if sampler == "heun" and prediction == "sample":
+        pytest.skip("HeunDiscreteScheduler has no prediction_type sample")
+    ours, x = EncDiffScheduler.from_config(theirs.config, sampler=sampler), noise_like_start()
+    free = EncDiffScheduler.from_config(theirs.config, sampler=sampler, clip_sample=False)
+    bounded, there, unbounded = (
+        pipeline_loop(scheduler, x, 20, **({} if sampler == "heun" else {"generator": drawing(1)}))
+        for scheduler in (ours, theirs, free)
+    )
+    assert_near(bounded, there)
+    assert (unbounded - bounded).abs().max() > 1e-2
 
 
 def test_a_schedule_without_signal_at_its_end():
     options = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     theirs = diffusers.DDIMScheduler(**SCHEDULE, prediction_type="v_prediction", clip_sample=False, **options)
-    ours = ours_of("ddim", "v", set_alpha_to_one=True, **options)
+    ours = ours_of("ddim", "v", set_alpha_to_one=True, steps_offset=0, **options)
     assert ours.alphas_cumprod[-1] == 0
     x = noise_like_start()
     assert_near(pipeline_loop(ours, x, 10), pipeline_loop(theirs, x, 10))
@@ -162,12 +174,6 @@ def test_configurations_come_and_go(tmp_path):
     back = diffusers.DPMSolverMultistepScheduler.from_config(again.config)
     assert back.config.prediction_type == "v_prediction" and len(again) == 1000
     torch.testing.assert_close(back.alphas_cumprod, source.alphas_cumprod)
-
-
-def test_the_defaults_are_those_of_diffusers():
-    """`from_config` leaves out what was a default where it comes from."""
-    ours = EncDiffScheduler.from_config(diffusers.DDPMScheduler().config)
-    torch.testing.assert_close(ours.alphas_cumprod.float(), diffusers.DDPMScheduler().alphas_cumprod)
 
 
 def test_half_precision_is_kept():

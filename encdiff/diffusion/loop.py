@@ -18,7 +18,8 @@ class Stage(NamedTuple):
 
     time: float | None
     row: tuple[float, ...]  # c0 .. c4, then those of `history`
-    history: tuple[str, ...] = ()  # "x": what the stage before began with; "x0", "older x0": of the last two calls
+    history: tuple[str, ...] = ()
+    # "x": what the stage before began with; "x0", "older x0": of the last two calls; "output": the model's, unguided
 
 
 class Options(TypedDict, total=False):
@@ -115,10 +116,11 @@ class Walk:
         x_next, x0 = past["x"] if reuse else torch.empty_like(x), None
         if called and self.keeps_x0:
             x0 = past["older x0"] if reuse and "older x0" in past else torch.empty_like(x)
+        history = tuple(output if name == "output" else past[name] for name in names)
         step(
             x, output, self.rows[self.done], clip=self.clip if called else None,
             quantile=self.quantile if called else None, unconditional=unconditional,
-            guidance=1.0 if self.guidance is None else self.guidance, history=tuple(past[name] for name in names),
+            guidance=1.0 if self.guidance is None else self.guidance, history=history,
             return_x0=x0 is not None, out=x_next if x0 is None else (x_next, x0), **self._noise(),
         )  # fmt: skip
         if self.callback is not None and time is not None and x0 is not None:

@@ -85,6 +85,15 @@ def ddim_stages(
     return _stages(timesteps.flip(0), table.flip(0))
 
 
+def keep_direction(stages: list[Stage], alphas_cumprod: torch.Tensor) -> list[Stage]:
+    """`ddim_stages`, but the noise direction is that of the model's output where x0 is bounded, as in diffusers."""
+    kept, alpha_bar = [], _float64(alphas_cumprod)
+    for time, (c0, c1, c2, c3, c4), _ in stages:
+        signal = c3 * alpha_bar[int(time or 0)].sqrt().item()  # c2 x0 has it subtracted; here c0 x_t + c1 output is x0
+        kept.append(Stage(time, (c0, c1, c2 + signal, c3 - signal * c0, c4, -signal * c1), ("output",)))
+    return kept
+
+
 def ddpm_stages(alphas_cumprod: torch.Tensor, timesteps: torch.Tensor, prediction: str = "epsilon") -> list[Stage]:
     """What `ddpm` runs at ascending int64 timesteps (steps,)."""
     return _stages(timesteps.flip(0), ddpm_coefficients(alphas_cumprod, timesteps, prediction).flip(0))

@@ -71,7 +71,8 @@ def run(
     if "generator" in takes and seed is not None:
         options["generator"] = torch.Generator().manual_seed(seed)
     scale = getattr(scheduler, "scale_model_input", lambda x, t: x)
-    x = noise * getattr(scheduler, "init_noise_sigma", 1.0)
+    keeps_scale = getattr(scheduler, "keeps_scale", False)  # ours: as by a sampler's name
+    x = noise if keeps_scale else noise * getattr(scheduler, "init_noise_sigma", 1.0)
     for t in scheduler.timesteps:
         time = t.to(x.device, torch.float32 if t.is_floating_point() else torch.int64)
         output = denoise(scale(x, t).to(noise.dtype), time.expand(len(x)))

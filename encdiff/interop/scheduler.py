@@ -1,17 +1,20 @@
 """Our samplers in a pipeline of diffusers, as one of its schedulers."""
 
-from collections.abc import Sequence
+import inspect
+import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from encdiff import ops
-from encdiff.diffusion import menu, schedules, solvers
+from encdiff.diffusion import menu, samplers, schedules, solvers
 from encdiff.diffusion.loop import Stage, Walk
 from encdiff.errors import InputError
 
 try:
+    import diffusers
     from diffusers.configuration_utils import ConfigMixin, register_to_config
     from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin, SchedulerOutput
 except ModuleNotFoundError as error:
@@ -20,6 +23,20 @@ except ModuleNotFoundError as error:
 PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v", "sample": "x0"}
 BETA_SCHEDULES = {"squaredcos_cap_v2": "cosine"}  # the others have our names
 SPACINGS = (None, "leading", "trailing", "linspace")
+KINDS = {
+    "dpm-solver++": "DPMSolverMultistepScheduler", "unipc": "UniPCMultistepScheduler",
+    "euler": "EulerDiscreteScheduler", "heun": "HeunDiscreteScheduler",
+    "ddim": "DDIMScheduler", "ddpm": "DDPMScheduler",
+}  # fmt: skip
+DEFAULTS = {  # of what None is taken from the class of the kind, where that class has no such key
+    "beta_start": 0.0001, "beta_end": 0.02, "timestep_spacing": "linspace", "set_alpha_to_one": True,
+    "clip_sample": False,
+}  # fmt: skip
+ALIKE = {  # taken for the default
+    "solver_type": ("midpoint", "logrho", "bh2"), "algorithm_type": ("dpmsolver++", "deis"),
+    "variance_type": (None, "fixed_small"),
+}  # fmt: skip
+ADDITIONS = ("dynamic_thresholding_ratio", "sample_max_value", "flow_shift", "time_shift_type")  # nothing by themselves
 
 
 class EncDiffScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # both say what config_name is
@@ -28,39 +45,52 @@ class EncDiffScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # bo
         pipe.scheduler = EncDiffScheduler.from_config(pipe.scheduler.config, sampler="unipc")
 
     Args:
-        sampler: dpm-solver++, unipc, euler, heun, ddim or ddpm.
+        sampler: dpm-solver++, unipc, euler, heun, ddim or ddpm; its kind in diffusers is DPMSolverMultistepScheduler,
+            UniPCMultistepScheduler, EulerDiscreteScheduler, HeunDiscreteScheduler, DDIMScheduler or DDPMScheduler.
         num_train_timesteps, beta_start, beta_end, beta_schedule, trained_betas, rescale_betas_zero_snr: the schedule
-            that the model was trained on, with the names and defaults of diffusers.
+            that the model was trained on, with the names of diffusers.
         prediction_type: what the model gives: epsilon, v_prediction or sample.
-        timestep_spacing: leading, trailing or linspace, as in the class of diffusers of this kind; None is what
-            `EncDiff.sample` takes, which is linspace, and for ddim and ddpm leading.
+        timestep_spacing: leading, trailing or linspace, as in the class of the kind.
         steps_offset: added to the timesteps of leading.
         use_karras_sigmas: EDM's noise levels, for the first four.
         eta: of ddim, the share of DDPM's noise, 0 to 1.
         set_alpha_to_one: of ddim, whether its last step goes to the data or to the schedule's first level.
         clip_sample, clip_sample_range: bound the predicted data to [-range, range].
 
-    Other keys of a configuration are ignored, as diffusers does. x keeps the scale of the schedule in every sampler:
-    `init_noise_sigma` is 1 and `scale_model_input` changes nothing. Raises InputError for an unknown name, an option of
-    another sampler or a schedule that is none.
+    None is the default of the class of the kind: `beta_start` 0.0001 and `beta_end` 0.02, for heun 0.00085 and 0.012;
+    `timestep_spacing` leading for ddim and ddpm, linspace for the others; `set_alpha_to_one` True; `clip_sample` True
+    for ddim and ddpm, False for the others. `EncDiff.sample` is without bounds, and its "ddim" has steps_offset 1 and
+    set_alpha_to_one False. `config` has the values taken.
+
+    x keeps the scale of the schedule in every sampler, and `scale_model_input` changes nothing. A pipeline begins with
+    noise times `init_noise_sigma`: 1, but for euler and heun with linspace or trailing sqrt(1 - alpha_bar) of the first
+    timestep, where their classes begin. `EncDiff.sample` begins with the noise itself, as it does by a sampler's name.
+
+    Equal to the class of the kind but for rounding, except ddim with linspace, and with trailing where the steps do not
+    divide the schedule: `DDIMScheduler` then steps by T/steps, past or short of its next timestep; ours to the next.
+
+    Raises InputError for an unknown name, an option of another sampler or a schedule that is none.
     """
 
     _compatibles = [kind.name for kind in KarrasDiffusionSchedulers]  # noqa: RUF012  # as in every class of diffusers
-    init_noise_sigma = 1.0
+    keeps_scale = True  # `EncDiff.sample` begins with the noise as it is
 
     @register_to_config
     def __init__(
-        self, sampler: str = "dpm-solver++", num_train_timesteps: int = 1000, beta_start: float = 0.0001,
-        beta_end: float = 0.02, beta_schedule: str = "linear", trained_betas: Sequence[float] | None = None,
+        self, sampler: str = "dpm-solver++", num_train_timesteps: int = 1000, beta_start: float | None = None,
+        beta_end: float | None = None, beta_schedule: str = "linear", trained_betas: Sequence[float] | None = None,
         prediction_type: str = "epsilon", timestep_spacing: str | None = None, steps_offset: int = 0,
-        use_karras_sigmas: bool = False, eta: float = 0.0, set_alpha_to_one: bool = False, clip_sample: bool = False,
-        clip_sample_range: float = 1.0, rescale_betas_zero_snr: bool = False,
+        use_karras_sigmas: bool = False, eta: float = 0.0, set_alpha_to_one: bool | None = None,
+        clip_sample: bool | None = None, clip_sample_range: float = 1.0, rescale_betas_zero_snr: bool = False,
     ):  # fmt: skip
+        _check("sampler", sampler, menu.SAMPLERS)
         _check("prediction_type", prediction_type, tuple(PREDICTIONS))
         _check("timestep_spacing", timestep_spacing, SPACINGS)
+        defaults = _defaults(sampler)
+        self.register_to_config(**{key: defaults[key] for key in DEFAULTS if self.config[key] is None})
         if trained_betas is None:
-            kind = BETA_SCHEDULES.get(beta_schedule, beta_schedule)
-            betas = schedules.make_betas(kind, num_train_timesteps, beta_start, beta_end)
+            kind, c = BETA_SCHEDULES.get(beta_schedule, beta_schedule), self.config
+            betas = schedules.make_betas(kind, num_train_timesteps, c["beta_start"], c["beta_end"])
         else:
             betas = torch.as_tensor(trained_betas, dtype=torch.float64)
         if rescale_betas_zero_snr:
@@ -71,10 +101,31 @@ class EncDiffScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # bo
         self.order = 2 if sampler == "heun" else 1  # calls of the model for each step
         self._begin_index: int | None = None
         self._walk: Walk | None = None
-        self._stages(1)  # names an option that does not fit
+        self._stages(min(2, len(self)))  # names an option that does not fit
+
+    @classmethod
+    def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """The scheduler of the configuration of another class, or of ours; options given by name go first.
+
+        As in diffusers, what was a default there is the default here, and keys that the class of the kind does not know
+        are ignored. One warning names the keys that it follows and ours does not. Raises InputError for a class without
+        betas, such as those of flows and of EDM.
+        """
+        if isinstance(config, Mapping) and "sampler" not in config:  # not ours
+            config = _taken(config, kwargs.get("sampler", "dpm-solver++"), kwargs)
+        return super().from_config(config, return_unused_kwargs, **kwargs)
 
     def __len__(self) -> int:
         return len(self.alphas_cumprod)
+
+    @property
+    def init_noise_sigma(self) -> float:
+        """What a pipeline multiplies its noise by at the start, for the class of the kind to begin at the same x."""
+        c = self.config
+        if c["sampler"] not in ("euler", "heun") or c["timestep_spacing"] == "leading":
+            return 1.0
+        first = self.timesteps[:1] if self.num_inference_steps else torch.tensor([len(self) - 1])
+        return solvers.vp_levels(self.alphas_cumprod, first)[0, 1].item()
 
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
         """Begin anew, with so many steps: `timesteps`, int64 or float32, says when to call the model."""
@@ -144,11 +195,13 @@ class EncDiffScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # bo
 
     def _stages(self, steps: int, begin: int = 0) -> list[Stage]:
         c = self.config
-        return menu.stages(
+        stages = menu.stages(
             c["sampler"], self.alphas_cumprod, steps, prediction=PREDICTIONS[c["prediction_type"]], eta=c["eta"],
             spacing=c["timestep_spacing"], offset=c["steps_offset"], karras=c["use_karras_sigmas"],
             final=1.0 if c["set_alpha_to_one"] else None, begin=begin,
         )  # fmt: skip
+        bounded = c["sampler"] == "ddim" and c["clip_sample"]
+        return samplers.keep_direction(stages, self.alphas_cumprod) if bounded else stages
 
     def _begin(self, timestep: float, sample: Tensor, generator: Any) -> Walk:
         if self.num_inference_steps is None:
@@ -168,3 +221,40 @@ class EncDiffScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # bo
 def _check(name: str, value: str | None, known: tuple[str | None, ...]) -> None:
     if value not in known:
         raise InputError(f"{name} is {value!r}, must be one of {', '.join(map(str, known))}")
+
+
+def _defaults(sampler: str) -> dict[str, Any]:
+    """Those of the class of the kind."""
+    parameters = inspect.signature(getattr(diffusers, KINDS[sampler]).__init__).parameters
+    return DEFAULTS | {name: p.default for name, p in parameters.items() if name != "self"}
+
+
+def _taken(config: Mapping[str, Any], sampler: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """What of another class's configuration `from_config` takes; warns of what it does not follow."""
+    _check("sampler", sampler, menu.SAMPLERS)
+    _check_betas(config)
+    if unfollowed := _unfollowed(config, sampler):
+        listed = ", ".join(f"{key}={value!r}" for key, value in unfollowed.items())
+        warnings.warn(f"EncDiffScheduler does not follow {listed}, which {KINDS[sampler]} does", stacklevel=3)
+    if config.get("clip_sample") and sampler in ("dpm-solver++", "unipc", "euler"):  # their classes bound nothing
+        return {key: value for key, value in config.items() if key != "clip_sample"}
+    return dict(config)
+
+
+def _unfollowed(config: Mapping[str, Any], sampler: str) -> dict[str, Any]:
+    """The keys by which the class of the kind would do something else than by its defaults, which ours has."""
+    defaults, ours = _defaults(sampler), inspect.signature(EncDiffScheduler.__init__).parameters
+    known = defaults.keys() - ours.keys() - {*ADDITIONS, *config.get("_use_default_values", ())}
+    changed = {key: config[key] for key in sorted(known & config.keys()) if config[key] != defaults[key]}
+    return {key: value for key, value in changed.items() if value not in ALIKE.get(key, ())}
+
+
+def _check_betas(config: Mapping[str, Any]) -> None:
+    name = str(config.get("_class_name", ""))
+    theirs = getattr(diffusers, name, None) if name else None
+    without = theirs is not None and "beta_start" not in inspect.signature(theirs.__init__).parameters
+    betas = {"beta_start", "beta_end", "beta_schedule", "trained_betas"} & config.keys()
+    found = [key for key in ("shift", "sigma_data", "sigma_max") if key in config and not betas]
+    if without or found:
+        what = f"of {name}" if name else f"with {found[0]} and without betas"
+        raise InputError(f"config is {what}, must be of a scheduler with betas: ours are samplers of a DDPM schedule")
