@@ -39,6 +39,13 @@ def unet_of(family: str, **options: Any) -> nn.Module:
     return diffusers.UNet2DConditionModel(**config, up_block_types=up).eval()
 
 
+def transformer() -> nn.Module:
+    """One block of diffusers between its projections: what compiles in a second."""
+    diffusers = pytest.importorskip("diffusers", reason="the transformer is diffusers'")
+    torch.manual_seed(0)
+    return diffusers.Transformer2DModel(2, 8, in_channels=16, norm_num_groups=8, cross_attention_dim=24).eval()
+
+
 def controlnet_of(family: str) -> nn.Module:
     diffusers = pytest.importorskip("diffusers", reason="ControlNet is diffusers'")
     torch.manual_seed(1)

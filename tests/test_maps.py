@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from _unets import FAMILIES, controlnet_of, inputs, ldm_unet, unet_of
+from _unets import FAMILIES, controlnet_of, inputs, ldm_unet, transformer, unet_of
 from torch import nn
 
 import encdiff
@@ -163,15 +163,15 @@ def test_blocks_may_nest_and_roots_may_differ():
     assert set(maps) == set(outer)
 
 
-def test_a_compiled_unet_is_recorded():
-    unet, given = unet_of("sd1"), inputs("sd1")
-    encdiff.patch(unet)
-    with torch.no_grad(), encdiff.record_maps(unet) as expected:
-        unet(**given)
-    compiled = torch.compile(unet, fullgraph=True, backend="aot_eager")
+def test_a_compiled_module_is_recorded():
+    net, x, prompt = transformer(), torch.randn(2, 16, 4, 4), torch.randn(2, 7, 24)
+    encdiff.patch(net)
+    with torch.no_grad(), encdiff.record_maps(net) as expected:
+        net(x, encoder_hidden_states=prompt, return_dict=False)
+    compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
     with torch.no_grad(), encdiff.record_maps(compiled) as maps:
         for _ in range(10):  # more than may be compiled anew
-            compiled(**given)
+            compiled(x, encoder_hidden_states=prompt, return_dict=False)
     assert maps.evaluations == 10 and len(maps) == len(expected)
     torch.testing.assert_close(maps.mean(), expected.mean())
 

@@ -42,7 +42,8 @@ def patch(unet: Any, *, self_attention: bool = False, impl: str | None = None) -
 
     Weights are neither copied nor renamed: `state_dict`, `save_pretrained`, `deepcopy`, LoRA and `torch.compile` go on
     as before. A prompt's keys and values are computed once while the same tensor is given, as a pipeline does in every
-    step (not under `torch.compile` or `torch.inference_mode`, nor with gradients).
+    step (not under `torch.compile`, nor for inference tensors or with gradients). After a write to weights by `.data`
+    call `patch` again.
 
     Args:
         unet: diffusers' `UNet2DConditionModel` or `ControlNetModel`, a pipeline for its U-Net, or whatever holds blocks
