@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel, UNet2DModel
 
 from encdiff import InputError
 from encdiff.edit import Edit, end_of_text, mist, uce
+
+diffusers = pytest.importorskip("diffusers", reason="the U-Nets are those of diffusers")
 
 BLOCKS = {"down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("CrossAttnUpBlock2D",)}
 COMMON = dict(sample_size=8, block_out_channels=(32,), layers_per_block=1, norm_num_groups=8, cross_attention_dim=32)
@@ -19,9 +20,9 @@ FORMS = {
 }  # fmt: skip
 
 
-def tiny(form: str) -> UNet2DConditionModel:
+def tiny(form: str) -> torch.nn.Module:
     torch.manual_seed(0)
-    return UNet2DConditionModel(**COMMON, **BLOCKS, **FORMS[form]).eval()
+    return diffusers.UNet2DConditionModel(**COMMON, **BLOCKS, **FORMS[form]).eval()
 
 
 def draw(unet, prompt):
@@ -64,7 +65,7 @@ def test_uce_makes_one_concept_another(form):
 
 def test_unets_and_states_that_are_refused():
     c = torch.randn(1, 32)
-    plain = UNet2DModel(sample_size=8, block_out_channels=(32,), layers_per_block=1, norm_num_groups=8,
+    plain = diffusers.UNet2DModel(sample_size=8, block_out_channels=(32,), layers_per_block=1, norm_num_groups=8,
                         down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",))  # fmt: skip
     with pytest.raises(InputError, match="this UNet2DModel has no cross-attention"):
         mist(plain, c, c)
@@ -80,7 +81,7 @@ def test_unets_and_states_that_are_refused():
 
 
 def test_a_second_attention_to_oneself_is_no_cross_attention():
-    unet = UNet2DConditionModel(**COMMON, **BLOCKS, attention_head_dim=8, only_cross_attention=True)
+    unet = diffusers.UNet2DConditionModel(**COMMON, **BLOCKS, attention_head_dim=8, only_cross_attention=True)
     names = {name.split(".")[-3] for name in uce(unet, torch.randn(1, 32), torch.randn(1, 32)).weights}
     assert names == {"attn1", "attn2"}, "both attend to the prompt here"
 
