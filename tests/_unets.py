@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import encdiff
 from bench.baselines import SMOKE
 from bench.published import UNet as Published
 
@@ -79,6 +80,13 @@ def inputs(family: str, batch: int = 2, size: int = 16, tokens: int = TOKENS, **
             "text_embeds": torch.randn(batch, 16, **kinds), "time_ids": torch.randn(batch, 6, **kinds)
         }  # fmt: skip
     return given
+
+
+def assert_as_stock(unet: nn.Module, given: dict[str, Any], actual: Tensor) -> None:
+    """That the patched U-Net, which is unpatched now, gave what it gives without."""
+    encdiff.unpatch(unet)
+    with torch.no_grad():
+        assert relative(actual, unet(**given).sample) < 1e-5
 
 
 def relative(actual: Tensor, expected: Tensor) -> float:

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from _unets import inputs, ldm_unet, relative, unet_of
+from _unets import assert_as_stock, inputs, ldm_unet, relative, unet_of
 from test_patch import LoRA
 from torch import nn
 
@@ -35,8 +35,7 @@ def test_adapters_and_compilation(before):
             block.attn2.to_v = LoRA(block.attn2.to_v)
             block.attn2.to_v.weight = block.attn2.to_v.base_layer.weight  # as PEFT's layers have one
         actual = graph(**given).sample
-        encdiff.unpatch(unet)
-        assert relative(actual, unet(**given).sample) < 1e-5
+    assert_as_stock(unet, given, actual)
 
 
 def test_a_copy_compiles():
@@ -70,8 +69,7 @@ def test_weights_merged_behind_pytorchs_back():
         plain.weight.data += attn.to_v.up.weight @ attn.to_v.down.weight
         attn.to_v = plain
         actual = unet(**given).sample
-        encdiff.unpatch(unet)
-        assert relative(actual, unet(**given).sample) < 1e-5
+    assert_as_stock(unet, given, actual)
 
 
 def test_after_training_a_prompt_is_projected_anew():
@@ -84,8 +82,7 @@ def test_after_training_a_prompt_is_projected_anew():
         parameter.data *= 1.1  # as averages of weights are put in
     with torch.no_grad():
         actual = unet(**given).sample
-        encdiff.unpatch(unet)
-        assert relative(actual, unet(**given).sample) < 1e-5
+    assert_as_stock(unet, given, actual)
 
 
 class AttnProcessor2_0:

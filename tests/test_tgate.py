@@ -168,10 +168,12 @@ class LatentDiffusion(torch.nn.Module):
 
 def test_a_wrapped_unet_is_found_and_one_that_is_not_called_is_said():
     unet = ldm_unet()
-    whole = LatentDiffusion(unet)
-    whole.model.diffusion_model = unet
-    with encdiff.tgate(whole, 1, evaluations=1), torch.no_grad():
-        unet(torch.randn(2, 3, 8, 8), torch.tensor([9, 9]), torch.randn(2, 5, 4))
+    whole, x, t, tokens = LatentDiffusion(unet), torch.randn(2, 3, 8, 8), torch.tensor([9, 9]), torch.randn(2, 5, 4)
+    with encdiff.tgate(whole, 1, evaluations=2), torch.no_grad():
+        unet(x, t, tokens)
+        with record_impls() as ran:
+            unet(x, t, tokens)
+    assert ran == []
     said = "tgate: the UNet was not called inside the block"
     with pytest.warns(UserWarning, match=said), encdiff.tgate(whole, 1, evaluations=2):
         pass

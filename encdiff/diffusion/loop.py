@@ -64,8 +64,8 @@ class Walk:
             walk.advance(denoise(walk.x, time))
         x0 = walk.x
 
-    `x` may be replaced between two calls. With `fresh`, or a callback, every x and x0 is a tensor of its own, else the
-    walk writes over its own. To be run under `torch.no_grad()`.
+    With `fresh`, or a callback, every x and x0 is a tensor of its own, and `x` may be replaced between two calls; else
+    the walk writes over its own. To be run under `torch.no_grad()`.
     """
 
     def __init__(

@@ -25,7 +25,7 @@ class Maps(Mapping[str, Tensor]):
     """
 
     def __init__(self, unet: nn.Module, names: Sequence[str], each: bool):
-        self.names, self.each, self.evaluations = tuple(names), each, 0
+        self.each, self.evaluations = each, 0
         self._unet, self._size = unet, (0, 0)  # of the features that it is given
         self._now: dict[str, Tensor] | None = None  # of the evaluation under way
         self._found: dict[str, list[Tensor]] = {name: [] for name in names}
