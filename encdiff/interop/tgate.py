@@ -33,7 +33,7 @@ def tgate(
             for the time of the block). Of our own model it is `EncDiff.sample(gate=...)`.
         gate: what to repeat from when on; a number gates cross-attention alone.
         evaluations: how often a sampling calls the U-Net. None: a pipeline knows; for a U-Net it must be given: its
-            steps; of Heun's two for each but one, of PNDM's one more, or nine, of image to image what the strength leaves.
+            steps; of Heun's two for each but one, of PNDM's one or nine more, of image to image what strength leaves.
         guided: batches are the unconditional half, then the conditional one. What is kept is the mean of the two, and
             after the gate the conditional half alone is computed and given for both, which drops the guidance. None:
             as the pipeline does, for a U-Net False.
