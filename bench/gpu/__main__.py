@@ -31,7 +31,7 @@ FIRST_STAGE, TESTS = 55, 100  # seconds of two workers
 TAIL = 3  # seconds kept for packing
 AFTER_TRAINING = 8  # seconds in which what ran beside it must end
 LEARNING = 40  # seconds of a training at least, from its images on
-READING = 45  # seconds after a training for its codes and what is read off them
+READING = 25  # seconds after a training for its codes and what is read off them
 LINES = 120  # of the summary at most
 
 
