@@ -92,9 +92,9 @@ class Run:
         """One step when the share `done` of the time is over, after `now` seconds."""
         t, c = self.training, self.training.config
         t.rate = lambda: c.learning_rate * min(1.0, (t.step + 1) / c.warmup, (1 - done) / DECAY)
-        rows = torch.from_numpy(self.order.batch_indices(t.step))
-        rows = rows if self.lab.cpu else rows.pin_memory().to(self.lab.device, non_blocking=True)
         with torch.cuda.stream(self.stream) if self.stream else nullcontext():
+            rows = torch.from_numpy(self.order.batch_indices(t.step))
+            rows = rows if self.lab.cpu else rows.pin_memory().to(self.lab.device, non_blocking=True)
             terms = t.advance(self.room.pixels[rows], rows)
             if t.step % (2 if self.lab.cpu else 100) == 0:
                 self.found["log"].append([t.step, now, float(terms["loss"]), float(terms["gradient_norm"])])
