@@ -18,87 +18,102 @@ from ._gate import GateCase, gate_signature
 # the smallest maps of a U-Net
 BLOCK_P, BLOCK_C = tl.constexpr(16), tl.constexpr(64)
 VECTOR = tl.constexpr(8)  # neighbours of one thread
-GENERAL = ("cells", "H", "W", "C")  # what the kernels do not specialise
+GENERAL = ("cells", "H", "W", "C", "pitch", "pitch_other")  # what the kernels do not specialise
 
 
 @triton.jit
-def _cells(cells, H, W, C, ALIGNED: tl.constexpr):
-    """Offsets of a tile's cells in the small and in the large map (H, W), what there is of each, and the way on."""
-    if ALIGNED:
-        C = C // VECTOR * VECTOR  # said in this way, the compiler knows that positions are aligned
+def _cells(cells, H, W, C, pitch, ALIGNED: tl.constexpr):
+    """Of a tile: positions of its cells in the small and in the large map (H, W), channels, what there is of each cell.
+
+    pitch: elements from one position of the input to the next, C or more.
+    """
+    if ALIGNED:  # said in this way, the compiler knows that positions are aligned
+        C = C // VECTOR * VECTOR
+        pitch = pitch // VECTOR * VECTOR
     tiles = tl.cdiv(C, BLOCK_C)
     o = tl.program_id(0) // tiles * BLOCK_P + tl.arange(0, BLOCK_P)
     o_c = (tl.program_id(0) % tiles * BLOCK_C + tl.arange(0, BLOCK_C))[None, :]
     m = (o < cells)[:, None] & (o_c < C)
-    C = C.to(tl.int64)
     rows, columns = tl.cdiv(H, 2), tl.cdiv(W, 2)
     i, j, i_b = o // columns % rows, o % columns, (o // columns // rows).to(tl.int64)
-    below, right = (2 * i + 1 < H)[:, None], (2 * j + 1 < W)[:, None]
-    small = ((i_b * (H // 2) + i) * (W // 2) + j)[:, None] * C + o_c
-    large = ((i_b * H + 2 * i) * W + 2 * j)[:, None] * C + o_c
-    return small, large, m, m & right, m & below, C
+    right, below = (2 * j + 1 < W)[:, None], (2 * i + 1 < H)[:, None]
+    small = ((i_b * (H // 2) + i) * (W // 2) + j)[:, None]
+    large = ((i_b * H + 2 * i) * W + 2 * j)[:, None]
+    return small, large, o_c, m, m & right, m & below, C.to(tl.int64), pitch.to(tl.int64)
 
 
 @triton.jit
-def _down(p_x, p_y, cells, H, W, C, scale, ALIGNED: tl.constexpr):
-    small, large, _, right, below, C = _cells(cells, H, W, C, ALIGNED)
+def _load(p, m):
+    return tl.load(p, mask=m, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _down(p_x, p_y, cells, H, W, C, pitch, scale, ALIGNED: tl.constexpr):
+    small, large, o_c, _, right, below, C, pitch = _cells(cells, H, W, C, pitch, ALIGNED)
     m = right & below
-    p_x += large
-    above = tl.load(p_x, mask=m, other=0.0).to(tl.float32) + tl.load(p_x + C, mask=m, other=0.0).to(tl.float32)
-    p_x += W * C
-    total = above + (
-        tl.load(p_x, mask=m, other=0.0).to(tl.float32) + tl.load(p_x + C, mask=m, other=0.0).to(tl.float32)
-    )
-    tl.store(p_y + small, (total * scale).to(p_y.dtype.element_ty), mask=m)
+    p_x += large * pitch + o_c
+    p_below = p_x + W * pitch
+    total = (_load(p_x, m) + _load(p_x + pitch, m)) + (_load(p_below, m) + _load(p_below + pitch, m))
+    tl.store(p_y + small * C + o_c, (total * scale).to(p_y.dtype.element_ty), mask=m)
 
 
 @triton.jit
-def _up(p_x, p_y, cells, H, W, C, scale, ALIGNED: tl.constexpr):
-    small, large, m, right, below, C = _cells(cells, H, W, C, ALIGNED)
-    x = tl.load(p_x + small, mask=right & below, other=0.0).to(tl.float32)
-    y = (x * scale).to(p_y.dtype.element_ty)
-    p_y += large
+def _up(p_x, p_y, cells, H, W, C, pitch, scale, ALIGNED: tl.constexpr):
+    small, large, o_c, m, right, below, C, pitch = _cells(cells, H, W, C, pitch, ALIGNED)
+    y = (_load(p_x + small * pitch + o_c, right & below) * scale).to(p_y.dtype.element_ty)
+    p_y += large * C + o_c
     tl.store(p_y, y, mask=m)
     tl.store(p_y + C, y, mask=right)
-    p_y += W * C
-    tl.store(p_y, y, mask=below)
-    tl.store(p_y + C, y, mask=right & below)
+    tl.store(p_y + W * C, y, mask=below)
+    tl.store(p_y + W * C + C, y, mask=right & below)
 
 
 @triton.jit(do_not_specialize=GENERAL)
-def resample_down_kernel(p_x, p_other, p_y, p_y_other, cells, H, W, C, scale, ALIGNED: tl.constexpr):
+def resample_down_kernel(
+    p_x, p_other, p_y, p_y_other, cells, H, W, C, pitch, pitch_other, scale, ALIGNED: tl.constexpr
+):  # fmt: skip
     if tl.program_id(1) == 0:
-        _down(p_x, p_y, cells, H, W, C, scale, ALIGNED)
+        _down(p_x, p_y, cells, H, W, C, pitch, scale, ALIGNED)
     else:
-        _down(p_other, p_y_other, cells, H, W, C, scale, ALIGNED)
+        _down(p_other, p_y_other, cells, H, W, C, pitch_other, scale, ALIGNED)
 
 
 @triton.jit(do_not_specialize=GENERAL)
-def resample_up_kernel(p_x, p_other, p_y, p_y_other, cells, H, W, C, scale, ALIGNED: tl.constexpr):
+def resample_up_kernel(
+    p_x, p_other, p_y, p_y_other, cells, H, W, C, pitch, pitch_other, scale, ALIGNED: tl.constexpr
+):  # fmt: skip
     if tl.program_id(1) == 0:
-        _up(p_x, p_y, cells, H, W, C, scale, ALIGNED)
+        _up(p_x, p_y, cells, H, W, C, pitch, scale, ALIGNED)
     else:
-        _up(p_other, p_y_other, cells, H, W, C, scale, ALIGNED)
+        _up(p_other, p_y_other, cells, H, W, C, pitch_other, scale, ALIGNED)
 
 
-def _aligned(x: Tensor) -> Tensor:
-    """Channels-last, from a multiple of 16 bytes on."""
+def _pitched(x: Tensor) -> tuple[Tensor, int]:
+    """x and its pitch: channels of wider features, such as the gradient of a part of a concatenation, or a copy."""
+    (_, C, H, W), pitch = x.shape, x.stride(3)
+    whole = x.stride() == (H * W * pitch, 1, W * pitch, pitch) and pitch % VECTOR.value == 0
+    if whole and x.data_ptr() % 16 == 0:
+        return x, pitch
     x = x.contiguous(memory_format=torch.channels_last)
-    return x.clone() if x.data_ptr() % 16 else x
+    return x.clone() if x.data_ptr() % 16 else x, C
 
 
 def _launch(kernel, maps: Sequence[Tensor], outputs: Sequence[Tensor], large: Tensor, scale: float) -> None:
-    (B, C, H, W), x, y = large.shape, [_aligned(x) for x in maps], outputs
+    (B, C, H, W), pitched = large.shape, [_pitched(x) for x in maps]
     cells = B * triton.cdiv(H, 2) * triton.cdiv(W, 2)
     if cells:
-        grid = triton.cdiv(cells, BLOCK_P.value) * triton.cdiv(C, BLOCK_C.value), len(x)
-        with torch.cuda.device_of(x[0]):
-            kernel[grid](x[0], x[-1], y[0], y[-1], cells, H, W, C, scale, ALIGNED=C % VECTOR.value == 0)
+        grid = triton.cdiv(cells, BLOCK_P.value) * triton.cdiv(C, BLOCK_C.value), len(maps)
+        (x, pitch), (other, pitch_other) = pitched[0], pitched[-1]
+        with torch.cuda.device_of(x):
+            kernel[grid](
+                x, other, outputs[0], outputs[-1], cells, H, W, C, pitch, pitch_other, scale,
+                ALIGNED=C % VECTOR.value == 0,
+            )  # fmt: skip
 
 
 def _outputs(maps: Sequence[Tensor], height: int, width: int) -> list[Tensor]:
-    shape, like = (*maps[0].shape[:2], height, width), {"dtype": maps[0].dtype, "device": maps[0].device}
-    return [torch.empty(shape, **like, memory_format=torch.channels_last) for _ in maps]
+    shape, x = (*maps[0].shape[:2], height, width), maps[0]
+    return [torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last) for _ in maps]
 
 
 @torch.library.custom_op("encdiff::resample_down", mutates_args=())

@@ -80,13 +80,31 @@ def test_against_float64(case, kind, impl, nan_memory):
 
 
 @pytest.mark.parametrize("kind", ["down", "up"])
-@pytest.mark.parametrize("layout", ["every other channel", "every other column", "expanded", "misaligned"])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "every other channel",
+        "every other column",
+        "expanded",
+        "misaligned",
+        "part of a concatenation",
+        "misaligned part",
+        "part of an odd concatenation",
+    ],
+)
 def test_any_strides_of_inputs_and_of_upstream_gradients(kind, layout):
     def strided(*shape):
         B, C, H, W = shape
+
+        def wider(channels):
+            return torch.randn(B, channels, H, W).to(memory_format=torch.channels_last)
+
         t = {
             "every other channel": lambda: torch.randn(B, 2 * C, H, W)[:, ::2],
             "every other column": lambda: torch.randn(B, C, H, 2 * W)[..., ::2],
+            "part of a concatenation": lambda: wider(C + 16)[:, 8:-8],
+            "misaligned part": lambda: wider(C + 16)[:, 3:-13],
+            "part of an odd concatenation": lambda: wider(C + 9)[:, :C],
             "expanded": lambda: torch.randn(1, C, 1, W).expand(shape),
             "misaligned": lambda: torch.randn(B * H * W * C + 1)[1:].view(B, H, W, C).permute(0, 3, 1, 2),
         }[layout]()
@@ -104,6 +122,16 @@ def test_any_strides_of_inputs_and_of_upstream_gradients(kind, layout):
     assert not differ(dx, torch.autograd.grad(expected, exact, upstream.double())[0], x.dtype)
     assert torch.equal(x, before)
     assert y.is_contiguous(memory_format=torch.channels_last) and dx.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_the_gradient_of_a_part_of_a_concatenation_is_not_copied():
+    from encdiff.kernels.resample import _pitched
+
+    dy = torch.randn(2, 24, 4, 4).to(memory_format=torch.channels_last)[:, :16]
+    x, pitch = _pitched(dy)
+    assert x is dy and pitch == 24
+    x, pitch = _pitched(dy[:, 1:9])
+    assert torch.equal(x, dy[:, 1:9]) and x.is_contiguous(memory_format=torch.channels_last) and pitch == 8
 
 
 def test_one_of_a_pair_alone_may_need_gradients():
