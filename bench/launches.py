@@ -147,6 +147,8 @@ def _group(name: str, op: str, inputs: list[Tensor], outputs: list[Tensor]) -> s
         return "copies"
     if "attention" in op:
         return "attention"
+    if re.search("resample|avg_pool|upsample", op):
+        return "resampling"
     return GROUP_OF.get(op, "rest")
 
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from encdiff import ops
 from encdiff.checked import Checked, Codes, Depth, Multiple, Width
 from encdiff.errors import InputError
 from encdiff.files.checkpoint import load_model, save_model
@@ -310,7 +311,7 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return self.conv(ops.resample(x, "up"))
 
 
 def _norm(channels: int) -> nn.GroupNorm:

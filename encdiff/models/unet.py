@@ -203,7 +203,7 @@ class ResBlock(nn.Module):
         """x (B, C, H, W) and the embedded timestep (B, E), or what `project_times` made of it for this block."""
         h, x = normalise(x, part(self.in_layers, 0, nn.GroupNorm), silu=True, with_input=True)
         if self.sample is not None:
-            h, x = _resample(h, self.sample), _resample(x, self.sample)
+            h, x = ops.resample(h, self.sample, beside=x)
         h = self.in_layers[-1](h)
         e = project_times(emb, [self])[0] if isinstance(emb, Tensor) else emb
         norm = part(self.out_layers, 0, nn.GroupNorm)
@@ -244,7 +244,7 @@ class Resample(nn.Module):
         self.add_module(self._layer, Conv2d(channels, channels, 3, stride=2 if kind == "down" else 1, padding=1))
 
     def forward(self, x: Tensor) -> Tensor:
-        return getattr(self, self._layer)(x if self.kind == "down" else _resample(x, "up"))
+        return getattr(self, self._layer)(x if self.kind == "down" else ops.resample(x, "up"))
 
 
 def timestep_embedding(t: Tensor, width: int) -> Tensor:
@@ -253,10 +253,6 @@ def timestep_embedding(t: Tensor, width: int) -> Tensor:
     frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
     angles = t[:, None].float() * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=1)
-
-
-def _resample(x: Tensor, kind: str) -> Tensor:
-    return F.avg_pool2d(x, 2) if kind == "down" else F.interpolate(x, scale_factor=2, mode="nearest")
 
 
 def _check(width, multipliers, attention_levels, heads, resample, groups) -> None:
