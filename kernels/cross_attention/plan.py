@@ -16,6 +16,7 @@ FOLDED_TOKENS, FOLDED_CHANNELS = 32, {2: 256, 4: 64}
 # batch
 BANDWIDTH, RATE, LAUNCH, BATCH = 4.15e12, {2: 400e12, 4: 30e12}, 1e-6, 128
 CACHE_BANDWIDTH = 5.5e12  # bytes/s of what many programs read again
+KEPT_RATE = 130e12  # FLOP/s of the kept kernel's narrow products, head after head (docs/results/h200/run3/tiles.json)
 
 
 class FoldedTile(NamedTuple):
@@ -168,7 +169,8 @@ def predict(route: str, queries: int, channels: int, tokens: int, heads: int, si
     else:
         launches, elements = (5, 2 * x + 4 * folded) if route == "folded" else (1, 2 * x + 2 * folded)
         flops = 4 * x * heads * FOLDED_TOKENS
-    return launches * LAUNCH + batch * max(elements * size / BANDWIDTH, flops / RATE[size], again)
+    rate = KEPT_RATE if route == "kept" else RATE[size]
+    return launches * LAUNCH + batch * max(elements * size / BANDWIDTH, flops / rate, again)
 
 
 def choose_route(queries: int, channels: int, tokens: int, heads: int, size: int) -> str:
