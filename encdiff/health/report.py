@@ -184,6 +184,7 @@ def _examples(device: torch.device, dtype: torch.dtype) -> dict[str, tuple[tuple
         "group_norm": ((maps, of(C), of(C), 32), {"silu": True}),
         "layer_norm": ((x, of(C), of(C)), {}),
         "resample": ((maps, "down"), {"beside": maps}),
+        "residual_add": ((maps, maps, of(C)), {}),
         "geglu": ((of(B, L, 8 * C),), {}),
         "column_sum": ((of(B * L, C), dtype), {}),
         "adamw": ((numbers, numbers.to(dtype), numbers, numbers, torch.zeros(4, device=device)), {}),

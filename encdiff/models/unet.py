@@ -23,6 +23,8 @@ from encdiff.models.attention import (
 )
 from encdiff.models.layers import Conv2d, Linear, channels_last, part, zero_init
 from encdiff.ops._dispatch import carried
+from encdiff.ops.group_norm import norm_takes_bias
+from encdiff.ops.residual_add import sum_takes_bias
 
 
 class UNet(nn.Module):
@@ -204,18 +206,31 @@ class ResBlock(nn.Module):
         h, x = normalise(x, part(self.in_layers, 0, nn.GroupNorm), silu=True, with_input=True)
         if self.sample is not None:
             h, x = ops.resample(h, self.sample, beside=x)
-        h = self.in_layers[-1](h)
         e = project_times(emb, [self])[0] if isinstance(emb, Tensor) else emb
         norm = part(self.out_layers, 0, nn.GroupNorm)
         if self.scale_shift:
             scale, shift = e
-            h = normalise(h, norm, scale=scale, shift=shift, silu=True)
+            h = convolve_normalise(h, self.in_layers[-1], norm, scale=scale, shift=shift, silu=True)
         else:
-            h = normalise(h + e[0][:, :, None, None], norm, silu=True)
-        h = self.out_layers[-1](h)
+            h = normalise(self.in_layers[-1](h) + e[0][:, :, None, None], norm, silu=True)
         if isinstance(self.skip_connection, nn.Conv2d):
             x = pointwise(x, self.skip_connection)
-        return x + h
+        return convolve_add(x, h, self.out_layers[-1])
+
+
+def convolve_normalise(x: Tensor, conv: nn.Module, norm: nn.GroupNorm, **options: Any) -> Tensor:
+    """`normalise` of a convolution of x, whose bias it adds where that saves a launch."""
+    affine = norm.weight, norm.bias, norm.num_groups, norm.eps
+    if isinstance(conv, Conv2d) and conv.bias is not None and norm_takes_bias(x, *affine, **options):
+        return normalise(conv(x, with_bias=False), norm, **options, x_bias=conv.bias)
+    return normalise(conv(x), norm, **options)
+
+
+def convolve_add(x: Tensor, h: Tensor, conv: nn.Module) -> Tensor:
+    """x and a convolution of h, added with its bias at once where that saves a launch."""
+    if isinstance(conv, Conv2d) and conv.bias is not None and sum_takes_bias(x, conv.bias):
+        return ops.residual_add(x, conv(h, with_bias=False), conv.bias)
+    return x + conv(h)
 
 
 def project_times(emb: Tensor, blocks: list[ResBlock]) -> list[tuple[Tensor, ...]]:
