@@ -1,6 +1,6 @@
 """What a decoder in bfloat16 does to images, in levels of 8 bits, beside what the U-Net's rounding does. Without a GPU.
 
-    OMP_NUM_THREADS=2 python -m bench.rounding --steps 400     # of a first stage trained for so long: minutes
+    OMP_NUM_THREADS=2 python -m bench.rounding --steps 200     # of a first stage trained for so long: minutes
 
 The paper's first stage learns the procedural room by L1 and its codebook, images that it has not seen are encoded,
 and their latents decoded in each way. Then the packaged models sample in both precisions.
@@ -80,7 +80,7 @@ def compare(model: VQAutoencoder, images: Tensor) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=200)
     model, images = first_stage(parser.parse_args().steps)
     with torch.no_grad():
         compare(model, images)
