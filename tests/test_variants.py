@@ -146,13 +146,3 @@ class TestAttentionVariants:
         x, w = torch.randn(2, 256, 60), [torch.randn(60, 60) for _ in range(4)]
         found = self.asked(monkeypatch, lambda: ops.self_attention(x, *w, heads=6, impl="triton"))
         assert found[0] == ("self_attention", "float32", 16, 256), "heads of 10 are filled up to 16"
-
-    def test_kept(self, card, monkeypatch):
-        width, C = 32, 256
-        context, w = torch.randn(2, 20, 16), [torch.randn(C, n) for n in (C, 16, 16, C)]
-        with torch.autocast("cpu", torch.bfloat16):
-            kept = keep(context, *w, heads=C // width)
-            x = torch.randn(2, 16, C)
-            found = self.asked(monkeypatch, lambda: cross_attention_folded(x, kept, impl="triton"))
-        kinds = "cross_attention_kept", "float32", "bfloat16", "float32"
-        assert found == [(*kinds, C, width, 9, False, False, "none", "none")]

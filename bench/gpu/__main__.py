@@ -24,7 +24,7 @@ CALLS = {  # the blocks of each, what is wanted most first
 ASIDE = ("whole", "doctor")  # of a call with a training: in a process of their own, beside it
 QUIET = {"machine", "step", "profile", "unet", "sampling", "ops", "published", "tuned"}  # all else is stopped
 SECONDS = {  # of each block at most
-    "beside": 100, "machine": 8, "step": 40, "profile": 12, "compiled": 30, "tiles": 150, "tuned": 45, "sampling": 20,
+    "beside": 100, "machine": 8, "step": 40, "profile": 12, "compiled": 30, "tiles": 150, "tuned": 45, "sampling": 30,
     "whole": 25, "ops": 25, "published": 30, "unet": 15, "shipped": 80, "paper": 600, "doctor": 90,
 }  # fmt: skip
 FIRST_STAGE, TESTS = 55, 100  # seconds of two workers

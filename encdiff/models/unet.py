@@ -144,10 +144,7 @@ class UNet(nn.Module):
             raise InputError("conditioning is 'adagn': there is no attention to concepts to bias or to show")
         cond = Conditioning(tokens, token_bias, maps, sampling=sampling)
         cond = cond._replace(projected=project_tokens(cond, self.attending))
-        emb = self.time_embed(timestep_embedding(t, self.width).to(part(self.time_embed, 0, nn.Linear).weight.dtype))
-        if self.concept_embed is not None:
-            emb = emb + self.concept_embed(tokens.flatten(1))
-        emb = project_times(emb, self.res_blocks)
+        emb = self._times(t, tokens, sampling)
         h, skips = x, []
         for stage in self.input_blocks:
             h = self._apply_stage(stage, h, emb, cond)
@@ -156,6 +153,18 @@ class UNet(nn.Module):
         for stage in self.output_blocks:
             h = self._apply_stage(stage, torch.cat([h, skips.pop()], dim=1), emb, cond)
         return self.out[-1](normalise(h, part(self.out, 0, nn.GroupNorm), silu=True))
+
+    def project(self, t: Tensor, tokens: Tensor | None = None) -> list[tuple[Tensor, ...]]:
+        """What every residual block makes of timesteps (S,), and under AdaGN of tokens (S, N, D): `project_times`."""
+        emb = self.time_embed(timestep_embedding(t, self.width).to(part(self.time_embed, 0, nn.Linear).weight.dtype))
+        if self.concept_embed is not None and tokens is not None:
+            emb = emb + self.concept_embed(tokens.flatten(1))
+        return project_times(emb, self.res_blocks)
+
+    def _times(self, t: Tensor, tokens: Tensor, sampling: Sampling | None) -> list[tuple[Tensor, ...]]:
+        if sampling is None or sampling.times is None:
+            return self.project(t, tokens)
+        return [tuple(row[sampling.evaluation].expand(len(t), -1) for row in rows) for rows in sampling.times]
 
     def _apply_stage(self, stage: nn.Module, *inputs) -> Tensor:
         if self.checkpoint_activations and self.training:
