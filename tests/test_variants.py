@@ -13,7 +13,6 @@ from encdiff import ops
 from encdiff.ops import _families, _self_check
 from encdiff.ops._check import TYPES, Draw
 from encdiff.ops._families import FAMILIES
-from encdiff.ops.cross_attention_folded import cross_attention_folded, keep
 
 pytestmark = interpreted
 LAUNCHED = Path(__file__).parent / "_launched.py"
