@@ -49,7 +49,7 @@ def test_what_is_drawn_for_a_variant_is_of_that_variant(card, monkeypatch, name)
     monkeypatch.setattr(_self_check, "_reasons", lambda family, variant, *_: asked.append((family, variant)) or [])
     family, reasons = FAMILIES[name], sys.modules[f"encdiff.ops.{name}"]._triton_reasons
     for variant in family.variants():
-        with_input = {"with_input": True} if name == "group_norm" and variant[-1] else {}
+        with_input = {"with_input": True} if name in ("group_norm", "layer_norm") and variant[-1] else {}
         run = getattr(_families, MODULES[name])(lambda *a, w=with_input, **o: reasons(*a, **o, **w) and None)
         run(family.make(Draw("0"), *variant), *variant)
         assert asked.pop() == (name, variant)

@@ -128,7 +128,8 @@ class TransformerBlock(nn.Module):
             x = self._gated("self", cond.self_gate, x, cond, self._self_attend)
         if self.cross_attention:
             x = self._gated("cross", cond.gate, x, cond, self._cross_attend)
-        return x + self.ff(ops.layer_norm(x, self.norm3.weight, self.norm3.bias, self.norm3.eps))
+        h, x = ops.layer_norm(x, self.norm3.weight, self.norm3.bias, self.norm3.eps, with_input=True)
+        return x + self.ff(h)
 
     def _gated(self, kind: str, mode: Mode, x: Tensor, cond: Conditioning, attend: Callable[..., Tensor]) -> Tensor:
         """x + attention: computed, and kept where asked for, or what was kept."""

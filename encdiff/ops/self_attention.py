@@ -72,7 +72,7 @@ def _between_projections(what, attention):
     """The op with `attention(q, k, v, heads)` between separate projections."""
 
     def run(x, w_q, w_k, w_v, w_o, b_o=None, *, heads, norm_weight=None, norm_bias=None, norm_eps=1e-5, residual=False):
-        h = layer_norm(x, norm_weight, norm_bias, norm_eps)
+        h, x = layer_norm(x, norm_weight, norm_bias, norm_eps)
         a = attention(*(F.linear(h, w) for w in (w_q, w_k, w_v)), heads)
         return project_out(a, w_o, b_o, x if residual else None)
 
@@ -92,7 +92,8 @@ def self_attention_triton(
     if width % 8:
         w_q, w_k, w_v = (fill_heads(w, heads, -width % 8) for w in (w_q, w_k, w_v))
         w_o = fill_heads(w_o.T, heads, -width % 8).T
-    h = layer_norm(x, norm_weight, norm_bias, norm_eps).to(dtype)
+    h, x = layer_norm(x, norm_weight, norm_bias, norm_eps)
+    h = h.to(dtype)
     a, _ = fused(linear(h, joined(h, w_q, w_k, w_v)), heads, width**-0.5)
     return project_out(a, w_o, b_o, x if residual else None).to(x.dtype)
 
