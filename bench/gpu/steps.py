@@ -152,6 +152,7 @@ GROUPS = {  # the first pattern that a kernel's name matches
     "MLP bank": r"mlp_bank",
     "GroupNorm": r"group_norm|GroupNorm",
     "LayerNorm": r"layer_norm|LayerNorm",
+    "residual sums": r"residual_add",
     "GEGLU": r"geglu",
     "BatchNorm": r"batch_norm|bn_fw|bn_bw|BatchNorm",
     "convolutions": r"conv|xmma_(fprop|dgrad|wgrad)|implicit|fprop|dgrad|wgrad|nhwc|cudnn",
