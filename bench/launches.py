@@ -1,10 +1,11 @@
-"""Launches and bytes of one training step and of one sampling evaluation, counted on fake tensors, without a GPU.
+"""Launches and bytes of one training step, one sampling evaluation and one sampling, counted on fake tensors.
 
-    python -m bench.launches [--batch 128] [--ops] [--sites]
+    python -m bench.launches [--batch 128] [--ops] [--sites step|sampling]      # without a GPU
 
 Every operator that reaches a CUDA device counts as the kernels that PyTorch launches for it, and as the bytes of its
 inputs and outputs; views and allocations cost nothing, whatever lies in a cache counts as if it came from memory. A
-step is encoder, bank, U-Net and loss, forward and backward, from latents and noise at hand.
+step is encoder, bank, U-Net and loss, forward and backward, from latents and noise at hand. A sampling is what
+`SamplingEngine` captures: bank, folding, evaluations, solver, decoder.
 """
 
 import argparse
@@ -14,21 +15,23 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import NamedTuple
+from functools import partial
+from typing import Literal, NamedTuple
 from unittest import mock
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 from bench.baselines import PAPER
 from bench.published import Published
-from encdiff.diffusion import losses
+from encdiff import SamplingEngine
+from encdiff.diffusion import loop, losses, menu
 from encdiff.models import EncDiff, EncDiffConfig
 from encdiff.models.attention import begin_sampling
-from encdiff.ops import use_impl
+from encdiff.ops import philox, use_impl
 
 FORMS = ("published", "ours, autocast", "ours, bf16 weights")
 
@@ -92,7 +95,7 @@ class Counting(TorchDispatchMode):
         inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         outputs = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
         name = func._schema.name
-        launched = outputs or name.startswith(("aten::_foreach", "aten::_fused"))
+        launched = outputs or name.startswith(("aten::_foreach", "aten::_fused", "encdiff_native::"))
         if not launched or name.startswith("prim") or func.is_view or name.split("::")[1] in FREE:
             return result
         for group, cost in _costs(name, args, inputs, outputs):
@@ -147,6 +150,8 @@ def _group(name: str, op: str, inputs: list[Tensor], outputs: list[Tensor]) -> s
         return "copies"
     if "attention" in op:
         return "attention"
+    if re.search("resample|avg_pool|upsample", op):
+        return "resampling"
     return GROUP_OF.get(op, "rest")
 
 
@@ -229,16 +234,57 @@ def _predict(model: nn.Module, images: Tensor, x_t: Tensor, t: Tensor) -> Tensor
 
 
 def count_evaluation(form: str, config: EncDiffConfig = PAPER, batch: int = 128) -> Counting:
-    """Of the U-Net's evaluation in a sampler, its tokens folded before where that is ours."""
+    """Of the U-Net's evaluation in a sampler, its tokens folded and its times projected before where that is ours."""
     with imagined_model(form, config) as model, torch.no_grad():
         model.eval()
         dtype = torch.bfloat16 if form == "ours, bf16 weights" else torch.float32
         (x_t, t, _), tokens = _noised(config, batch), _empty(batch, config.concepts, config.token_width, dtype=dtype)
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32):
-            options = {} if form == "published" else {"sampling": begin_sampling(tokens, model.unet.attending)}
+            options = {}
+            if form != "published":
+                options["sampling"] = sampling = begin_sampling(tokens, model.unet.attending)
+                sampling.times = model.unet.project(t[:1])
             with Counting() as counting:
                 model.unet(x_t.to(dtype), t, tokens, **options)
     return counting
+
+
+def count_sampling(
+    precision: Literal["float32", "bf16"] = "bf16", steps: int = 10, config: EncDiffConfig = PAPER, batch: int = 128
+) -> Counting:
+    """Of all that is captured of a sampling by DDIM from given noise."""
+    with torch.device("meta"):
+        model = SamplingEngine(EncDiff(config).eval(), precision=precision).model
+    with imagined_gpu(), imagined_schedule(), torch.no_grad():
+        _place(model)
+        scalars, (x_T, _, _) = _empty(batch, config.concepts), _noised(config, batch)
+        with Counting() as counting:
+            model.sample(scalars, x_T=x_T, sampler="ddim", steps=steps)
+    return counting
+
+
+@contextmanager
+def imagined_schedule() -> Iterator[None]:
+    """Inside, a sampler's tables are made of real numbers on the host, and are on the imagined GPU then."""
+
+    def stages(*args, own=menu.stages, **options):
+        with _disable_current_modes():
+            return own(*args, **options)
+
+    def tables(stages, x, own=loop._tables):
+        with _disable_current_modes():
+            rows, times = own(stages, torch.empty(1, dtype=x.dtype))
+        return [torch.empty(row.shape, dtype=row.dtype) for row in rows], torch.empty(times.shape, dtype=times.dtype)
+
+    def constant(numbers, dtype, device):
+        return torch.empty(len(numbers), dtype=dtype)
+
+    replaced = {(menu, "stages"): stages, (loop, "_tables"): tables, (loop, "_constant"): constant}
+    with ExitStack() as stack:
+        for (module, name), function in replaced.items():
+            stack.enter_context(mock.patch.object(module, name, function))
+        stack.enter_context(mock.patch.object(philox, "readable", lambda _: False))
+        yield
 
 
 def count_update(config: EncDiffConfig = PAPER) -> Counting:
@@ -288,12 +334,13 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--ops", action="store_true", help="list every operator of ours, too")
     parser.add_argument(
-        "--sites", action="store_true", help="list every launch of a bf16 step with its shape and place"
+        "--sites", choices=["step", "sampling"], help="list every launch in bfloat16 with its shape and place"
     )
     options = parser.parse_args()
     if options.sites:
         with torch.autograd.set_detect_anomaly(True, check_nan=False):
-            sites = count_step(FORMS[-1], batch=options.batch).sites
+            count = partial(count_step, FORMS[-1]) if options.sites == "step" else count_sampling
+            sites = count(batch=options.batch).sites
         print(*(f"{n:5} {site}" for site, n in sorted(sites.items())), sep="\n")
         return
     works: dict[str, Callable] = {"training step": count_step, "sampling evaluation": count_evaluation}
@@ -303,6 +350,8 @@ def main() -> None:
         if options.ops:
             for form, counting in counts.items():
                 print(form, *(f"{n:5} {op}" for op, n in counting.ops.most_common()), sep="\n", end="\n\n")
+    samplings: tuple[Literal["float32", "bf16"], ...] = ("float32", "bf16")
+    print(table("sampling, 10 evaluations", {p: count_sampling(p, batch=options.batch) for p in samplings}), end="\n\n")
     print(table("optimiser and average", {"PyTorch's fused forms": count_update()}))
 
 

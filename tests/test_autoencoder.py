@@ -1,5 +1,6 @@
 """The first stages: golden numbers of the published autoencoder, its layout, the quantiser, space to depth, files."""
 
+import copy
 import json
 
 import numpy as np
@@ -43,6 +44,18 @@ def test_decode_quantises_first(paper):
     z_q = paper.quantize(z)[0]
     torch.testing.assert_close(paper.decode(z), paper.decoder(paper.post_quant_conv(z_q)))
     assert paper.decode(z).shape == (1, 3, 20, 12)
+
+
+@torch.no_grad()
+def test_a_decoder_in_bfloat16_searches_its_codes_in_float32(paper):
+    rounded = copy.deepcopy(paper)
+    rounded.decoder.to(torch.bfloat16)
+    z = torch.randn(2, 3, 6, 4) * paper.quantize.embedding.weight.std()
+    z_q = paper.post_quant_conv(paper.quantize(z)[0])
+    exact, images = paper.decode(z), rounded.decode(z)
+    assert images.dtype == torch.float32
+    assert torch.equal(images, rounded.decoder(z_q.bfloat16()).float())
+    assert 0 < relative_error(images, exact) < 0.02
 
 
 @pytest.mark.parametrize("chunk", [autoencoder.SEARCH_ROWS, 7], ids=["one chunk", "chunks of 7"])

@@ -106,6 +106,9 @@ CASES = {
         "layer_norm", (B, L, C), lambda x, impl: ops.layer_norm(x, drawn(C, like=x), drawn(C, like=x), impl=impl)
     ),
     "geglu": Case("geglu", (B, L, C), lambda x, impl: ops.geglu(x, impl=impl)),
+    "resample": Case("resample", (B, C, 5, 4), lambda x, impl: ops.resample(
+        x, "down", beside=x**2, impl=impl)[1]),
+    "resample, up": Case("resample", (B, C, 3, 2), lambda x, impl: ops.resample(x, "up", impl=impl) ** 2),
     "column_sum": Case("column_sum", (7, 5), lambda x, impl: ops.column_sum(x**2, impl=impl)),
     "linear": Case("column_sum", (B, C), lambda x, impl: ops.linear(
         x, drawn(C, C, like=x), learnt(x), impl=impl) ** 2),

@@ -101,6 +101,7 @@ CALLS = {  # of each public function a call with as little as it takes
     "mlp_bank": (X, [torch.rand(8, 3, 1)], [torch.rand(8, 3)]),
     "normal": ((2, 3), 0, IDS),
     "q_sample": (X, None, IDS, torch.rand(5)),
+    "resample": (X[..., None, None], "up"),
     "residual_add": (X[..., None, None], X[..., None, None], X[0]),
     "self_attention": (X[:, None], *(torch.eye(8) for _ in range(4))),
     "step": (X, X, torch.zeros(1, 5)),

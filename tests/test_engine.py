@@ -10,6 +10,7 @@ import torch
 from _tiny import TINY
 from test_train import CONFIG
 
+from bench.baselines import SMOKE, fresh_model
 from bench.clock import captured
 from encdiff import EncDiff, InputError, SamplingEngine
 from encdiff.data import open_dataset
@@ -215,7 +216,7 @@ def test_a_sampling_engine_gives_what_sample_gives(size):
         torch.testing.assert_close(draw(scalars, token_bias=bias), expected, **tolerance)
 
 
-def test_a_sampling_engine_in_bfloat16_rounds_the_unet_alone(model):
+def test_a_sampling_engine_in_bfloat16_samples_near_float32(model):
     model, options = model.to(DEVICE), {"steps": 5, "seed": 5}
     scalars = torch.randn(3, TINY.concepts, device=DEVICE)
     exact = model.sample(scalars, **options)
@@ -226,9 +227,23 @@ def test_a_sampling_engine_in_bfloat16_rounds_the_unet_alone(model):
         images = draw(scalars)
     assert images.dtype == torch.float32 and 0 < (images - exact).norm() <= allowed
     assert {p.dtype for p in model.parameters()} == {torch.float32}
-    assert draw.model.bank is model.bank and draw.model.first_stage is model.first_stage
+    assert draw.model.bank is model.bank
     with pytest.raises(InputError, match="precision is 'fp8', must be float32 or bf16"):
         SamplingEngine(model, precision="fp8")
+
+
+def test_a_sampling_engine_in_bfloat16_rounds_unet_and_decoder_alone():
+    model = fresh_model(SMOKE, torch.device(DEVICE)).eval()
+    copied = SamplingEngine(model, precision="bf16", steps=2).model
+    for rounded in (copied.unet, copied.first_stage.decoder):
+        assert {p.dtype for p in rounded.parameters()} == {torch.bfloat16}
+        assert all(p.is_contiguous(memory_format=torch.channels_last) for p in rounded.parameters() if p.ndim == 4)
+    for name in ("encoder", "quantize", "quant_conv", "post_quant_conv"):
+        assert copied.first_stage.get_submodule(name) is model.first_stage.get_submodule(name)
+    assert copied.bank is model.bank and copied.encoder is model.encoder
+    latents = torch.randn(3, *model.latent_shape, device=DEVICE)
+    images, exact = copied.to_images(latents), model.to_images(latents)
+    assert images.dtype == torch.float32 and 0 < (images - exact).norm() < 0.04 * exact.norm()
 
 
 def test_a_sampling_engine_refuses_what_belongs_to_its_calls():

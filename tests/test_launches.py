@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from bench.launches import Counting, count_evaluation, count_step, count_update, imagined_gpu
+from bench.launches import Counting, count_evaluation, count_sampling, count_step, count_update, imagined_gpu
 from encdiff.ops.column_sum import column_sum
 
-# lower these with every kernel that is saved; 20 and 30 more than once were, since five layers attend by heads, whose
-# kernels took a sixth of the folded ones' time on an H200
-STEP = {"ours, autocast": 2344, "ours, bf16 weights": 1616}
-EVALUATION = {"ours, autocast": 759, "ours, bf16 weights": 457}
+# lower these with every kernel that is saved
+STEP = {"ours, autocast": 2332, "ours, bf16 weights": 1604}
+EVALUATION = {"ours, autocast": 730, "ours, bf16 weights": 418}
+SAMPLING = {"float32": 4839, "bf16": 4480}  # ten evaluations
 
 
 @pytest.mark.parametrize("form", STEP)
@@ -22,9 +22,17 @@ def test_an_evaluation_launches_no_more_than_it_did(form):
     assert count_evaluation(form).total().launches <= EVALUATION[form]
 
 
+@pytest.mark.parametrize("precision", SAMPLING)
+def test_a_sampling_launches_no_more_than_it_did(precision):
+    counting = count_sampling(precision)
+    assert counting.total().launches <= SAMPLING[precision]
+    assert counting.ops["rest: encdiff_native::step_out"] == 10  # all of a solver's step
+
+
 def test_our_kernels_are_the_ones_counted():
     groups = count_evaluation("ours, bf16 weights").groups
     assert groups["GroupNorm"].launches == 73 and groups["attention"].launches == 32 and groups["GEGLU"].launches == 16
+    assert groups["resampling"].launches == 6, "of both tensors of a block at once"
 
 
 def test_what_is_counted():

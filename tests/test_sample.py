@@ -1,5 +1,6 @@
 """The menu of `EncDiff.sample`; each sampler's own tests are in test_samplers.py and test_solvers.py."""
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -7,8 +8,10 @@ import torch
 from _tiny import TINY
 
 from encdiff import EncDiff, InputError
+from encdiff.models import attention, sample
 from encdiff.models.attention import TransformerBlock
 from encdiff.models.sample import SAMPLERS
+from encdiff.ops._beside import joined
 
 
 @pytest.fixture(scope="module")
@@ -99,3 +102,47 @@ def test_progress_counts_the_evaluations(model, scalars):
 def test_bad_options(model, scalars, options, message):
     with pytest.raises(InputError, match=message):
         model.sample(scalars, **({"steps": 4} | options))
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_what_an_evaluation_can_be_spared_changes_no_more_than_a_rounding(model, scalars, sampler, monkeypatch):
+    """On a GPU timesteps are projected in one product for all evaluations, and weights of attentions joined once.
+
+    A double-precision network: what this one makes of a rounding in float32 grows from one evaluation to the next.
+    """
+    model, scalars = copy.deepcopy(model).double(), scalars.double()
+    calls, project = [], model.unet.project
+    monkeypatch.setattr(model.unet, "project", lambda t, tokens=None: calls.append(len(t)) or project(t, tokens))
+    expected = model.sample(scalars, sampler=sampler, steps=5)
+    evaluations = len(calls)
+    assert set(calls) == {3}
+    calls.clear()
+    for module in (sample, attention):
+        monkeypatch.setattr(module, "projecting_pays", lambda tokens: True)
+    spared = model.sample(scalars, sampler=sampler, steps=5)
+    assert calls == [evaluations]
+    assert (spared - expected).norm() <= 1e-6 * expected.norm()
+
+
+def test_a_timestep_among_others_is_projected_as_alone(model):
+    t = torch.tensor([0, 17, 500, 999])
+    together = model.unet.project(t)
+    for n in range(len(t)):
+        alone = model.unet.project(t[n : n + 1].expand(3))
+        for block, others in zip(alone, together, strict=True):
+            for rows, other in zip(block, others, strict=True):
+                assert (rows - other[n]).norm() <= 1e-6 * rows.norm()
+
+
+def test_weights_that_were_joined_are_taken_as_they_lie(model, monkeypatch):
+    monkeypatch.setattr(attention, "projecting_pays", lambda tokens: True)
+    tokens = torch.randn(2, TINY.concepts, TINY.token_width)
+    sampling = attention.begin_sampling(tokens, model.unet.attending)
+    for block in model.unet.attending:
+        weights, joint = block.attn1.weights()[:3], sampling.projections[block.place]
+        assert all(map(torch.equal, joint, weights))
+        with torch.no_grad():
+            assert joined(tokens, *joint).data_ptr() == joint[0].data_ptr()
+            assert torch.equal(joined(tokens, *joint), torch.cat(weights))
+            assert joined(tokens, *weights).data_ptr() != weights[0].data_ptr()
+        assert joined(tokens, *joint).data_ptr() != joint[0].data_ptr()  # a gradient could not go that way

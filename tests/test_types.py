@@ -43,6 +43,7 @@ OPS = {  # of each the function, the shapes of its floating tensors, and its oth
                  {"scalars": (B, N), "w0": (N, D, 1), "w1": (N, C, D), "b0": (N, D), "b1": (N, C)}, {}),
     "q_sample": (ops.q_sample, {"x0": (B, C), "noise": (B, C), "alphas_cumprod": (T,), "weights": (T,)},
                  {"t": torch.tensor([1, 2])}),
+    "resample": (ops.resample, {"x": (B, C, L, L), "beside": (B, C, L, L)}, {"kind": "down"}),
     "residual_add": (ops.residual_add, {"x": (B, C, L, L), "h": (B, C, L, L), "bias": (C,)}, {}),
     "self_attention": (ops.self_attention, {"x": (B, L, C), "w_k": (C, C), "w_v": (C, C)} | ATTENTION, {"heads": H}),
     "step": (lambda past, **given: ops.step(**given, history=(past,)),

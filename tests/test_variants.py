@@ -13,7 +13,6 @@ from encdiff import ops
 from encdiff.ops import _families, _self_check
 from encdiff.ops._check import TYPES, Draw
 from encdiff.ops._families import FAMILIES
-from encdiff.ops.cross_attention_folded import cross_attention_folded, keep
 
 pytestmark = interpreted
 LAUNCHED = Path(__file__).parent / "_launched.py"
@@ -38,7 +37,8 @@ def test_a_step_launches_no_code_that_was_not_checked(form):
 
 MODULES = {  # of the ops that name a variant for what they are called with
     "adamw": "_adamw_with", "column_sum": "_column_sum_with", "geglu": "_geglu_with", "group_norm": "_group_norm_with",
-    "layer_norm": "_layer_norm_with", "mlp_bank": "_mlp_bank_with", "residual_add": "_residual_add_with",
+    "layer_norm": "_layer_norm_with", "mlp_bank": "_mlp_bank_with", "resample": "_resample_with",
+    "residual_add": "_residual_add_with",
 }  # fmt: skip
 
 
@@ -145,13 +145,3 @@ class TestAttentionVariants:
         x, w = torch.randn(2, 256, 60), [torch.randn(60, 60) for _ in range(4)]
         found = self.asked(monkeypatch, lambda: ops.self_attention(x, *w, heads=6, impl="triton"))
         assert found[0] == ("self_attention", "float32", 16, 256), "heads of 10 are filled up to 16"
-
-    def test_kept(self, card, monkeypatch):
-        width, C = 32, 256
-        context, w = torch.randn(2, 20, 16), [torch.randn(C, n) for n in (C, 16, 16, C)]
-        with torch.autocast("cpu", torch.bfloat16):
-            kept = keep(context, *w, heads=C // width)
-            x = torch.randn(2, 16, C)
-            found = self.asked(monkeypatch, lambda: cross_attention_folded(x, kept, impl="triton"))
-        kinds = "cross_attention_kept", "float32", "bfloat16", "float32"
-        assert found == [(*kinds, C, width, 9, False, False, "none", "none")]

@@ -53,6 +53,7 @@ def cases(lab: Lab, batch: int) -> Iterator[Case]:
             yield _group_norm(draw, dtype, batch, L, C, c.groups, with_input=True)
             yield _group_norm(draw, dtype, batch, L, C, c.groups, x_bias=True)
             yield _residual_add(draw, dtype, batch, L, C)
+            yield from _resample(draw, dtype, batch, L, C)
             yield _geglu(draw, dtype, batch, L, c.feedforward * C)
             yield _layer_norm(draw, dtype, batch, L, C)
             yield _linear(draw, dtype, batch, L, C, 2 * c.feedforward * C)
@@ -146,6 +147,17 @@ def _adamw(draw, dtype) -> Case:
 def _geglu(draw, dtype, B, L, inner) -> Case:
     name = f"geglu {dtype} L={L} N={inner}".replace("torch.", "")
     return Case(name, dtype, lambda: {"x": draw(B, L, 2 * inner)}, lambda i, impl: ops.geglu(i["x"], impl=impl))
+
+
+def _resample(draw, dtype, B, L, C) -> Iterator[Case]:
+    side = int(L**0.5)
+
+    def inputs():
+        return {n: draw(B, C, side, side).to(memory_format=torch.channels_last) for n in ("x", "beside")}
+
+    for kind in ("down", "up"):
+        name = f"resample {kind} {dtype} {side}x{side} C={C}".replace("torch.", "")
+        yield Case(name, dtype, inputs, lambda i, impl, kind=kind: ops.resample(**i, kind=kind, impl=impl))
 
 
 def _layer_norm(draw, dtype, B, L, C) -> Case:

@@ -115,6 +115,14 @@ def rows(lab: Lab, forms: tuple[str, ...] = ("ours", "published", "sdpa")) -> It
             (),
             3 * B * L * inner * 2,
         )
+        for kind, stock in (("down", lambda x: F.avg_pool2d(x, 2)), ("up", lambda x: F.interpolate(x, scale_factor=2))):
+            yield Row(
+                f"resample {kind} {side}x{side}x{C}",
+                {"ours": lambda x, kind=kind: ops.resample(x, kind), "published": stock},
+                lambda maps=maps: maps()[:1],
+                (),
+                (5 * B * L * C * 2) // (4 if kind == "down" else 1),
+            )
         yield Row(
             f"column_sum {B * L}x{C}",
             {"ours": ops.column_sum, "published": lambda x: x.sum(0)},

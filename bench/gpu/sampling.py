@@ -1,7 +1,7 @@
 """Blocks `whole` and `sampling`: what runs is right as a whole, and images from codes by DDIM.
 
 Times of sampling are of all evaluations of the U-Net with the bank before and the decoder after them, divided by the
-evaluations.
+evaluations. The profile is of one whole sampling at the larger batch.
 """
 
 from operator import sub
@@ -12,7 +12,7 @@ from bench.baselines import Rounded, fresh_model, published_twin
 from bench.clock import called, replayed
 from bench.cost import sampling_cost
 from bench.gpu.lab import Lab
-from bench.gpu.steps import advance, ours
+from bench.gpu.steps import advance, ours, profile, profile_lines
 from encdiff import SamplingEngine
 from encdiff.engine import float32_precision
 from encdiff.ops import normal, q_sample
@@ -64,28 +64,40 @@ def check_lines(found: dict) -> list[str]:
     return [f"{name}: {value:.3g}" for name, value in found.items() if isinstance(value, float)]
 
 
+EXACT = "bf16, decoder in float32"  # as the engine was before it rounded its decoder
+
+
 @float32_precision(tf32=False)
 def measure(lab: Lab, ours_alone: bool = False) -> dict:
     """Ours first, at both batches; then the published form, which the host slows."""
     steps = 3 if lab.cpu else 10
-    found = {"steps": steps, "tf32": False, "seconds": {}, "bound": {}}
+    found = {"steps": steps, "tf32": False, "seconds": {}, "bound": {}, "profile": {}}
     model = fresh_model(lab.config, lab.device).eval()
     twin = None if ours_alone else published_twin(model)
     for kind in ("ours",) if ours_alone else ("ours", "published"):
         for batch in (lab.batch, 1):
             scalars = torch.randn(batch, lab.config.concepts, device=lab.device)
             x_T = torch.randn(batch, *model.latent_shape, device=lab.device)
-            for precision in ("bf16", "float32"):
+            for precision in ("bf16", EXACT, "float32") if kind == "ours" else ("bf16", "float32"):
                 run = _ours(model, precision, steps) if kind == "ours" else _published(twin, precision, steps)
                 key = f"{kind}, {precision}, B={batch}"
                 found["seconds"][key] = called(lambda r=run, s=scalars, x=x_T: r(s, x), lab.device, 3, 2) / steps
                 lab.save("sampling", found)
             found["bound"][batch] = sampling_cost(lab.config, batch, steps, torch.bfloat16)
+    scalars, x_T = (torch.randn(lab.batch, *s, device=lab.device) for s in ((lab.config.concepts,), model.latent_shape))
+    for precision in ("bf16", EXACT):
+        run = _ours(model, precision, steps)
+        found["profile"][precision] = profile(lab, lambda r=run: r(scalars, x_T))
+        lab.save("sampling", found)
     return found
 
 
 def _ours(model, precision: str, steps: int):
-    engine = SamplingEngine(model, precision=precision, sampler="ddim", steps=steps)
+    engine = SamplingEngine(
+        model, precision="float32" if precision == "float32" else "bf16", sampler="ddim", steps=steps
+    )
+    if precision == EXACT:
+        engine.model.first_stage_model = model.first_stage
     return lambda scalars, x_T: engine(scalars, x_T=x_T)
 
 
@@ -98,7 +110,8 @@ def _published(twin, precision: str, steps: int):
 
 
 def lines(found: dict) -> list[str]:
-    return [f"{name:38} {1e3 * s:8.3f} ms an evaluation" for name, s in found["seconds"].items()]
+    times = [f"{name:38} {1e3 * s:8.3f} ms an evaluation" for name, s in found["seconds"].items()]
+    return times + profile_lines(found["profile"])
 
 
 def measure_unet(lab: Lab, ours_alone: bool = False) -> dict:

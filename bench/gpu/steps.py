@@ -154,6 +154,7 @@ GROUPS = {  # the first pattern that a kernel's name matches
     "LayerNorm": r"layer_norm|LayerNorm",
     "residual sums": r"residual_add",
     "GEGLU": r"geglu",
+    "resampling": r"resample|avg_pool|upsample",
     "BatchNorm": r"batch_norm|bn_fw|bn_bw|BatchNorm",
     "convolutions": r"conv|xmma_(fprop|dgrad|wgrad)|implicit|fprop|dgrad|wgrad|nhwc|cudnn",
     "products": r"gemm|cutlass|cublas|nvjet|gemv|splitK|sm90_xmma",

@@ -157,6 +157,11 @@ def _pair(output, guidance: float | None) -> tuple[torch.Tensor, torch.Tensor | 
     return output
 
 
+def times(stages: list[Stage], device: torch.device) -> torch.Tensor:
+    """When the stages call the model, (calls,): int64 where all are whole numbers, else float32."""
+    return _times(tuple(stage.time for stage in stages if stage.time is not None), device)
+
+
 def _tables(stages: list[Stage], x: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
     """The rows, each (1, columns), and the model's times, (stages,), on x's device before the loop begins."""
     numbers = tuple(c for stage in stages for c in stage.row)
@@ -164,9 +169,12 @@ def _tables(stages: list[Stage], x: torch.Tensor) -> tuple[list[torch.Tensor], t
         raise InputError("the schedule comes too near 0 to turn this prediction into x0; predict v or x0 instead")
     flat = _constant(numbers, compute_dtype(x), x.device)
     rows = [row[None] for row in flat.split([len(stage.row) for stage in stages])]
-    times = tuple(0 if stage.time is None else stage.time for stage in stages)
-    whole = all(float(time).is_integer() for time in times)
-    return rows, _constant(times, torch.int64 if whole else torch.float32, x.device)
+    return rows, _times(tuple(0 if stage.time is None else stage.time for stage in stages), x.device)
+
+
+def _times(numbers: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    whole = all(float(time).is_integer() for time in numbers)
+    return _constant(numbers, torch.int64 if whole else torch.float32, device)
 
 
 @cache

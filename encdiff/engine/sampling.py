@@ -27,7 +27,8 @@ class SamplingEngine:
     `EncDiff.sample`, and so it is with a scheduler of diffusers as `sampler`: it keeps its place on the host, where no
     graph can follow. The parameters must stay where they are: make a new engine after `model.to(...)`.
 
-    precision: "bf16" lets a bfloat16 copy of the U-Net compute, as it is now; x, bank and decoder stay as they are.
+    precision: "bf16" lets bfloat16 copies of U-Net and decoder compute, as they are now. x, the bank, the search for
+    the codes nearest to x0 and the images stay in float32.
     `options` are those of `EncDiff.sample`, without x_T and token_bias, which are given to the call, and progress.
     """
 
@@ -66,10 +67,13 @@ class SamplingEngine:
 
 
 def _rounded(model: EncDiff) -> EncDiff:
-    """A copy with its U-Net in bfloat16, channels last; all else is the model's own."""
-    shared = {id(part): part for part in (model.cond_stage_model, model.first_stage_model)}
-    copied = copy.deepcopy(model, shared)
-    channels_last(copied.unet.to(torch.bfloat16))
+    """A copy with its U-Net and its decoder in bfloat16, channels last; all else is the model's own."""
+    first = dict(model.first_stage.named_children())
+    kept = [model.cond_stage_model, *(part for name, part in first.items() if name != "decoder")]
+    copied = copy.deepcopy(model, {id(part): part for part in kept})
+    rounded = [copied.unet, copied.first_stage.decoder] if "decoder" in first else [copied.unet]
+    for part in rounded:
+        channels_last(part.to(torch.bfloat16))
     return copied
 
 

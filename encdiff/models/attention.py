@@ -13,7 +13,7 @@ from torch import Tensor
 from encdiff import ops
 from encdiff.diffusion.gate import Mode
 from encdiff.models.layers import Conv2d, Linear, part, zero_init
-from encdiff.ops._beside import give, sink_of
+from encdiff.ops._beside import adjoined, give, sink_of
 from encdiff.ops._dispatch import is_transformed
 from encdiff.ops.cross_attention_folded import Folded, Kept, cross_attention_folded, fold, fold_pays
 
@@ -22,12 +22,19 @@ from encdiff.ops.cross_attention_folded import Folded, Kept, cross_attention_fol
 class Sampling:
     """What one sampling keeps from one evaluation of the U-Net to the next, by a block's place in it.
 
-    `gate` says whether every cross-attention is computed, or its output kept, too, or what was kept is given again;
-    `self_gate` the same of self-attentions (`diffusion.gate.TGate`).
+    `times` has what every residual block makes of the timesteps, tensors (evaluations, C), and `evaluation` says which
+    row is the next; without it that is computed from the timestep. `gate` says whether every cross-attention is
+    computed, or its output kept, too, or what was kept is given again; `self_gate` the same of self-attentions
+    (`diffusion.gate.TGate`).
     """
 
     tokens: Tensor
     folded: dict[int, Folded | Kept] = field(default_factory=dict)  # the tokens, where attending to that is faster
+    projections: dict[int, tuple[Tensor, ...]] = field(
+        default_factory=dict
+    )  # of self-attentions, as `adjoined` lays them
+    times: list[tuple[Tensor, ...]] | None = None
+    evaluation: int = 0
     gate: Mode = "compute"
     self_gate: Mode = "compute"
     outputs: dict[tuple[str, int], Tensor] = field(default_factory=dict)  # by kind of attention and block
@@ -133,8 +140,11 @@ class TransformerBlock(nn.Module):
         return x + cond.sampling.outputs[kind, self.place]
 
     def _self_attend(self, x: Tensor, cond: Conditioning, residual: bool = True) -> Tensor:
-        attn = self.attn1
-        return ops.self_attention(x, *attn.weights(), heads=attn.heads, residual=residual, **_norm(self.norm1))
+        attn, sampling = self.attn1, cond.sampling
+        w_q, w_k, w_v, w_o, b_o = attn.weights()
+        if sampling is not None and self.place in sampling.projections:
+            w_q, w_k, w_v = sampling.projections[self.place]
+        return ops.self_attention(x, w_q, w_k, w_v, w_o, b_o, heads=attn.heads, residual=residual, **_norm(self.norm1))
 
     def _cross_attend(self, x: Tensor, cond: Conditioning, residual: bool = True) -> Tensor:
         maps = None if cond.maps is None else "mean"
@@ -169,6 +179,8 @@ def begin_sampling(tokens: Tensor, blocks: list[TransformerBlock]) -> Sampling:
     """The state of a sampling under these tokens (B, N, D), folded once where attending to that is faster."""
     sampling = Sampling(tokens)
     for block in blocks:
+        if block.self_attention and projecting_pays(tokens):
+            sampling.projections[block.place] = adjoined(*block.attn1.weights()[:3])
         if block.cross_attention:
             *weights, bias = block.attn2.weights()
             if fold_pays(tokens, len(bias), block.attn2.heads):

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from encdiff import ops
 from encdiff.checked import Checked, Codes, Depth, Multiple, Width
 from encdiff.errors import InputError
 from encdiff.files.checkpoint import load_model, save_model
@@ -114,17 +115,18 @@ class VQAutoencoder(nn.Module):
         return self.quant_conv(self.encoder(images))
 
     def decode(self, z: Tensor) -> Tensor:
-        """Latent (B,c,h,w), replaced by its nearest codes, to images (B,3,h*f,w*f), not clipped."""
+        """Latent (B,c,h,w), replaced by its nearest codes, to images (B,3,h*f,w*f), not clipped.
+
+        A decoder in a narrower type than z rounds the codes, not the search for them; images are in z's type.
+        """
         _check_latent(z, self.latent_channels)
-        return self._decode_codes(self.quantize(z)[0])
+        z_q = self.post_quant_conv(self.quantize.replace(z))
+        return self.decoder(z_q.to(self.decoder.conv_in.weight.dtype)).to(z.dtype)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Images (B,3,H,W) to (reconstruction (B,3,H,W), code indices (B,h,w) int64, codebook loss ())."""
         z_q, indices, codebook_loss = self.quantize(self.encode(images))
-        return self._decode_codes(z_q), indices, codebook_loss
-
-    def _decode_codes(self, z_q: Tensor) -> Tensor:
-        return self.decoder(self.post_quant_conv(z_q))
+        return self.decoder(self.post_quant_conv(z_q)), indices, codebook_loss
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `config.json` and `model.safetensors` into `folder`, each replaced in one piece."""
@@ -162,9 +164,16 @@ class VectorQuantizer(nn.Module):
         the commitment of z to its code. (The published latent-diffusion code has beta on the other term by default.)
         """
         indices = self.nearest(z)
-        e = rearrange(self.embedding(indices), "b h w c -> b c h w")
+        e = self._codes(indices)
         loss = F.mse_loss(e, z.detach()) + self.beta * F.mse_loss(z, e.detach())
         return z + (e - z).detach(), indices, loss
+
+    def replace(self, z: Tensor) -> Tensor:
+        """The codes alone, as `forward` gives them."""
+        return z + (self._codes(self.nearest(z)) - z).detach()
+
+    def _codes(self, indices: Tensor) -> Tensor:
+        return rearrange(self.embedding(indices), "b h w c -> b c h w")
 
     @torch.no_grad()
     def fit(self, z: Tensor, generator: torch.Generator | None = None) -> None:
@@ -205,7 +214,7 @@ class Encoder(nn.Module):
         h = self.conv_in(x)
         for level in self.down:
             h = level(h)
-        return self.conv_out(F.silu(self.norm_out(self.mid(h))))
+        return self.conv_out(_normalise(self.mid(h), self.norm_out, silu=True))
 
 
 class Decoder(nn.Module):
@@ -224,7 +233,7 @@ class Decoder(nn.Module):
         h = self.mid(self.conv_in(z_q))
         for level in reversed(self.up):
             h = level(h)
-        return self.conv_out(F.silu(self.norm_out(h)))
+        return self.conv_out(_normalise(h, self.norm_out, silu=True))
 
 
 class DownLevel(nn.Module):
@@ -272,8 +281,8 @@ class ResnetBlock(nn.Module):
         self.nin_shortcut = nn.Conv2d(channels, out, 1) if channels != out else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
+        h = self.conv1(_normalise(x, self.norm1, silu=True))
+        h = self.conv2(_normalise(h, self.norm2, silu=True))
         return self.nin_shortcut(x) + h
 
 
@@ -289,7 +298,7 @@ class AttentionBlock(nn.Module):
         self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.norm(x)
+        h = _normalise(x, self.norm)
         q, k, v = (rearrange(project(h), "b c h w -> b 1 (h w) c") for project in (self.q, self.k, self.v))
         out = F.scaled_dot_product_attention(q, k, v)  # scale C^-1/2
         return x + self.proj_out(rearrange(out, "b 1 (h w) c -> b c h w", h=x.shape[2]))
@@ -310,11 +319,15 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return self.conv(ops.resample(x, "up"))
 
 
 def _norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(32, channels, eps=1e-6)
+
+
+def _normalise(x: Tensor, norm: nn.GroupNorm, silu: bool = False) -> Tensor:
+    return ops.group_norm(x, norm.weight, norm.bias, norm.num_groups, norm.eps, silu=silu)
 
 
 def _check_images(images: Tensor, factor: int) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from encdiff.diffusion import loop, menu, schedulers, schedules
@@ -10,7 +11,7 @@ from encdiff.diffusion.gate import Gate, as_tgate
 from encdiff.diffusion.menu import SAMPLERS as SAMPLERS
 from encdiff.diffusion.schedulers import Scheduler
 from encdiff.errors import InputError
-from encdiff.models.attention import begin_sampling
+from encdiff.models.attention import begin_sampling, projecting_pays
 from encdiff.models.config import EncDiffConfig
 from encdiff.models.core import EncDiffCore
 
@@ -48,6 +49,7 @@ def sample_latents(
     def denoise(x_t: Tensor, t: Tensor) -> Tensor:
         nonlocal done
         done += 1
+        sampling.evaluation = done - 1
         if tgate is not None:
             sampling.gate, sampling.self_gate = tgate.cross(done), tgate.own(done)
         output = model.denoise(x_t, t, tokens, token_bias, sampling=sampling)
@@ -57,7 +59,11 @@ def sample_latents(
         return output
 
     if isinstance(sampler, str):
-        return loop.run(denoise, x_T, stages, seed=seed, sample_ids=sample_ids)
+        if model.unet.concept_embed is None and projecting_pays(tokens):
+            sampling.times = model.unet.project(loop.times(stages, x_T.device))
+        if not any(stage.row[4] for stage in stages):  # a drawn number belongs to its place in the contiguous layout
+            x_T = x_T.contiguous(memory_format=torch.channels_last)
+        return loop.run(denoise, x_T, stages, seed=seed, sample_ids=sample_ids).contiguous()
     return schedulers.run(denoise, x_T, sampler, eta=eta, seed=seed)
 
 

@@ -144,10 +144,7 @@ class UNet(nn.Module):
             raise InputError("conditioning is 'adagn': there is no attention to concepts to bias or to show")
         cond = Conditioning(tokens, token_bias, maps, sampling=sampling)
         cond = cond._replace(projected=project_tokens(cond, self.attending))
-        emb = self.time_embed(timestep_embedding(t, self.width).to(part(self.time_embed, 0, nn.Linear).weight.dtype))
-        if self.concept_embed is not None:
-            emb = emb + self.concept_embed(tokens.flatten(1))
-        emb = project_times(emb, self.res_blocks)
+        emb = self._times(t, tokens, sampling)
         h, skips = x, []
         for stage in self.input_blocks:
             h = self._apply_stage(stage, h, emb, cond)
@@ -156,6 +153,18 @@ class UNet(nn.Module):
         for stage in self.output_blocks:
             h = self._apply_stage(stage, torch.cat([h, skips.pop()], dim=1), emb, cond)
         return self.out[-1](normalise(h, part(self.out, 0, nn.GroupNorm), silu=True))
+
+    def project(self, t: Tensor, tokens: Tensor | None = None) -> list[tuple[Tensor, ...]]:
+        """What every residual block makes of timesteps (S,), and under AdaGN of tokens (S, N, D): `project_times`."""
+        emb = self.time_embed(timestep_embedding(t, self.width).to(part(self.time_embed, 0, nn.Linear).weight.dtype))
+        if self.concept_embed is not None and tokens is not None:
+            emb = emb + self.concept_embed(tokens.flatten(1))
+        return project_times(emb, self.res_blocks)
+
+    def _times(self, t: Tensor, tokens: Tensor, sampling: Sampling | None) -> list[tuple[Tensor, ...]]:
+        if sampling is None or sampling.times is None:
+            return self.project(t, tokens)
+        return [tuple(row[sampling.evaluation].expand(len(t), -1) for row in rows) for rows in sampling.times]
 
     def _apply_stage(self, stage: nn.Module, *inputs) -> Tensor:
         if self.checkpoint_activations and self.training:
@@ -205,7 +214,7 @@ class ResBlock(nn.Module):
         """x (B, C, H, W) and the embedded timestep (B, E), or what `project_times` made of it for this block."""
         h, x = normalise(x, part(self.in_layers, 0, nn.GroupNorm), silu=True, with_input=True)
         if self.sample is not None:
-            h, x = _resample(h, self.sample), _resample(x, self.sample)
+            h, x = ops.resample(h, self.sample, beside=x)
         e = project_times(emb, [self])[0] if isinstance(emb, Tensor) else emb
         norm = part(self.out_layers, 0, nn.GroupNorm)
         if self.scale_shift:
@@ -259,7 +268,7 @@ class Resample(nn.Module):
         self.add_module(self._layer, Conv2d(channels, channels, 3, stride=2 if kind == "down" else 1, padding=1))
 
     def forward(self, x: Tensor) -> Tensor:
-        return getattr(self, self._layer)(x if self.kind == "down" else _resample(x, "up"))
+        return getattr(self, self._layer)(x if self.kind == "down" else ops.resample(x, "up"))
 
 
 def timestep_embedding(t: Tensor, width: int) -> Tensor:
@@ -268,10 +277,6 @@ def timestep_embedding(t: Tensor, width: int) -> Tensor:
     frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
     angles = t[:, None].float() * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=1)
-
-
-def _resample(x: Tensor, kind: str) -> Tensor:
-    return F.avg_pool2d(x, 2) if kind == "down" else F.interpolate(x, scale_factor=2, mode="nearest")
 
 
 def _check(width, multipliers, attention_levels, heads, resample, groups) -> None:

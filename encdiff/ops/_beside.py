@@ -106,24 +106,33 @@ def sinks_of(x: Tensor, *weights: Tensor) -> tuple[Sink, ...] | None:
 def joined(x: Tensor, *weights: Tensor) -> Tensor:
     """Weights (O, I) below each other, for `ops.linear` of x: as they lie in memory, or a copy.
 
-    As they lie where their gradients' places do so, too: the view is of the first weight alone as far as autograd sees,
-    and no gradient may go that way.
+    As they lie where there are no gradients, or their places lie so, too: the view is of the first weight alone as far
+    as autograd sees, and no gradient may go that way.
     """
+    shape, stride = (sum(map(len, weights)), weights[0].shape[1]), weights[0].stride()
+    if not (torch.is_grad_enabled() or torch.compiler.is_compiling() or is_transformed(*weights)) and adjoining(
+        weights
+    ):
+        return weights[0].as_strided(shape, stride)
     sinks = sinks_of(x, *weights)
     if sinks is None or not (adjoining(weights) and adjoining([sink.gradient for sink in sinks])):
         return torch.cat(weights)
-    shape, stride = (sum(map(len, weights)), weights[0].shape[1]), weights[0].stride()
     gradient = sinks[0].gradient.as_strided(shape, stride)
     sink = Sink(sinks[0].beside, gradient, tuple(sink.gradient for sink in sinks))
     return give(weights[0].as_strided(shape, stride), sink)
 
 
+def adjoined(*weights: Tensor) -> tuple[Tensor, ...]:
+    """Copies of weights (O, I) that lie below each other in one piece of memory."""
+    return torch.cat([w.detach() for w in weights]).split([len(w) for w in weights])
+
+
 def adjoining(matrices: Sequence[Tensor]) -> bool:
     """Whether each begins where the one before it ends, in one piece of memory."""
-    ends = [m.data_ptr() + m.numel() * m.element_size() for m in matrices]
-    one = len({(m.untyped_storage().data_ptr(), m.dtype, m.shape[1]) for m in matrices}) == 1
+    ends = [m.storage_offset() + m.numel() for m in matrices]
+    one = len({(m.untyped_storage()._cdata, m.dtype, m.shape[1]) for m in matrices}) == 1
     whole = all(m.ndim == 2 and m.is_contiguous() for m in matrices)
-    return one and whole and all(m.data_ptr() == end for m, end in zip(matrices[1:], ends, strict=False))
+    return one and whole and all(m.storage_offset() == end for m, end in zip(matrices[1:], ends, strict=False))
 
 
 def sink_of(weight: Tensor | None) -> Sink | None:

@@ -20,6 +20,7 @@ from encdiff.ops.group_norm import group_norm_reference, group_norm_triton
 from encdiff.ops.group_norm import representatives as of_group_norm
 from encdiff.ops.layer_norm import layer_norm_reference, layer_norm_triton
 from encdiff.ops.mlp_bank import mlp_bank_reference, mlp_bank_triton
+from encdiff.ops.resample import resample_reference, resample_triton
 from encdiff.ops.residual_add import residual_add_reference, residual_add_triton
 
 # of features and parameters: each type alone, and as under autocast
@@ -159,6 +160,20 @@ def _mlp_bank_variants() -> Iterator[Variant]:
         yield *KINDS[1], 64, 16, activation
 
 
+def _resample(draw: Draw, x: str, kind: str, aligned: bool) -> Tensors:
+    """Of odd sizes on the way down: the way up is then checked by the gradients."""
+    shape = 3, 72 if aligned else 67, 5, 7
+    return {"x": draw(*shape).to(TYPES[x], memory_format=torch.channels_last), "beside": draw(*shape).to(TYPES[x])}
+
+
+def _resample_with(op):
+    return lambda i, x, kind, aligned: op(i["x"], kind, beside=i["beside"])
+
+
+def _resample_variants() -> Iterator[Variant]:
+    yield from product(TYPES, ("down", "up"), (True, False))
+
+
 def _residual_add(draw: Draw, x: str, bias: str, columns: int) -> Tensors:
     maps = {n: draw(3, columns, 11, 1).to(TYPES[x], memory_format=torch.channels_last) for n in ("x", "h")}
     return maps | {"bias": draw(columns).to(TYPES[bias])}
@@ -183,6 +198,7 @@ FAMILIES |= {family.name: family for family in [
             products=True),
     _family("group_norm", _group_norm_variants, _group_norm, _group_norm_with, group_norm_triton, group_norm_reference),
     _family("layer_norm", _layer_norm_variants, _layer_norm, _layer_norm_with, layer_norm_triton, layer_norm_reference),
+    _family("resample", _resample_variants, _resample, _resample_with, resample_triton, resample_reference),
     _family("geglu", _geglu_variants, _geglu, _geglu_with, geglu_triton, geglu_reference),
     _family("residual_add", _residual_add_variants, _residual_add, _residual_add_with, residual_add_triton,
             residual_add_reference),

@@ -32,7 +32,7 @@ from .parts import (
     standardise,
     store_rows,
 )
-from .plan import FOLDED_TILES, FOLDED_TOKENS, pad
+from .plan import FOLDED_TILES, FOLDED_TOKENS, SPILLS, pad
 
 # Not specialised, so that the code of a tile is one, the gate's: the figures of the channels alone are.
 GENERAL = ("L", "N", "H", "stride_xb8", "stride_xl8", "stride_kb8", "stride_kh8", "stride_bias_b", "stride_bias_h")
@@ -347,6 +347,7 @@ def gate_cases():
             yield GateCase(
                 f"cross_attention folded {name} {dtype} C<={BLOCK_C}{' options' * options}", kernel,
                 gate_signature(kernel, types, fixed), fixed, tile.num_warps, tile.num_stages, half,
+                SPILLS if half and BLOCK_C < 256 else 0,
             )  # fmt: skip
 
 
