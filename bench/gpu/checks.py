@@ -51,6 +51,8 @@ def cases(lab: Lab, batch: int) -> Iterator[Case]:
             yield from _attention(draw, dtype, batch, L, C, c)
             yield _group_norm(draw, dtype, batch, L, C, c.groups)
             yield _group_norm(draw, dtype, batch, L, C, c.groups, with_input=True)
+            yield _group_norm(draw, dtype, batch, L, C, c.groups, x_bias=True)
+            yield _residual_add(draw, dtype, batch, L, C)
             yield from _resample(draw, dtype, batch, L, C)
             yield _geglu(draw, dtype, batch, L, c.feedforward * C)
             yield _layer_norm(draw, dtype, batch, L, C)
@@ -101,17 +103,28 @@ def _attention(draw, dtype, B, L, C, c) -> Iterator[Case]:
     yield Case(f"self_attention {at}", dtype, lambda: weights(C), self_attention)
 
 
-def _group_norm(draw, dtype, B, L, C, groups, **options) -> Case:
-    side = int(L**0.5)
+def _group_norm(draw, dtype, B, L, C, groups, x_bias=False, **options) -> Case:
+    side, named = int(L**0.5), ["x_bias"] * x_bias + [*options]
 
     def inputs():
         x = draw(B, C, side, side).to(memory_format=torch.channels_last)
         small = {"weight": 1 + 0.1 * draw(C), "bias": 0.1 * draw(C), "scale": 0.3 * draw(B, C), "shift": draw(B, C)}
-        return {"x": x} | small
+        return {"x": x} | small | ({"x_bias": draw(C)} if x_bias else {})
 
-    name = f"group_norm {' '.join([*options, str(dtype)])} {side}x{side} C={C}".replace("torch.", "")
+    name = f"group_norm {' '.join([*named, str(dtype)])} {side}x{side} C={C}".replace("torch.", "")
     return Case(name, dtype, inputs,
                 lambda i, impl: ops.group_norm(**i, groups=groups, silu=True, **options, impl=impl))  # fmt: skip
+
+
+def _residual_add(draw, dtype, B, L, C) -> Case:
+    side = int(L**0.5)
+
+    def inputs():
+        maps = {n: draw(B, C, side, side).to(memory_format=torch.channels_last) for n in ("x", "h")}
+        return maps | {"bias": draw(C)}
+
+    name = f"residual_add {dtype} {side}x{side} C={C}".replace("torch.", "")
+    return Case(name, dtype, inputs, lambda i, impl: ops.residual_add(**i, impl=impl))
 
 
 def _adamw(draw, dtype) -> Case:
