@@ -101,6 +101,9 @@ CASES = {
         "layer_norm", (B, L, C), lambda x, impl: ops.layer_norm(x, drawn(C, like=x), drawn(C, like=x), impl=impl)
     ),
     "geglu": Case("geglu", (B, L, C), lambda x, impl: ops.geglu(x, impl=impl)),
+    "projection": Case("projection", (B, L, C), lambda x, impl: ops.projection(
+        x, drawn(2 * C, C, like=x), drawn(2 * C, like=x), norm_weight=drawn(C, like=x), norm_bias=drawn(C, like=x),
+        gated=True, residual=x, impl=impl), ("native", "reference")),
     "column_sum": Case("column_sum", (7, 5), lambda x, impl: ops.column_sum(x**2, impl=impl)),
     "linear": Case("column_sum", (B, C), lambda x, impl: ops.linear(
         x, drawn(C, C, like=x), learnt(x), impl=impl) ** 2),

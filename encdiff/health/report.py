@@ -184,6 +184,7 @@ def _examples(device: torch.device, dtype: torch.dtype) -> dict[str, tuple[tuple
         "group_norm": ((maps, of(C), of(C), 32), {"silu": True}),
         "layer_norm": ((x, of(C), of(C)), {}),
         "geglu": ((of(B, L, 8 * C),), {}),
+        "projection": ((x, of(8 * C, C), of(8 * C)), {"norm_weight": of(C), "norm_bias": of(C), "gated": True}),
         "column_sum": ((of(B * L, C), dtype), {}),
         "adamw": ((numbers, numbers.to(dtype), numbers, numbers, torch.zeros(4, device=device)), {}),
         "q_sample": ((latents, latents, ids, torch.ones(1000, device=device, dtype=torch.float64)), {}),

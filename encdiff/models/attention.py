@@ -84,26 +84,32 @@ class Attention(nn.Module):
 
 
 class GEGLU(nn.Module):
-    """(h, g) = proj(x); h * GELU(g)."""
+    """(h, g) = proj([LN(]x[)]); h * GELU(g)."""
 
     def __init__(self, width: int, inner: int):
         super().__init__()
         self.proj = Linear(width, 2 * inner)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return ops.geglu(self.proj(x))
+    def forward(self, x: Tensor, norm: nn.LayerNorm | None = None) -> Tensor:
+        if type(self.proj) is Linear:
+            return ops.projection(x, self.proj.weight, self.proj.bias, gated=True, **_norm(norm))
+        return ops.geglu(self.proj(x if norm is None else ops.layer_norm(x, norm.weight, norm.bias, norm.eps)))
 
 
 class FeedForward(nn.Module):
-    """Linear(GEGLU(x)), `factor` times as wide inside."""
+    """[x +] Linear(GEGLU([LN(]x[)])), `factor` times as wide inside."""
 
     def __init__(self, width: int, factor: int):
         super().__init__()
         # Identity keeps the place of the published code's dropout, and so the names
         self.net = nn.Sequential(GEGLU(width, factor * width), nn.Identity(), Linear(factor * width, width))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)
+    def forward(self, x: Tensor, norm: nn.LayerNorm | None = None, residual: bool = False) -> Tensor:
+        gate, _, out = self.net
+        h = gate(x, norm)
+        if type(out) is Linear:
+            return ops.projection(h, out.weight, out.bias, residual=x if residual else None)
+        return x + out(h) if residual else out(h)
 
 
 class TransformerBlock(nn.Module):
@@ -128,7 +134,7 @@ class TransformerBlock(nn.Module):
             x = self._gated("self", cond.self_gate, x, cond, self._self_attend)
         if self.cross_attention:
             x = self._gated("cross", cond.gate, x, cond, self._cross_attend)
-        return x + self.ff(ops.layer_norm(x, self.norm3.weight, self.norm3.bias, self.norm3.eps))
+        return self.ff(x, self.norm3, residual=True)
 
     def _gated(self, kind: str, mode: Mode, x: Tensor, cond: Conditioning, attend: Callable[..., Tensor]) -> Tensor:
         """x + attention: computed, and kept where asked for, or what was kept."""
@@ -221,21 +227,25 @@ class SpatialTransformer(nn.Module):
             h = block(h, cond)
         if cond.maps is not None:
             cond.maps[first_map:] = [rearrange(m, "b (h w) n -> b h w n", h=height) for m in cond.maps[first_map:]]
-        return x + pointwise(rearrange(h, "b (h w) c -> b c h w", h=height), self.proj_out)
+        return pointwise(rearrange(h, "b (h w) c -> b c h w", h=height), self.proj_out, residual=x)
 
 
-def pointwise(x: Tensor, conv: nn.Conv2d) -> Tensor:
-    """A 1x1 convolution of (B, C, H, W); of channels-last features as a product, which adds the bias itself.
+def pointwise(x: Tensor, conv: nn.Conv2d, residual: Tensor | None = None) -> Tensor:
+    """A 1x1 convolution of (B, C, H, W) [+ residual]; of channels-last features as a product.
 
-    cuDNN would add it in a pass of its own.
+    That adds the bias itself, where cuDNN would add it in a pass of its own.
     """
     if is_transformed(x) or not x.is_contiguous(memory_format=torch.channels_last):
-        return conv(x)
+        return conv(x) if residual is None else residual + conv(x)
     weight = conv.weight  # as a matrix by a view whose gradient has the weight's own strides: fused AdamW asks for them
     weight = weight.flatten(1) if weight.stride(3) == 1 else weight.permute(0, 2, 3, 1).flatten(1)
     if not torch.compiler.is_compiling() and (sink := sink_of(conv.weight)) is not None:
         give(weight, sink.as_matrix())
-    y = ops.linear(x.flatten(2).transpose(1, 2), weight, conv.bias)
+    rows = x.flatten(2).transpose(1, 2)
+    if residual is None:
+        y = ops.linear(rows, weight, conv.bias)
+    else:
+        y = ops.projection(rows, weight, conv.bias, residual=residual.flatten(2).transpose(1, 2))
     return y.transpose(1, 2).unflatten(2, x.shape[2:])
 
 
@@ -244,5 +254,7 @@ def normalise(x: Tensor, norm: nn.GroupNorm, **options: Any) -> Tensor:
     return ops.group_norm(x, norm.weight, norm.bias, norm.num_groups, norm.eps, **options)
 
 
-def _norm(norm: nn.LayerNorm) -> dict:
+def _norm(norm: nn.LayerNorm | None) -> dict:
+    if norm is None:
+        return {}
     return {"norm_weight": norm.weight, "norm_bias": norm.bias, "norm_eps": norm.eps}
