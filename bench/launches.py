@@ -63,7 +63,7 @@ GROUPS = {
     "GEGLU": {"geglu", "geglu_backward", "gelu", "gelu_backward"},
     "copies": {"clone", "copy_", "cat", "stack", "slice_backward", "select_backward"},
     "fills": {"zeros", "zeros_like", "ones_like", "new_zeros", "fill_", "zero_", "full", "full_like", "zero"},
-    "adds": {"add", "add_"},
+    "adds": {"add", "add_", "residual_add"},
     "sums": {"sum", "column_sum"},
     "activations": {"silu", "silu_backward", "relu", "relu_", "threshold_backward", "elu", "elu_backward"},
 }
@@ -150,6 +150,8 @@ def _group(name: str, op: str, inputs: list[Tensor], outputs: list[Tensor]) -> s
         return "copies"
     if "attention" in op:
         return "attention"
+    if re.search("resample|avg_pool|upsample", op):
+        return "resampling"
     return GROUP_OF.get(op, "rest")
 
 

@@ -4,9 +4,10 @@
 
 A kernel module, `kernels/X.py` or a folder, lists its configurations in `gate_cases()`: every tile that a preset's
 layers take, and of tiles that differ from their neighbours by a width alone the narrowest and the widest. Each is
-compiled ahead of time for each of `TARGETS`; the machine code must use no stack and no local memory (that is, spill no
-register) and stay within the shared memory of one block; a kernel of matrix products must contain tensor-core
-instructions. Exits 1 on a failure. `--brief`: the first case of each kernel, for sm_90 alone.
+compiled ahead of time for each of `TARGETS`; the machine code must use no local memory and no stack (that is, spill no
+register, unless a tile that spills some was measured to be faster: `GateCase.spills`) and stay within the shared memory
+of one block; a kernel of matrix products must contain tensor-core instructions. Exits 1 on a failure. `--brief`: the
+first case of each kernel, for sm_90 alone.
 """
 
 import importlib
@@ -48,6 +49,7 @@ class GateCase(NamedTuple):
     num_warps: int = 4
     num_stages: int = 2
     tensor_cores: bool = True
+    spills: int = 0  # bytes of a thread's stack at most
 
 
 def gate_signature(kernel: Any, types: dict[str, str], constexprs: dict[str, Any]) -> dict[str, str]:
@@ -92,18 +94,18 @@ def examine(case: GateCase, target: int) -> Row:
     found = sorted(set(re.findall(TARGETS[target][1], compiled.asm["ptx"])))
     figures = usage["REG"], usage["STACK"], usage["LOCAL"], compiled.metadata.shared
     row = Row(case.name, target, *figures, " ".join(found))
-    return row._replace(failure="; ".join(failures(row, case.tensor_cores)))
+    return row._replace(failure="; ".join(failures(row, case)))
 
 
-def failures(row: Row, tensor_cores: bool) -> list[str]:
+def failures(row: Row, case: GateCase) -> list[str]:
     found = []
-    if row.stack or row.local:
+    if row.stack > case.spills or row.local:
         found.append(f"spills: stack {row.stack}, local {row.local} bytes")
     if row.registers > REGISTERS:
         found.append(f"{row.registers} registers of {REGISTERS}")
     if row.shared > TARGETS[row.target][0]:
         found.append(f"{row.shared} bytes of shared memory of {TARGETS[row.target][0]}")
-    if tensor_cores and not row.tensor_cores:
+    if case.tensor_cores and not row.tensor_cores:
         found.append("no tensor-core instruction")
     return found
 

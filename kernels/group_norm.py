@@ -2,14 +2,15 @@
 
 Features are (B, L, C), channels innermost. One program normalises K groups of one sample: BLOCK_C columns, BLOCK_D for
 each group. Where the L positions fit one tile (SINGLE) it stays in registers, otherwise it is read again: twice more
-forward, once more backward. The variance is centred: the mean comes first.
+forward, once more backward. The variance is centred: the mean comes first. A bias of x (HAS_X_BIAS) is a number of a
+column: it moves the mean that the column is compared with, and costs no operation on an element.
 
 WIDTH is the channels of a group where they are compiled in. A power of two fills its columns, then a thread moves
 VECTOR elements at a time; three quarters of one leave gaps, then 2 or 4. 0: any number, element by element.
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from itertools import product
 
 import torch
 import triton
@@ -17,18 +18,15 @@ import triton.language as tl
 from torch import Tensor
 
 from ._gate import GateCase, gate_signature
-from ._halves import SUM, SUM_WARPS, group_norm_bwd_kernel_sum, sum_halves
+from ._group_norm_tile import BLOCK_D, COLUMNS, WIDTHS, Tile
+from ._rows import SUM, SUM_WARPS, group_norm_bwd_kernel_sum, sum_rows
 from ._second import refuse_second
 
-WIDTHS = (2, 4, 6, 8, 12, 16)  # those of the U-Nets: 64 to 512 channels in 32 groups
-BLOCK_D = (4, 16, 64)  # columns of a group of any other width
 VECTOR = tl.constexpr(4)  # neighbours of one thread; of 8, each column's figures take more registers than there are
-COLUMNS = {4: 256, 16: 128, 64: 64, 256: 32}  # positions of a tile -> its columns: 64 bytes of bfloat16 at least
-TILE = 8192  # elements of one program at most
 # What the kernels do not specialise: all but the pointers to features, which `_aligned` sees to. So the code depends on
 # the block sizes alone and gate_cases lists all of it.
-GENERAL = ("p_mean", "p_rstd", "p_w", "p_b", "p_scale", "p_shift", "p_dscale", "p_dshift", "p_rows", "p_dw", "p_db")
-GENERAL += ("B", "L", "C", "G", "stride_scale", "stride_shift", "stride_skip")
+GENERAL = ("p_mean", "p_rstd", "p_w", "p_b", "p_scale", "p_shift", "p_dscale", "p_dshift", "p_x_bias")
+GENERAL += ("p_rows", "p_dw", "p_db", "p_dx_bias", "B", "L", "C", "G", "stride_scale", "stride_shift", "stride_skip")
 
 
 @triton.jit
@@ -87,9 +85,9 @@ def _affine(p_w, p_b, p_scale, p_shift, o_c, m_c, HAS_SCALE: tl.constexpr, HAS_S
 
 @triton.jit(do_not_specialize=GENERAL)
 def group_norm_fwd_kernel(
-    p_x, p_w, p_b, p_scale, p_shift, p_y, p_mean, p_rstd, L, C, G, stride_scale, stride_shift, eps,
+    p_x, p_w, p_b, p_scale, p_shift, p_x_bias, p_y, p_mean, p_rstd, L, C, G, stride_scale, stride_shift, eps,
     BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, WIDTH: tl.constexpr, SINGLE: tl.constexpr,
-    HAS_SCALE: tl.constexpr, HAS_SHIFT: tl.constexpr, SILU: tl.constexpr,
+    HAS_SCALE: tl.constexpr, HAS_SHIFT: tl.constexpr, SILU: tl.constexpr, HAS_X_BIAS: tl.constexpr,
 ):  # fmt: skip
     tiles = tl.cdiv(G, BLOCK_C // BLOCK_D)
     i_b, i_t = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles
@@ -104,16 +102,22 @@ def group_norm_fwd_kernel(
     if not SINGLE:
         for i_l in range(BLOCK_L, L, BLOCK_L):
             total += tl.sum(_load(p_x, i_l, o_c, m_c, L, C, BLOCK_L), 0)
+    if HAS_X_BIAS:
+        x_bias = _column(p_x_bias, o_c, m_c)
+        total += L * x_bias
     mean = _over_groups(total, BLOCK_C, BLOCK_D) / n
+    tl.store(p_mean + i_b * G + o_g, mean, mask=m_g)
+    centre = mean
+    if HAS_X_BIAS:
+        centre -= x_bias
     total = tl.zeros((BLOCK_C,), tl.float32)
     for i_l in range(0, BLOCK_L if SINGLE else L, BLOCK_L):
         if not SINGLE:
             x = _load(p_x, i_l, o_c, m_c, L, C, BLOCK_L)
         m = (i_l + tl.arange(0, BLOCK_L) < L)[:, None] & m_c[None, :]
-        d = tl.where(m, x - mean[None, :], 0.0)
+        d = tl.where(m, x - centre[None, :], 0.0)
         total += tl.sum(d * d, 0)
     rstd = 1 / tl.sqrt(_over_groups(total, BLOCK_C, BLOCK_D) / n + eps)
-    tl.store(p_mean + i_b * G + o_g, mean, mask=m_g)
     tl.store(p_rstd + i_b * G + o_g, rstd, mask=m_g)
     w, b, scale, shift = _affine(
         p_w, p_b, p_scale + i_b * stride_scale, p_shift + i_b * stride_shift, o_c, m_c, HAS_SCALE, HAS_SHIFT
@@ -122,7 +126,7 @@ def group_norm_fwd_kernel(
     for i_l in range(0, BLOCK_L if SINGLE else L, BLOCK_L):
         if not SINGLE:
             x = _load(p_x, i_l, o_c, m_c, L, C, BLOCK_L)
-        u = (x - mean[None, :]) * gain[None, :] + offset[None, :]
+        u = (x - centre[None, :]) * gain[None, :] + offset[None, :]
         if SILU:
             u = u / (1 + tl.exp(-u))
         _store(p_y, u, i_l, o_c, m_c, L, C, BLOCK_L)
@@ -142,12 +146,16 @@ def _normalised(p_dy, p_x, i_l, mean, rstd, gain, offset, o_c, m_c, L, C, BLOCK_
 
 @triton.jit(do_not_specialize=GENERAL)
 def group_norm_bwd_kernel(
-    p_dy, p_x, p_mean, p_rstd, p_w, p_b, p_scale, p_shift, p_skip, p_dx, p_dscale, p_dshift, p_rows, L, C, G,
-    stride_scale, stride_shift, stride_skip,
+    p_dy, p_x, p_mean, p_rstd, p_w, p_b, p_scale, p_shift, p_x_bias, p_skip, p_dx, p_dscale, p_dshift, p_rows,
+    L, C, G, stride_scale, stride_shift, stride_skip,
     BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, WIDTH: tl.constexpr, SINGLE: tl.constexpr,
-    HAS_SCALE: tl.constexpr, HAS_SHIFT: tl.constexpr, SILU: tl.constexpr, HAS_SKIP: tl.constexpr,
+    HAS_SCALE: tl.constexpr, HAS_SHIFT: tl.constexpr, SILU: tl.constexpr, HAS_X_BIAS: tl.constexpr,
+    HAS_SKIP: tl.constexpr,
 ):  # fmt: skip
-    """p_rows (B, 2, C) takes each sample's share of the gradients of weight and bias; p_skip is added to dx."""
+    """p_rows (B, 2 or 3, C) takes each sample's share of the gradients of weight, bias and x_bias.
+
+    p_skip is added to dx.
+    """
     tiles = tl.cdiv(G, BLOCK_C // BLOCK_D)
     i_b, i_t = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles
     n = (L * (C // G)).to(tl.float32)
@@ -164,6 +172,8 @@ def group_norm_bwd_kernel(
     p_shift += i_b * stride_shift
     w, b, scale, shift = _affine(p_w, p_b, p_scale, p_shift, o_c, m_c, HAS_SCALE, HAS_SHIFT)
     mean, rstd = _column(p_mean + i_b * G, o_g, m_c), _column(p_rstd + i_b * G, o_g, m_c)
+    if HAS_X_BIAS:
+        mean -= _column(p_x_bias, o_c, m_c)
     gain, offset = w * scale, b * scale + shift
     x_hat, du = _normalised(p_dy, p_x, 0, mean, rstd, gain, offset, o_c, m_c, L, C, BLOCK_L, SILU)
     sum_du, sum_xdu = tl.sum(du, 0), tl.sum(du * x_hat, 0)
@@ -174,10 +184,14 @@ def group_norm_bwd_kernel(
             sum_xdu += tl.sum(du * x_hat, 0)
     mean_d = _over_groups(sum_du * gain, BLOCK_C, BLOCK_D) / n
     mean_xd = _over_groups(sum_xdu * gain, BLOCK_C, BLOCK_D) / n
+    if HAS_X_BIAS:
+        sum_dx = tl.zeros((BLOCK_C,), tl.float32)
     for i_l in range(0, BLOCK_L if SINGLE else L, BLOCK_L):
         if not SINGLE:
             x_hat, du = _normalised(p_dy, p_x, i_l, mean, rstd, gain, offset, o_c, m_c, L, C, BLOCK_L, SILU)
         dx = rstd[None, :] * (du * gain[None, :] - mean_d[None, :] - x_hat * mean_xd[None, :])
+        if HAS_X_BIAS:
+            sum_dx += tl.sum(tl.where((i_l + tl.arange(0, BLOCK_L) < L)[:, None], dx, 0.0), 0)
         if HAS_SKIP:
             dx += _load(p_skip, i_l, o_c, m_c, L, stride_skip, BLOCK_L)
         _store(p_dx, dx, i_l, o_c, m_c, L, C, BLOCK_L)
@@ -186,46 +200,11 @@ def group_norm_bwd_kernel(
         tl.store(p_dscale + i_b * C + o_c, (w * sum_xdu + b * sum_du).to(p_dscale.dtype.element_ty), mask=m_c)
     if HAS_SHIFT:
         tl.store(p_dshift + i_b * C + o_c, sum_du.to(p_dshift.dtype.element_ty), mask=m_c)
-    p_rows += i_b * 2 * C
+    p_rows += i_b * (3 if HAS_X_BIAS else 2) * C
     tl.store(p_rows + o_c, sum_xdu * scale, mask=m_c)
     tl.store(p_rows + C + o_c, sum_du * scale, mask=m_c)
-
-
-class Tile(NamedTuple):
-    """Positions and columns of one program, columns and channels (0: any) of one group, whether it is read once."""
-
-    rows: int
-    columns: int
-    group: int
-    width: int
-    single: bool
-
-    @classmethod
-    def of(cls, L: int, C: int, groups: int) -> "Tile":
-        D = C // groups
-        width = D if D in WIDTHS and C % 8 == 0 else 0
-        group = triton.next_power_of_2(D) if width else min(d for d in BLOCK_D if d >= D)
-        # fewer to compile: narrow groups are those of large images
-        lengths = ([64, 256] if width < 8 else list(COLUMNS)) if width else [16, 256]
-        rows = next((r for r in lengths if r >= L), lengths[-1])
-        columns = max(COLUMNS[rows], group)
-        if width != group:  # there are gaps
-            columns = max(columns, min(2 * columns, TILE // rows))
-        rows = min(rows, TILE // columns)
-        return cls(rows, columns, group, width, rows >= L)
-
-    @property
-    def num_warps(self) -> int:
-        """16 elements for each thread; 32 of the longest code, which has too few registers otherwise."""
-        return self.rows * self.columns // (512 if self.width or self.single else 1024)
-
-    def programs(self, groups: int) -> int:
-        """For one sample."""
-        return triton.cdiv(groups, self.columns // self.group)
-
-    def constexprs(self, has_scale: bool, has_shift: bool, silu: bool) -> dict:
-        blocks = {"BLOCK_L": self.rows, "BLOCK_C": self.columns, "BLOCK_D": self.group, "WIDTH": self.width}
-        return blocks | {"SINGLE": self.single, "HAS_SCALE": has_scale, "HAS_SHIFT": has_shift, "SILU": silu}
+    if HAS_X_BIAS:
+        tl.store(p_rows + 2 * C + o_c, sum_dx, mask=m_c)
 
 
 def _row(t: Tensor | None, other: Tensor) -> tuple[Tensor, int]:
@@ -242,7 +221,12 @@ def _aligned(x: Tensor) -> Tensor:
     return x.clone() if x.data_ptr() % 16 else x
 
 
-def _launch_forward(x, weight, bias, scale, shift, groups, eps, silu) -> tuple[Tensor, Tensor, Tensor]:
+def _vector(t: Tensor | None, other: Tensor) -> Tensor:
+    """A (C,) tensor; without one, anything to point at."""
+    return (other if t is None else t).contiguous()
+
+
+def _launch_forward(x, weight, bias, scale, shift, x_bias, groups, eps, silu) -> tuple[Tensor, Tensor, Tensor]:
     (batch, L, C), x = x.shape, _aligned(x)
     y = torch.empty_like(x)
     mean, rstd = (x.new_empty(batch, groups, dtype=torch.float32) for _ in range(2))
@@ -251,8 +235,10 @@ def _launch_forward(x, weight, bias, scale, shift, groups, eps, silu) -> tuple[T
         (s, stride_s), (t, stride_t) = _row(scale, weight), _row(shift, weight)
         with torch.cuda.device_of(x):
             group_norm_fwd_kernel[batch * tile.programs(groups),](
-                x, weight.contiguous(), bias.contiguous(), s, t, y, mean, rstd, L, C, groups, stride_s, stride_t, eps,
-                **tile.constexprs(scale is not None, shift is not None, silu), num_warps=tile.num_warps, num_stages=1,
+                x, weight.contiguous(), bias.contiguous(), s, t, _vector(x_bias, weight), y, mean, rstd,
+                L, C, groups, stride_s, stride_t, eps,
+                **tile.constexprs(scale is not None, shift is not None, silu, x_bias is not None),
+                num_warps=tile.num_warps, num_stages=1,
             )  # fmt: skip
     return y, mean, rstd
 
@@ -268,45 +254,46 @@ def _skip(t: Tensor | None, x: Tensor) -> tuple[Tensor, int]:
     return _aligned(t.to(x.dtype)), t.shape[2]  # not its stride, which says nothing where there is one position
 
 
-def _launch_backward(dy, x, mean, rstd, weight, bias, scale, shift, groups, silu, skip) -> tuple[Tensor, ...]:
-    """The gradients of x (with skip added), weight, bias, scale and shift; an empty one for what is not given."""
+def _launch_backward(dy, x, mean, rstd, weight, bias, scale, shift, x_bias, groups, silu, skip) -> tuple[Tensor, ...]:
+    """The gradients of x (with skip added), weight, bias, scale, shift and x_bias; empty for what is not given."""
     (batch, L, C), x, dy = x.shape, _aligned(x), _aligned(dy)
     dx, dweight, dbias = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, weight, bias))
-    dscale, dshift = (_like_row(t, x) for t in (scale, shift))
-    rows = x.new_empty(batch, 2, C, dtype=torch.float32)
+    dscale, dshift, dx_bias = (_like(t, x) for t in (scale, shift, x_bias))
+    sums = (dweight, dbias) if x_bias is None else (dweight, dbias, dx_bias)
+    rows = x.new_empty(batch, len(sums), C, dtype=torch.float32)
     if x.numel():
         tile = Tile.of(L, C, groups)
         (s, stride_s), (t, stride_t) = _row(scale, weight), _row(shift, weight)
         added, stride_added = _skip(skip, x)
         with torch.cuda.device_of(x):
             group_norm_bwd_kernel[batch * tile.programs(groups),](
-                dy, x, mean, rstd, weight.contiguous(), bias.contiguous(), s, t, added, dx, dscale, dshift, rows,
-                L, C, groups, stride_s, stride_t, stride_added,
-                **tile.constexprs(scale is not None, shift is not None, silu), HAS_SKIP=skip is not None,
-                num_warps=tile.num_warps, num_stages=1,
+                dy, x, mean, rstd, weight.contiguous(), bias.contiguous(), s, t, _vector(x_bias, weight), added,
+                dx, dscale, dshift, rows, L, C, groups, stride_s, stride_t, stride_added,
+                **tile.constexprs(scale is not None, shift is not None, silu, x_bias is not None),
+                HAS_SKIP=skip is not None, num_warps=tile.num_warps, num_stages=1,
             )  # fmt: skip
-            sum_halves(rows, dweight, dbias)
+            sum_rows(rows, *sums)
     else:
-        for t in (dweight, dbias, dscale, dshift):
+        for t in (*sums, dscale, dshift):
             t.zero_()
-    return dx, dweight, dbias, dscale, dshift
+    return dx, dweight, dbias, dscale, dshift, dx_bias
 
 
-def _like_row(t: Tensor | None, x: Tensor) -> Tensor:
+def _like(t: Tensor | None, x: Tensor) -> Tensor:
     return x.new_empty(0) if t is None else t.new_empty(t.shape)
 
 
 @torch.library.custom_op("encdiff::group_norm", mutates_args=())
 def group_norm(
-    x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None, groups: int, eps: float,
-    silu: bool,
+    x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None, x_bias: Tensor | None,
+    groups: int, eps: float, silu: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """x (B, L, C), weight and bias (C,), scale and shift (B, C) -> y (B, L, C), mean and 1/deviation (B, groups)."""
-    return _launch_forward(x, weight, bias, scale, shift, groups, eps, silu)
+    """x (B, L, C), weight, bias, x_bias (C,), scale, shift (B, C) -> y (B, L, C), mean and 1/deviation (B, groups)."""
+    return _launch_forward(x, weight, bias, scale, shift, x_bias, groups, eps, silu)
 
 
 @group_norm.register_fake
-def _(x, weight, bias, scale, shift, groups, eps, silu):
+def _(x, weight, bias, scale, shift, x_bias, groups, eps, silu):
     moments = [x.new_empty(x.shape[0], groups, dtype=torch.float32) for _ in range(2)]
     return x.new_empty(x.shape), *moments
 
@@ -314,32 +301,32 @@ def _(x, weight, bias, scale, shift, groups, eps, silu):
 @torch.library.custom_op("encdiff::group_norm_backward", mutates_args=())
 def group_norm_backward(
     dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None,
-    shift: Tensor | None, groups: int, silu: bool, skip: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    shift: Tensor | None, x_bias: Tensor | None, groups: int, silu: bool, skip: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """skip (B, L, C), any strides: a gradient of x that is at hand, added to that of the op."""
-    return _launch_backward(dy, x, mean, rstd, weight, bias, scale, shift, groups, silu, skip)
+    return _launch_backward(dy, x, mean, rstd, weight, bias, scale, shift, x_bias, groups, silu, skip)
 
 
 @group_norm_backward.register_fake
-def _(dy, x, mean, rstd, weight, bias, scale, shift, groups, silu, skip=None):
+def _(dy, x, mean, rstd, weight, bias, scale, shift, x_bias, groups, silu, skip=None):
     affine = weight.new_empty(weight.shape), bias.new_empty(bias.shape)
-    return x.new_empty(x.shape), *affine, _like_row(scale, x), _like_row(shift, x)
+    return x.new_empty(x.shape), *affine, _like(scale, x), _like(shift, x), _like(x_bias, x)
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    x, weight, bias, scale, shift, ctx.groups, _, ctx.silu = inputs
-    ctx.save_for_backward(x, *output[1:], weight, bias, scale, shift)
+    x, *parameters, ctx.groups, _, ctx.silu = inputs
+    ctx.save_for_backward(x, *output[1:], *parameters)
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)  # zeros for mean and rstd would be launches that nobody reads
 
 
 def _autograd(ctx, dy, *_, skip=None):
     if dy is None:
-        return (skip, *(None,) * 7)
+        return (skip, *(None,) * 8)
     saved = ctx.saved_tensors  # asked for once: activation checkpointing gives it no second time
-    *_, scale, shift = saved
-    *gradients, dscale, dshift = group_norm_backward(dy, *saved, ctx.groups, ctx.silu, skip)
-    return *gradients, None if scale is None else dscale, None if shift is None else dshift, None, None, None
+    gradients = group_norm_backward(dy, *saved, ctx.groups, ctx.silu, skip)
+    given = (None if t is None else d for t, d in zip(saved[5:], gradients[3:], strict=True))  # scale, shift, x_bias
+    return *gradients[:3], *given, None, None, None
 
 
 group_norm.register_autograd(_autograd, setup_context=_setup_context)
@@ -361,31 +348,37 @@ class GroupNormAndInput(torch.autograd.Function):
 
 
 def gate_cases() -> Iterator[GateCase]:
-    """Every tile with the longest code, all options on; those of the paper's narrowest group in float32 too."""
+    """Every tile with the longest code, all options on; those of the paper's narrowest group in float32 too.
+
+    Backward either with a gradient to add or with a bias of x.
+    """
     lengths = (*COLUMNS, max(COLUMNS) + 1)
     tiles = dict.fromkeys(Tile.of(L, 8 * D, 8) for D in WIDTHS for L in lengths)
     tiles |= dict.fromkeys(Tile.of(L, D - 1, 1) for D in BLOCK_D for L in lengths)  # of other widths
     for kernel in (group_norm_fwd_kernel, group_norm_bwd_kernel):
+        last = ("x_bias",) if kernel is group_norm_fwd_kernel else ("x_bias", "skip")
         for tile in tiles:
             for kind in ("fp32", "bf16") if tile.width == 2 else ("bf16",):
-                yield _case(kernel, tile, kind, True)
-        yield _case(kernel, Tile.of(256, 64, 32), "fp32", False)
-    for kind in ("fp32", "bf16"):
-        types = {"p_rows": "*fp32:1", "p_dw": f"*{kind}:1", "p_db": f"*{kind}:1"}
-        signature = gate_signature(group_norm_bwd_kernel_sum, types, SUM)
-        name = f"group_norm_bwd_kernel_sum {kind}"
-        yield GateCase(name, group_norm_bwd_kernel_sum, signature, SUM, SUM_WARPS, tensor_cores=False)
+                for option in last:
+                    yield _case(kernel, tile, kind, "scale", "shift", "silu", option)
+        yield _case(kernel, Tile.of(256, 64, 32), "fp32")
+    for kind, vectors in product(("fp32", "bf16"), (2, 3)):
+        types = {"p_rows": "*fp32:1"} | {name: f"*{kind}:1" for name in ("p_dw", "p_db", "p_dx_bias")}
+        blocks = {"VECTORS": vectors} | SUM
+        signature = gate_signature(group_norm_bwd_kernel_sum, types, blocks)
+        name = f"group_norm_bwd_kernel_sum {kind} of {vectors}"
+        yield GateCase(name, group_norm_bwd_kernel_sum, signature, blocks, SUM_WARPS, tensor_cores=False)
 
 
-def _case(kernel, tile: Tile, kind: str, options: bool) -> GateCase:
-    constexprs = tile.constexprs(options, options, options)
+def _case(kernel, tile: Tile, kind: str, *options: str) -> GateCase:
+    constexprs = tile.constexprs(*(name in options for name in ("scale", "shift", "silu", "x_bias")))
     if kernel is group_norm_bwd_kernel:
-        constexprs["HAS_SKIP"] = options
+        constexprs["HAS_SKIP"] = "skip" in options
     own = {"p_mean", "p_rstd", "p_rows"}
     types = {n: f"*{'fp32' if n in own else kind}" for n in kernel.arg_names if n.startswith("p_")} | {"eps": "fp32"}
     types |= {n: f"{types[n]}:1" for n in types if n in GENERAL}
     name = f"{kernel.__name__} {kind} {tile.rows}x{tile.columns}/{tile.group} of {tile.width or 'any'}"
-    name += f"{' once' if tile.single else ''}{'' if options else ' plain'}"
+    name += f"{' once' if tile.single else ''} {options[-1] if options else 'plain'}"
     return GateCase(
         name, kernel, gate_signature(kernel, types, constexprs), constexprs, tile.num_warps, 1, tensor_cores=False
     )

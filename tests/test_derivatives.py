@@ -88,6 +88,10 @@ def stepped(x, impl):
     return ops.step(x, drawn(*x.shape, like=x), drawn(B, 5, like=x).abs(), noise=x, impl=impl) ** 2
 
 
+def biased(x, impl):
+    return ops.group_norm(x, 1 + drawn(C, like=x), drawn(C, like=x), 8, silu=True, x_bias=learnt(x), impl=impl)
+
+
 CASES = {
     "cross_attention": Case("cross_attention", (B, L, C), cross),
     "cross_attention of its tokens": Case("cross_attention", (B, N, D), lambda s, impl: cross(None, impl, s)),
@@ -97,6 +101,7 @@ CASES = {
     "mlp_bank": Case("mlp_bank", (B, N), lambda s, impl: ops.mlp_bank(s, *bank(s), impl=impl)),
     "mlp_bank, silu": Case("mlp_bank", (B, N), lambda s, impl: ops.mlp_bank(s, *bank(s), "silu", impl=impl)),
     "group_norm": Case("group_norm", (B, C, 4, 4), group),
+    "group_norm, biased": Case("group_norm", (B, C, 4, 4), biased),
     "layer_norm": Case(
         "layer_norm", (B, L, C), lambda x, impl: ops.layer_norm(x, drawn(C, like=x), drawn(C, like=x), impl=impl)
     ),
@@ -104,11 +109,16 @@ CASES = {
     "projection": Case("projection", (B, L, C), lambda x, impl: ops.projection(
         x, drawn(2 * C, C, like=x), drawn(2 * C, like=x), norm_weight=drawn(C, like=x), norm_bias=drawn(C, like=x),
         gated=True, residual=x, impl=impl), ("native", "reference")),
+    "resample": Case("resample", (B, C, 5, 4), lambda x, impl: ops.resample(
+        x, "down", beside=x**2, impl=impl)[1]),
+    "resample, up": Case("resample", (B, C, 3, 2), lambda x, impl: ops.resample(x, "up", impl=impl) ** 2),
     "column_sum": Case("column_sum", (7, 5), lambda x, impl: ops.column_sum(x**2, impl=impl)),
     "linear": Case("column_sum", (B, C), lambda x, impl: ops.linear(
         x, drawn(C, C, like=x), learnt(x), impl=impl) ** 2),
     "conv2d": Case("column_sum", (B, C, 4, 4), lambda x, impl: ops.conv2d(
         x, drawn(4, C, 3, 3, like=x), drawn(4, like=x), padding=1, impl=impl) ** 2),
+    "residual_add": Case("residual_add", (B, C, 4, 4), lambda x, impl: ops.residual_add(
+        x**2, x.sin(), learnt(x), impl=impl) ** 2),
     "q_sample": Case("q_sample", (B, 3, 4, 4), noised),
     "q_sample, drawn": Case("q_sample", (B, 3, 4, 4), lambda x, impl: noised(x, impl, True)),
     "step": Case("step", (B, 3, 4, 4), stepped),

@@ -102,6 +102,8 @@ CALLS = {  # of each public function a call with as little as it takes
     "normal": ((2, 3), 0, IDS),
     "projection": (X, X),
     "q_sample": (X, None, IDS, torch.rand(5)),
+    "resample": (X[..., None, None], "up"),
+    "residual_add": (X[..., None, None], X[..., None, None], X[0]),
     "self_attention": (X[:, None], *(torch.eye(8) for _ in range(4))),
     "step": (X, X, torch.zeros(1, 5)),
     "uniform": ((2, 3), 0, IDS),

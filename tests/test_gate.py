@@ -60,17 +60,20 @@ def test_what_compiles_badly_fails(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "row, tensor_cores, expected",
+    "row, tensor_cores, spills, expected",
     [
-        (Row("k", 90, registers=255, shared=227 * 1024, tensor_cores="wgmma.mma_async"), True, []),
-        (Row("k", 80, shared=163 * 1024 + 1), False, ["166913 bytes of shared memory of 166912"]),
-        (Row("k", 80, stack=8), False, ["spills: stack 8, local 0 bytes"]),
-        (Row("k", 80, local=16), False, ["spills: stack 0, local 16 bytes"]),
-        (Row("k", 100), True, ["no tensor-core instruction"]),
+        (Row("k", 90, registers=255, shared=227 * 1024, tensor_cores="wgmma.mma_async"), True, 0, []),
+        (Row("k", 80, shared=163 * 1024 + 1), False, 0, ["166913 bytes of shared memory of 166912"]),
+        (Row("k", 80, stack=8), False, 0, ["spills: stack 8, local 0 bytes"]),
+        (Row("k", 80, stack=8), False, 8, []),
+        (Row("k", 80, stack=16), False, 8, ["spills: stack 16, local 0 bytes"]),
+        (Row("k", 80, local=16), False, 16, ["spills: stack 0, local 16 bytes"]),
+        (Row("k", 100), True, 0, ["no tensor-core instruction"]),
     ],
 )
-def test_failures(row, tensor_cores, expected):
-    assert _gate.failures(row, tensor_cores) == expected
+def test_failures(row, tensor_cores, spills, expected):
+    case = _gate.GateCase(row.name, None, {}, {}, tensor_cores=tensor_cores, spills=spills)
+    assert _gate.failures(row, case) == expected
 
 
 def test_every_kernel_module_lists_its_configurations():

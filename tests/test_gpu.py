@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from bench.gpu import __main__ as gpu
-from bench.gpu import checks, curves, paper, shipped, workers
+from bench.gpu import checks, curves, room, shipped, workers
 from bench.gpu.lab import Lab
 from bench.gpu.steps import group_of
 from encdiff import EncDiff
@@ -198,7 +198,7 @@ def test_images_coloured_on_the_device_are_the_renderers(tmp_path):
     size, labels = 4, factor_labels()
     views = [view(s, SHAPES[int(k)], o, size) for s in labels[3] for k in labels[4] for o in labels[5]]
     np.save(tmp_path / "views.npy", np.stack(views))
-    images = paper.coloured(torch.device("cpu"), size, tmp_path / "views.npy")
+    images = room.coloured(torch.device("cpu"), size, tmp_path / "views.npy")
     some = np.random.default_rng(0).integers(len(images), size=200)
     factors = np.stack(np.unravel_index(some, FACTOR_SIZES), axis=1)
     assert images.shape == (480_000, size, size, 3) and np.array_equal(images[some], render(factors, size))

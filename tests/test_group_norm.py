@@ -9,7 +9,7 @@ from encdiff.ops.group_norm import FUSED_CHANNELS, group_norm
 
 pytestmark = pytest.mark.on_gpu
 
-CASES = {  # (B, C, H, W, groups, (scale, shift, SiLU), channels-last)
+CASES = {  # (B, C, H, W, groups, (scale, shift, SiLU, a bias of x), channels-last)
     "paper's widest level, smallest": (2, 64, 2, 2, 32, (True, True, True), True),
     "16 bytes at a time, part of the columns": (2, 40, 3, 3, 5, (True, True, True), True),
     "16 bytes at a time, several tiles of positions and columns": (1, 72, 2, 129, 9, (True, True, True), True),
@@ -23,38 +23,48 @@ CASES = {  # (B, C, H, W, groups, (scale, shift, SiLU), channels-last)
     "layer norm's group": (1, 50, 3, 2, 1, (False, False, True), True),
     "one position": (3, 64, 1, 1, 2, (True, True, True), True),
     "empty batch": (0, 8, 3, 3, 2, (True, True, True), True),
+    "a bias of x": (2, 64, 2, 2, 32, (True, True, True, True), True),
+    "a bias of x, several tiles of positions and columns": (1, 72, 2, 129, 9, (True, True, True, True), True),
+    "a bias of x, contiguous, odd everything": (3, 15, 3, 7, 5, (False, False, True, True), False),
+    "a bias of x, several tiles of odd groups": (2, 6, 17, 16, 2, (False, True, False, True), True),
+    "a bias of x, empty batch": (0, 8, 3, 3, 2, (True, True, True, True), True),
 }
 
 
 def leaves(B, C, H, W, options, channels_last=True, dtype=torch.float32):
-    """[x, weight, bias, scale?, shift?], each of which wants a gradient."""
+    """[x, weight, bias, scale?, shift?, x_bias?], each of which wants a gradient."""
     x = 2 * torch.randn(B, C, H, W) + 3
     x = x.contiguous(memory_format=torch.channels_last) if channels_last else x
     tensors = [x, torch.randn(C), torch.randn(C), *(torch.randn(B, C) for given in options[:2] if given)]
-    return [t.to(dtype).requires_grad_() for t in tensors]
+    return [t.to(dtype).requires_grad_() for t in [*tensors, *(torch.randn(C) for given in options[3:] if given)]]
+
+
+def named(tensors, has_scale, has_shift, silu, has_x_bias=False):
+    """What `leaves` made beside x, weight and bias, by name."""
+    names = [
+        n for n, given in zip(("scale", "shift", "x_bias"), (has_scale, has_shift, has_x_bias), strict=True) if given
+    ]
+    return dict(zip(names, tensors[3:], strict=True)) | {"silu": silu}
 
 
 def run(tensors, groups, options, impl, upstream):
     """[y, gradient of every leaf]."""
-    x, weight, bias, *rest = tensors
-    has_scale, has_shift, silu = options
-    scale, shift = rest[0] if has_scale else None, rest[-1] if has_shift else None
-    y = group_norm(x, weight, bias, groups, scale=scale, shift=shift, silu=silu, impl=impl)
+    y = group_norm(*tensors[:3], groups, **named(tensors, *options), impl=impl)
     return [y, *torch.autograd.grad(y, tensors, upstream.to(y.dtype))]
 
 
 def published(tensors, groups, options, upstream):
     """The same by modules and by hand, one group after the other."""
-    x, weight, bias, *rest = tensors
-    has_scale, has_shift, silu = options
-    parts = []
+    x, weight, bias, *_ = tensors
+    given, parts = named(tensors, *options), []
+    x = x + given["x_bias"][:, None, None] if "x_bias" in given else x
     for g in x.split(x.shape[1] // groups, 1):
         d = g - g.mean((1, 2, 3), keepdim=True)
         parts.append(d / (d.square().mean((1, 2, 3), keepdim=True) + 1e-5).sqrt())
     h = torch.cat(parts, 1) * weight[:, None, None] + bias[:, None, None]
-    h = h * (1 + rest[0][..., None, None]) if has_scale else h
-    h = h + rest[-1][..., None, None] if has_shift else h
-    y = nn.SiLU()(h) if silu else h
+    h = h * (1 + given["scale"][..., None, None]) if "scale" in given else h
+    h = h + given["shift"][..., None, None] if "shift" in given else h
+    y = nn.SiLU()(h) if given["silu"] else h
     return [y, *torch.autograd.grad(y, tensors, upstream.to(y.dtype))]
 
 
@@ -101,9 +111,10 @@ def test_native_keeps_the_memory_format_where_pytorch_does_not(monkeypatch):
         assert y.is_contiguous(memory_format=layout)
 
 
+@pytest.mark.parametrize("x_bias", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_triton_in_16_bits(dtype, nan_memory):
-    options = (True, True, True)
+def test_triton_in_16_bits(dtype, x_bias, nan_memory):
+    options = (True, True, True, x_bias)
     tensors, upstream = leaves(2, 12, 3, 5, options, dtype=dtype), torch.randn(2, 12, 3, 5)
     actual = run(tensors, 4, options, "triton", upstream)
     exact = published(doubles(tensors), 4, options, upstream.to(dtype))
@@ -115,14 +126,14 @@ def test_triton_in_16_bits(dtype, nan_memory):
 
 
 def test_triton_reads_mixed_types_and_strides():
-    """Features in half precision, parameters in float32, scale and shift side by side in one tensor."""
-    x = torch.randn(2, 8, 3, 3).half()
+    """Features in half precision, parameters and a bias in float32, scale and shift side by side in one tensor."""
+    x, x_bias = torch.randn(2, 8, 3, 3).half(), torch.randn(8, requires_grad=True)
     weight, bias, both = torch.randn(8), torch.randn(8), torch.randn(2, 16, requires_grad=True)
     scale, shift = both.chunk(2, 1)
     results = []
     for impl in ("triton", "reference"):
-        y = group_norm(x, weight, bias, 4, scale=scale, shift=shift, impl=impl)
-        results.append([y, *torch.autograd.grad(y.float().sum(), both)])
+        y = group_norm(x, weight, bias, 4, scale=scale, shift=shift, x_bias=x_bias, impl=impl)
+        results.append([y, *torch.autograd.grad((y.float() ** 2).sum(), (both, x_bias))])
     assert results[0][0].dtype == torch.float16 and results[0][1].dtype == torch.float32
     torch.testing.assert_close(*results, rtol=2e-3, atol=2e-3)
 
@@ -146,7 +157,7 @@ def test_triton_passes_on_what_is_not_finite():
 
 
 def test_triton_twice_the_same_bits():
-    options = (True, True, True)
+    options = (True, True, True, True)
     tensors, upstream = leaves(5, 8, 3, 3, options), torch.randn(5, 8, 3, 3)
     for a, b in zip(*(run(tensors, 4, options, "triton", upstream) for _ in range(2)), strict=True):
         assert torch.equal(a, b)
@@ -182,9 +193,11 @@ def test_opcheck():
     x, row = torch.randn(2, 3, 4), torch.randn(2, 4)
     weight, bias = torch.randn(4), torch.randn(4)
     wanting = [t.clone().requires_grad_() for t in (x, weight, bias, row)]
-    torch.library.opcheck(fused, (*wanting, None, 2, 1e-5, True))
     moments = torch.zeros(2, 2), torch.ones(2, 2)
-    torch.library.opcheck(group_norm_backward, (x, x, *moments, weight, bias, row, row, 2, True))
+    for x_bias in (None, torch.randn(4, requires_grad=True)):
+        torch.library.opcheck(fused, (*wanting, None, x_bias, 2, 1e-5, True))
+        x_bias = None if x_bias is None else x_bias.detach()
+        torch.library.opcheck(group_norm_backward, (x, x, *moments, weight, bias, row, row, x_bias, 2, True))
 
 
 @pytest.mark.parametrize("impl", ["centred", "native", "triton"])
@@ -240,6 +253,8 @@ def test_gate_covers_what_dispatch_can_choose():
         (dict(groups=3), "groups 3 must divide the 4 channels of x"),
         (dict(weight=torch.zeros(3)), r"weight is \(3,\), must be \(4,\)"),
         (dict(scale=torch.zeros(4)), r"scale is \(4,\), must be \(2, 4\)"),
+        (dict(x_bias=torch.zeros(2, 4)), r"x_bias is \(2, 4\), must be \(4,\)"),
+        (dict(x_bias=torch.zeros(4), with_input=True), "with_input is True, must be False where x_bias is given"),
         (dict(shift=torch.zeros(2, 4, device="meta")), "shift is on meta, must be on x's device cpu"),
     ],
 )

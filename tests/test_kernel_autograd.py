@@ -34,7 +34,7 @@ class Absent(torch.autograd.Function):
 
 
 def _group_norm(x):
-    return group_norm.group_norm(x, torch.ones(16), torch.ones(16), None, None, 4, 1e-5, True)
+    return group_norm.group_norm(x, torch.ones(16), torch.ones(16), None, None, None, 4, 1e-5, True)
 
 
 def _folded(x):

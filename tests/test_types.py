@@ -35,8 +35,8 @@ OPS = {  # of each the function, the shapes of its floating tensors, and its oth
                  folded=Kept(keys, values, w_q, w_o, H), **given),
              {"x": (B, L, C), "keys": (B, N, C), "values": (B, N, C), "token_bias": (B, N)} | ATTENTION, {}),
     "geglu": (ops.geglu, {"x": (B, 2 * C)}, {}),
-    "group_norm": (ops.group_norm, {"x": (B, C, L, L), "weight": (C,), "bias": (C,), "scale": (B, C), "shift": (B, C)},
-                   {"groups": 2}),
+    "group_norm": (ops.group_norm, {"x": (B, C, L, L), "weight": (C,), "bias": (C,), "scale": (B, C), "shift": (B, C),
+                                    "x_bias": (C,)}, {"groups": 2}),
     "layer_norm": (ops.layer_norm, {"x": (B, C), "weight": (C,), "bias": (C,)}, {}),
     "linear": (ops.linear, {"x": (B, C), "weight": (D, C), "bias": (D,)}, {}),
     "mlp_bank": (lambda w0, w1, b0, b1, **given: ops.mlp_bank(weights=[w0, w1], biases=[b0, b1], **given),
@@ -45,13 +45,15 @@ OPS = {  # of each the function, the shapes of its floating tensors, and its oth
                                     "residual": (B, D)}, {}),
     "q_sample": (ops.q_sample, {"x0": (B, C), "noise": (B, C), "alphas_cumprod": (T,), "weights": (T,)},
                  {"t": torch.tensor([1, 2])}),
+    "resample": (ops.resample, {"x": (B, C, L, L), "beside": (B, C, L, L)}, {"kind": "down"}),
+    "residual_add": (ops.residual_add, {"x": (B, C, L, L), "h": (B, C, L, L), "bias": (C,)}, {}),
     "self_attention": (ops.self_attention, {"x": (B, L, C), "w_k": (C, C), "w_v": (C, C)} | ATTENTION, {"heads": H}),
-    "step": (lambda h, **given: ops.step(**given, history=(h,)),
-             {n: (B, C) for n in ("x_t", "model_output", "noise", "unconditional", "h")} | {"coefficients": (1, 6)},
+    "step": (lambda past, **given: ops.step(**given, history=(past,)),
+             {n: (B, C) for n in ("x_t", "model_output", "noise", "unconditional", "past")} | {"coefficients": (1, 6)},
              {}),
 }  # fmt: skip
 CASES = [(name, tensor) for name, (_, shapes, _) in OPS.items() for tensor in shapes]
-NAMED = {"k": "projected", "v": "projected", "keys": "folded", "values": "folded", "h": "history"}
+NAMED = {"k": "projected", "v": "projected", "keys": "folded", "values": "folded", "past": "history"}
 NAMED |= {"w0": "layer 0", "w1": "layer 1", "b0": "layer 0", "b1": "layer 1"}
 
 

@@ -5,6 +5,7 @@ import importlib
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -30,7 +31,7 @@ FIRST_STAGE, TESTS = 55, 100  # seconds of two workers
 TAIL = 3  # seconds kept for packing
 AFTER_TRAINING = 8  # seconds in which what ran beside it must end
 LEARNING = 40  # seconds of a training at least, from its images on
-READING = 45  # seconds after a training for its codes and what is read off them
+READING = 25  # seconds after a training for its codes and what is read off them
 LINES = 120  # of the summary at most
 
 
@@ -53,8 +54,8 @@ def commit() -> str:
 class Session:
     """One call: its workers, its blocks in order, its summary."""
 
-    def __init__(self, lab, blocks: list[str], peers: tuple[str, ...] = ()):
-        self.lab, self.blocks, self.peers, self.workers = lab, blocks, peers, {}
+    def __init__(self, lab, blocks: list[str], peers: tuple[str, ...] = (), runs: tuple[str, ...] = ()):
+        self.lab, self.blocks, self.peers, self.runs, self.workers = lab, blocks, peers, runs, {}
         self.said = lab.load("said") or {}  # of a process before this one: see `go_on_anew`
 
     def start_workers(self) -> None:
@@ -214,7 +215,8 @@ class Session:
         for worker in self.of("first").values():
             self.lab.save("first_stage_steps", worker.wait(end if self.lab.cpu else end - LEARNING))
         self.start_later()
-        return self.done("paper", paper.measure(self.lab, end, ready, **changes))
+        until = time.monotonic() + 90 if self.lab.cpu else end + READING - 2
+        return self.done("paper", paper.measure(self.lab, self.runs, end, until, ready, **changes))
 
     def block_shipped(self, seconds: float) -> list[str]:
         if "shipped" not in self.workers:
@@ -259,6 +261,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--train", type=float, default=375, help="seconds of the block `paper`, from its first stage on"
     )
+    parser.add_argument(
+        "--runs",
+        default="seed0,seed1,seed2",
+        help="of the block `paper`, trained beside each other; default: %(default)s",
+    )
     parser.add_argument("--peers", help="these compiled peers alone, such as 'published step,ops'")
     parser.add_argument("--only", help="these blocks, such as right,step")
     parser.add_argument("--caches", type=Path, help="folder of what Triton and Inductor compiled; default OUT/caches")
@@ -297,12 +304,24 @@ def main(arguments: list[str] | None = None) -> int:
         workers.work(lab, given.worker, given.seconds)
         return 0
     if not given.go_on:
-        for name in ("said", "right", "tests", *SECONDS):  # of an earlier run into the same folder
+        shutil.rmtree(out / "paper", ignore_errors=True)  # of an earlier run into the same folder
+        for name in ("said", "right", "tests", *SECONDS):
             (out / f"{name}.json").unlink(missing_ok=True)
         (out / "tables.txt").unlink(missing_ok=True)
-    session = Session(lab, blocks, tuple(given.peers.split(",")) if given.peers else ())
+    session = Session(lab, blocks, *(tuple(names.split(",")) if names else () for names in (given.peers, given.runs)))
     session.run()
-    pack(out, out / "results.tgz", "*.json", "*.png", "summary.md", "tables.txt", "parts/*.log", "parts/*.json")
+    pack(
+        out,
+        out / "results.tgz",
+        "*.json",
+        "*.png",
+        "summary.md",
+        "tables.txt",
+        "parts/*.log",
+        "parts/*.json",
+        "paper/*/*.json",
+        "paper/*/*.png",
+    )
     print((out / "summary.md").read_text())
     failed = (lab.load("tests") or {}).get("FAILED", 0)
     return int(failed > 0 or any(not r["ok"] for r in lab.load("right") or []))

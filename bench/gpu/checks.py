@@ -51,8 +51,11 @@ def cases(lab: Lab, batch: int) -> Iterator[Case]:
             yield from _attention(draw, dtype, batch, L, C, c)
             yield _group_norm(draw, dtype, batch, L, C, c.groups)
             yield _group_norm(draw, dtype, batch, L, C, c.groups, with_input=True)
+            yield from _resample(draw, dtype, batch, L, C)
             yield _geglu(draw, dtype, batch, L, c.feedforward * C)
             yield _layer_norm(draw, dtype, batch, L, C)
+            if dtype != torch.float32:
+                yield from _projection(draw, dtype, batch, L, C, c.feedforward * C)
             yield _linear(draw, dtype, batch, L, C, 2 * c.feedforward * C)
             yield _conv2d(draw, dtype, batch, L, C)
         widest = max(C for _, C in layers(c))
@@ -113,6 +116,26 @@ def _group_norm(draw, dtype, B, L, C, groups, **options) -> Case:
                 lambda i, impl: ops.group_norm(**i, groups=groups, silu=True, **options, impl=impl))  # fmt: skip
 
 
+def _projection(draw, dtype, B, L, C, inner) -> Iterator[Case]:
+    """LayerNorm and GEGLU of a feed-forward's first product, the residual behind its second."""
+    shapes = {"weight": (2 * inner, C), "bias": (2 * inner,), "norm_weight": (C,), "norm_bias": (C,)}
+
+    def first():
+        return {"x": draw(B, L, C)} | {n: draw(*shape, scale=shape[-1] ** -0.5) for n, shape in shapes.items()}
+
+    def second():
+        small = {"weight": draw(C, inner, scale=inner**-0.5), "bias": draw(C)}
+        return {"x": draw(B, L, inner), "residual": draw(B, L, C)} | small
+
+    at = f"{dtype} L={L} C={C}".removeprefix("torch.")
+    for name, make, gated in (("first", first, True), ("second", second, False)):
+
+        def run(i, impl, gated=gated):
+            return ops.projection(**i, gated=gated, impl=impl)
+
+        yield Case(f"projection {name} {at}", dtype, make, run, gradients=False)
+
+
 def _adamw(draw, dtype) -> Case:
     """One step on copies; the gradient is of the case's type, the state exact."""
     names = ("master", "exp_avg", "exp_avg_sq", "average")
@@ -133,6 +156,17 @@ def _adamw(draw, dtype) -> Case:
 def _geglu(draw, dtype, B, L, inner) -> Case:
     name = f"geglu {dtype} L={L} N={inner}".replace("torch.", "")
     return Case(name, dtype, lambda: {"x": draw(B, L, 2 * inner)}, lambda i, impl: ops.geglu(i["x"], impl=impl))
+
+
+def _resample(draw, dtype, B, L, C) -> Iterator[Case]:
+    side = int(L**0.5)
+
+    def inputs():
+        return {n: draw(B, C, side, side).to(memory_format=torch.channels_last) for n in ("x", "beside")}
+
+    for kind in ("down", "up"):
+        name = f"resample {kind} {dtype} {side}x{side} C={C}".replace("torch.", "")
+        yield Case(name, dtype, inputs, lambda i, impl, kind=kind: ops.resample(**i, kind=kind, impl=impl))
 
 
 def _layer_norm(draw, dtype, B, L, C) -> Case:

@@ -153,6 +153,7 @@ GROUPS = {  # the first pattern that a kernel's name matches
     "GroupNorm": r"group_norm|GroupNorm",
     "LayerNorm": r"layer_norm|LayerNorm",
     "GEGLU": r"geglu",
+    "resampling": r"resample|avg_pool|upsample",
     "BatchNorm": r"batch_norm|bn_fw|bn_bw|BatchNorm",
     "convolutions": r"conv|xmma_(fprop|dgrad|wgrad)|implicit|fprop|dgrad|wgrad|nhwc|cudnn",
     "products": r"projection|gemm|cutlass|cublas|nvjet|gemv|splitK|sm90_xmma",

@@ -140,9 +140,9 @@ def _work(lab: Lab, name: str, seconds: float, ready) -> dict | list:
         os.nice(15)
         return run_tests(lab, seconds)
     if kind == "first":
-        from bench.gpu import paper
+        from bench.gpu import first_stage
 
-        return paper.first_stage(lab, seconds)
+        return first_stage.train(lab, seconds)
     from bench.gpu import compiled
 
     with nullcontext() if lab.cpu else torch.cuda.stream(torch.cuda.Stream()):  # see bench.clock.captured

@@ -183,6 +183,8 @@ def _examples(device: torch.device, dtype: torch.dtype) -> dict[str, tuple[tuple
         "mlp_bank": ((of(B, N), *bank), {}),
         "group_norm": ((maps, of(C), of(C), 32), {"silu": True}),
         "layer_norm": ((x, of(C), of(C)), {}),
+        "resample": ((maps, "down"), {"beside": maps}),
+        "residual_add": ((maps, maps, of(C)), {}),
         "geglu": ((of(B, L, 8 * C),), {}),
         "projection": ((x, of(8 * C, C), of(8 * C)), {"norm_weight": of(C), "norm_bias": of(C), "gated": True}),
         "column_sum": ((of(B * L, C), dtype), {}),

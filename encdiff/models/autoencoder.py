@@ -319,7 +319,7 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return self.conv(ops.resample(x, "up"))
 
 
 def _norm(channels: int) -> nn.GroupNorm:

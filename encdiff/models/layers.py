@@ -18,11 +18,13 @@ class Linear(nn.Linear):
 
 
 class Conv2d(nn.Conv2d):
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, with_bias: bool = True) -> Tensor:
+        """`with_bias` False: without the bias, which what follows adds."""
+        bias = self.bias if with_bias else None
         if self.groups != 1 or self.dilation != (1, 1) or self.padding_mode != "zeros":
-            return super().forward(x)
+            return self._conv_forward(x, self.weight, bias)
         stride, padding = cast(Pair, self.stride), cast(Pair, self.padding)  # two numbers, as nn.Conv2d keeps them
-        return ops.conv2d(x, self.weight, self.bias, stride, padding)
+        return ops.conv2d(x, self.weight, bias, stride, padding)
 
 
 def channels_last(module: M) -> M:

@@ -23,6 +23,8 @@ from encdiff.models.attention import (
 )
 from encdiff.models.layers import Conv2d, Linear, channels_last, part, zero_init
 from encdiff.ops._dispatch import carried
+from encdiff.ops.group_norm import norm_takes_bias
+from encdiff.ops.residual_add import sum_takes_bias
 
 
 class UNet(nn.Module):
@@ -212,19 +214,32 @@ class ResBlock(nn.Module):
         """x (B, C, H, W) and the embedded timestep (B, E), or what `project_times` made of it for this block."""
         h, x = normalise(x, part(self.in_layers, 0, nn.GroupNorm), silu=True, with_input=True)
         if self.sample is not None:
-            h, x = _resample(h, self.sample), _resample(x, self.sample)
-        h = self.in_layers[-1](h)
+            h, x = ops.resample(h, self.sample, beside=x)
         e = project_times(emb, [self])[0] if isinstance(emb, Tensor) else emb
         norm = part(self.out_layers, 0, nn.GroupNorm)
         if self.scale_shift:
             scale, shift = e
-            h = normalise(h, norm, scale=scale, shift=shift, silu=True)
+            h = convolve_normalise(h, self.in_layers[-1], norm, scale=scale, shift=shift, silu=True)
         else:
-            h = normalise(h + e[0][:, :, None, None], norm, silu=True)
-        h = self.out_layers[-1](h)
+            h = normalise(self.in_layers[-1](h) + e[0][:, :, None, None], norm, silu=True)
         if isinstance(self.skip_connection, nn.Conv2d):
             x = pointwise(x, self.skip_connection)
-        return x + h
+        return convolve_add(x, h, self.out_layers[-1])
+
+
+def convolve_normalise(x: Tensor, conv: nn.Module, norm: nn.GroupNorm, **options: Any) -> Tensor:
+    """`normalise` of a convolution of x, whose bias it adds where that saves a launch."""
+    affine = norm.weight, norm.bias, norm.num_groups, norm.eps
+    if isinstance(conv, Conv2d) and conv.bias is not None and norm_takes_bias(x, *affine, **options):
+        return normalise(conv(x, with_bias=False), norm, **options, x_bias=conv.bias)
+    return normalise(conv(x), norm, **options)
+
+
+def convolve_add(x: Tensor, h: Tensor, conv: nn.Module) -> Tensor:
+    """x and a convolution of h, added with its bias at once where that saves a launch."""
+    if isinstance(conv, Conv2d) and conv.bias is not None and sum_takes_bias(x, conv.bias):
+        return ops.residual_add(x, conv(h, with_bias=False), conv.bias)
+    return x + conv(h)
 
 
 def project_times(emb: Tensor, blocks: list[ResBlock]) -> list[tuple[Tensor, ...]]:
@@ -253,7 +268,7 @@ class Resample(nn.Module):
         self.add_module(self._layer, Conv2d(channels, channels, 3, stride=2 if kind == "down" else 1, padding=1))
 
     def forward(self, x: Tensor) -> Tensor:
-        return getattr(self, self._layer)(x if self.kind == "down" else _resample(x, "up"))
+        return getattr(self, self._layer)(x if self.kind == "down" else ops.resample(x, "up"))
 
 
 def timestep_embedding(t: Tensor, width: int) -> Tensor:
@@ -262,10 +277,6 @@ def timestep_embedding(t: Tensor, width: int) -> Tensor:
     frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
     angles = t[:, None].float() * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=1)
-
-
-def _resample(x: Tensor, kind: str) -> Tensor:
-    return F.avg_pool2d(x, 2) if kind == "down" else F.interpolate(x, scale_factor=2, mode="nearest")
 
 
 def _check(width, multipliers, attention_levels, heads, resample, groups) -> None:

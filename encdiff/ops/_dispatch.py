@@ -106,6 +106,13 @@ class Op:
             _log_once(self.name, implementation.name, reasons)
         raise InputError(f"{self.name}: no implementation serves this input\n{self.explain(*args, **kwargs)}")
 
+    def fuses(self, *args, **kwargs) -> bool:
+        """Whether a call is for the first implementation, a kernel; False, and no error, where it cannot serve."""
+        first, forced = self.implementations[0], self._default()
+        if forced not in (None, first.name) or first.against(*args, **kwargs):
+            return False
+        return forced == first.name or not first.doubts(*args, **kwargs)
+
     def explain(self, *args, impl: str | None = None, **kwargs) -> str:
         """One line per implementation: what speaks against it, and which one is taken, by force or by `auto`."""
         lines, taken, forced = [], False, self._named(impl) or self._default()

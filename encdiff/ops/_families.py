@@ -21,6 +21,8 @@ from encdiff.ops.group_norm import representatives as of_group_norm
 from encdiff.ops.layer_norm import layer_norm_reference, layer_norm_triton
 from encdiff.ops.mlp_bank import mlp_bank_reference, mlp_bank_triton
 from encdiff.ops.projection import projection_reference, projection_triton
+from encdiff.ops.resample import resample_reference, resample_triton
+from encdiff.ops.residual_add import residual_add_reference, residual_add_triton
 
 # of features and parameters: each type alone, and as under autocast
 KINDS = [("float32", "float32"), ("bfloat16", "bfloat16"), ("float16", "float16"), ("bfloat16", "float32")]
@@ -85,16 +87,17 @@ def _geglu_variants() -> Iterator[Variant]:
 
 
 def _group_norm(draw: Draw, x: str, weight: str, L: int, C: int, groups: int, *flags: bool) -> Tensors:
-    """`flags`: scale, shift, silu, with_input."""
+    """`flags`: scale, shift, silu, x_bias, with_input."""
     inputs = {"x": draw(3, C, L, 1, scale=2, shift=1).to(TYPES[x], memory_format=torch.channels_last)}
     inputs |= {"weight": draw(C, scale=0.1, shift=1).to(TYPES[weight]), "bias": draw(C).to(TYPES[weight])}
     given = {"scale": draw(3, C, scale=0.3), "shift": draw(3, C)}
-    return inputs | {n: t.to(TYPES[x]) for (n, t), flag in zip(given.items(), flags, strict=False) if flag}
+    inputs |= {n: t.to(TYPES[x]) for (n, t), flag in zip(given.items(), flags, strict=False) if flag}
+    return inputs | ({"x_bias": draw(C).to(TYPES[weight])} if flags[3] else {})
 
 
 def _group_norm_with(op):
-    def run(i: Tensors, x, weight, L, C, groups, scale, shift, silu, with_input) -> Outputs:
-        options = {n: i[n] for n in ("scale", "shift") if n in i} | {"silu": silu}
+    def run(i: Tensors, x, weight, L, C, groups, scale, shift, silu, x_bias, with_input) -> Outputs:
+        options = {n: i[n] for n in ("scale", "shift", "x_bias") if n in i} | {"silu": silu}
         if with_input and op is group_norm_triton:
             return op(i["x"], i["weight"], i["bias"], groups, **options, with_input=True)
         y = op(i["x"], i["weight"], i["bias"], groups, **options)
@@ -105,13 +108,12 @@ def _group_norm_with(op):
 
 def _group_norm_variants() -> Iterator[Variant]:
     sizes = list(of_group_norm().values())
-    for size in sizes:
-        yield *KINDS[1], *size, True, True, True, True
-    for kinds in (KINDS[0], KINDS[2], KINDS[3]):
-        for size in (sizes[0], sizes[-1]):
-            yield *kinds, *size, True, True, True, True
+    for size, x_bias in product(sizes, (False, True)):
+        yield *KINDS[1], *size, True, True, True, x_bias, not x_bias
+    for kinds, size, x_bias in product((KINDS[0], KINDS[2], KINDS[3]), (sizes[0], sizes[-1]), (False, True)):
+        yield *kinds, *size, True, True, True, x_bias, not x_bias
     for size in (sizes[0], sizes[-1]):
-        yield *KINDS[1], *size, False, False, True, False
+        yield *KINDS[1], *size, False, False, True, False, False
 
 
 def _layer_norm(draw: Draw, x: str, weight: str, columns: int, aligned: bool) -> Tensors:
@@ -184,6 +186,34 @@ def _projection_variants() -> Iterator[Variant]:
         yield dtype, DEPTH, False, False, True, True
 
 
+def _resample(draw: Draw, x: str, kind: str, aligned: bool) -> Tensors:
+    """Of odd sizes on the way down: the way up is then checked by the gradients."""
+    shape = 3, 72 if aligned else 67, 5, 7
+    return {"x": draw(*shape).to(TYPES[x], memory_format=torch.channels_last), "beside": draw(*shape).to(TYPES[x])}
+
+
+def _resample_with(op):
+    return lambda i, x, kind, aligned: op(i["x"], kind, beside=i["beside"])
+
+
+def _resample_variants() -> Iterator[Variant]:
+    yield from product(TYPES, ("down", "up"), (True, False))
+
+
+def _residual_add(draw: Draw, x: str, bias: str, columns: int) -> Tensors:
+    maps = {n: draw(3, columns, 11, 1).to(TYPES[x], memory_format=torch.channels_last) for n in ("x", "h")}
+    return maps | {"bias": draw(columns).to(TYPES[bias])}
+
+
+def _residual_add_with(op):
+    return lambda i, *variant: (op(i["x"], i["h"], i["bias"]),)
+
+
+def _residual_add_variants() -> Iterator[Variant]:
+    for kinds, columns in product(KINDS, (64, 63)):
+        yield *kinds, columns
+
+
 def _family(name, variants, make, run, kernel, exact, **options) -> Family:
     return Family(name, variants, make, run(kernel), run(exact), **options)
 
@@ -194,9 +224,12 @@ FAMILIES |= {family.name: family for family in [
             products=True),
     _family("group_norm", _group_norm_variants, _group_norm, _group_norm_with, group_norm_triton, group_norm_reference),
     _family("layer_norm", _layer_norm_variants, _layer_norm, _layer_norm_with, layer_norm_triton, layer_norm_reference),
+    _family("resample", _resample_variants, _resample, _resample_with, resample_triton, resample_reference),
     _family("geglu", _geglu_variants, _geglu, _geglu_with, geglu_triton, geglu_reference),
     _family("projection", _projection_variants, _projection, _projection_with, projection_triton, projection_reference,
             differentiable=False),
+    _family("residual_add", _residual_add_variants, _residual_add, _residual_add_with, residual_add_triton,
+            residual_add_reference),
     _family("column_sum", _column_sum_variants, _column_sum, _column_sum_with, column_sum_triton, column_sum_reference,
             differentiable=False),
     _family("adamw", _adamw_variants, _adamw, _adamw_with, adamw_triton, adamw_reference, differentiable=False),

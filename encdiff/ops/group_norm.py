@@ -31,20 +31,24 @@ def representatives() -> dict:
     return found
 
 
-def group_norm_reference(x, weight, bias, groups, eps=1e-5, *, scale=None, shift=None, silu=False):
+def group_norm_reference(x, weight, bias, groups, eps=1e-5, *, scale=None, shift=None, silu=False, x_bias=None):
     """The formula in float32, whatever the storage type; see `group_norm`."""
     with exact(x) as dtype:
         weight, bias, scale, shift = (None if p is None else p.to(dtype) for p in (weight, bias, scale, shift))
-        h = x.to(dtype).unflatten(1, (groups, -1))
+        h = _biased(x.to(dtype), x_bias).unflatten(1, (groups, -1))
         variance, mean = torch.var_mean(h, (2, 3, 4), correction=0, keepdim=True)
         h = ((h - mean) * (variance + eps).rsqrt()).flatten(1, 2)
         h = h * weight[:, None, None] + bias[:, None, None]
         return _modulate(h, scale, shift, silu).to(x.dtype)
 
 
-def group_norm_native(x, weight, bias, groups, eps=1e-5, *, scale=None, shift=None, silu=False):
+def _biased(x: Tensor, x_bias: Tensor | None) -> Tensor:
+    return x if x_bias is None else x + x_bias.to(x.dtype)[:, None, None]
+
+
+def group_norm_native(x, weight, bias, groups, eps=1e-5, *, scale=None, shift=None, silu=False, x_bias=None):
     """PyTorch's GroupNorm, then the rest, in the storage type."""
-    h = torch.group_norm(x, groups, weight, bias, eps)
+    h = torch.group_norm(_biased(x, x_bias), groups, weight, bias, eps)
     if not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
         h = h.contiguous(memory_format=torch.channels_last)  # on a GPU it is not; elsewhere this is h itself
     y = _modulate(h, scale, shift, silu)
@@ -68,9 +72,9 @@ def _modulate(h: Tensor, scale: Tensor | None, shift: Tensor | None, silu: bool)
     return F.silu(h) if silu else h
 
 
-def group_norm_centred(x, weight, bias, groups, eps=1e-5, *, scale=None, shift=None, silu=False):
+def group_norm_centred(x, weight, bias, groups, eps=1e-5, *, scale=None, shift=None, silu=False, x_bias=None):
     """Sums over positions, channels innermost; weight, bias, scale and shift in one multiply-add."""
-    h = x.flatten(2).transpose(1, 2)  # (B, H W, C): a view of channels-last features
+    h = _biased(x, x_bias).flatten(2).transpose(1, 2)  # (B, H W, C): a view of channels-last features
     d = h - _group_means(h.mean(1), groups)[:, None]
     gain = (_group_means(d.square().mean(1), groups) + eps).rsqrt() * weight
     offset = bias.expand_as(gain)
@@ -89,22 +93,24 @@ def _group_means(v: Tensor, groups: int) -> Tensor:
     return grouped.mean(2, keepdim=True).expand_as(grouped).flatten(1)
 
 
-def group_norm_triton(x, weight, bias, groups, eps=1e-5, *, scale=None, shift=None, silu=False, with_input=False):
+def group_norm_triton(
+    x, weight, bias, groups, eps=1e-5, *, scale=None, shift=None, silu=False, x_bias=None, with_input=False
+):
     """One fused kernel forward, two backward; `with_input`: the pair (y, x), whose gradients add up in the kernel."""
     from encdiff.kernels.group_norm import GroupNormAndInput, group_norm
 
     fused = GroupNormAndInput.apply if with_input else group_norm
     h = x.flatten(2).transpose(1, 2)  # (B, H W, C): a view of channels-last features
-    outputs = fused(h, weight, bias, scale, shift, groups, eps, silu)
+    outputs = fused(h, weight, bias, scale, shift, x_bias, groups, eps, silu)
     maps = [t.transpose(1, 2).unflatten(2, x.shape[2:]) for t in outputs[: 1 + with_input]]
     return tuple(maps) if with_input else maps[0]
 
 
 def _triton_reasons(
-    x, weight, bias, groups, eps=1e-5, *, scale=None, shift=None, silu=False, with_input=False
+    x, weight, bias, groups, eps=1e-5, *, scale=None, shift=None, silu=False, x_bias=None, with_input=False
 ) -> list[str]:
     reasons = unavailable(x)
-    tensors = {"x": x, "weight": weight, "bias": bias, "scale": scale, "shift": shift}
+    tensors = {"x": x, "weight": weight, "bias": bias, "scale": scale, "shift": shift, "x_bias": x_bias}
     for name, t in tensors.items():
         if t is not None and t.dtype not in FUSED_TYPES:
             reasons.append(f"{name} is {t.dtype}, not float32, bfloat16 or float16")
@@ -113,7 +119,7 @@ def _triton_reasons(
     if x[:1].numel() >= 2**31:
         reasons.append("a sample has 2^31 elements or more")
     gradients = has_gradient(*tensors.values())
-    flags = scale is not None, shift is not None, silu, with_input
+    flags = scale is not None, shift is not None, silu, x_bias is not None, with_input
     return reasons or _self_check.reasons("group_norm", x, _variant, x, weight, groups, flags, gradients=gradients)
 
 
@@ -128,8 +134,8 @@ def _triton_doubts(x, *_, **__) -> list[str]:
     return interpreted(x)
 
 
-def _centred_doubts(x, weight, bias, groups, eps=1e-5, *, scale=None, shift=None, **_) -> list[str]:
-    if is_transformed(x, weight, bias, scale, shift):
+def _centred_doubts(x, weight, bias, groups, eps=1e-5, *, scale=None, shift=None, x_bias=None, **_) -> list[str]:
+    if is_transformed(x, weight, bias, scale, shift, x_bias):
         return ["under torch.func or forward mode, where its layout cannot always be asked"]
     doubts = [] if x.device.type == "cpu" else [f"x is on {x.device.type}"]
     if x.dtype != torch.float32:
@@ -138,7 +144,7 @@ def _centred_doubts(x, weight, bias, groups, eps=1e-5, *, scale=None, shift=None
         doubts.append("x is not channels-last")
     if x.shape[2] * x.shape[3] < CENTRED_POSITIONS:
         doubts.append(f"fewer than {CENTRED_POSITIONS} positions")
-    if has_gradient(x, weight, bias, scale, shift):
+    if has_gradient(x, weight, bias, scale, shift, x_bias):
         doubts.append("its gradients take longer")
     return doubts
 
@@ -157,14 +163,15 @@ _op = Op(
 @overload
 def group_norm(
     x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float = ..., *, scale: Tensor | None = ...,
-    shift: Tensor | None = ..., silu: bool = ..., with_input: Literal[False] = ..., impl: str | None = ...,
+    shift: Tensor | None = ..., silu: bool = ..., x_bias: Tensor | None = ..., with_input: Literal[False] = ...,
+    impl: str | None = ...,
 ) -> Tensor: ...  # fmt: skip
 
 
 @overload
 def group_norm(
     x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float = ..., *, scale: Tensor | None = ...,
-    shift: Tensor | None = ..., silu: bool = ..., with_input: Literal[True], impl: str | None = ...,
+    shift: Tensor | None = ..., silu: bool = ..., x_bias: None = ..., with_input: Literal[True], impl: str | None = ...,
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
@@ -178,6 +185,7 @@ def group_norm(
     scale: Tensor | None = None,
     shift: Tensor | None = None,
     silu: bool = False,
+    x_bias: Tensor | None = None,
     with_input: bool = False,
     impl: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -190,6 +198,7 @@ def group_norm(
         eps: added to the variance.
         scale, shift: (B, C); None: 0.
         silu: apply x * sigmoid(x) last.
+        x_bias: (C,), added to x first: the bias of the convolution that made x without it; not beside `with_input`.
         with_input: return (y, x): where a residual goes on from that x, its gradient is added without a launch.
         impl: force an implementation (`encdiff.explain` lists them); None chooses.
 
@@ -201,24 +210,42 @@ def group_norm(
 
     Source: arXiv 1803.08494; scale and shift: arXiv 2105.05233, section 3.
     """
-    _check(x, weight, bias, groups, scale, shift)
+    _check(x, weight, bias, groups, scale, shift, x_bias)
     arguments = (x, weight, bias, groups, eps)
     options: dict[str, Any] = dict(scale=scale, shift=shift, silu=silu, impl=impl)
     if not with_input:
-        return _op(*arguments, **options)
+        return _op(*arguments, **options, x_bias=x_bias)
+    if x_bias is not None:
+        raise InputError("with_input is True, must be False where x_bias is given: x alone is no input of its norm")
     fused = has_gradient(x) and _op.choose(*arguments, **options, with_input=True).name == "triton"
     return _op(*arguments, **options, with_input=True) if fused else (_op(*arguments, **options), x)
 
 
-def _check(x, weight, bias, groups, scale, shift) -> None:
+def norm_takes_bias(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float = 1e-5, **options: Any) -> bool:
+    """Whether `group_norm(h, weight, bias, groups, eps, x_bias=..., **options)` is the fused kernel's.
+
+    Of features h that a convolution is to make of x (B, I, H, W), of the same positions: its bias is free there, and
+    costs a launch elsewhere. A compiler fuses it itself.
+    """
+    if torch.compiler.is_compiling() or is_transformed(x, weight, bias, *options.values()):
+        return False
+    h = x.new_empty((), dtype=autocast_dtype(x) or x.dtype).expand(len(x), len(weight), *x.shape[2:])
+    return _op.fuses(h, weight, bias, groups, eps, x_bias=weight, **options)
+
+
+def _check(x, weight, bias, groups, scale, shift, x_bias) -> None:
     if x.ndim != 4 or not x.is_floating_point():
         raise InputError(f"x is {tuple(x.shape)} of {x.dtype}, must be (B, C, H, W) of floating point")
     batch, channels = x.shape[:2]
     if groups < 1 or channels % groups:
         raise InputError(f"groups {groups} must divide the {channels} channels of x")
-    check_floating(x=x, weight=weight, bias=bias, scale=scale, shift=shift)
+    check_floating(x=x, weight=weight, bias=bias, scale=scale, shift=shift, x_bias=x_bias)
     shapes: dict[str, tuple[Tensor | None, tuple]] = {"weight": (weight, (channels,)), "bias": (bias, (channels,))}
-    shapes |= {"scale": (scale, (batch, channels)), "shift": (shift, (batch, channels))}
+    shapes |= {
+        "scale": (scale, (batch, channels)),
+        "shift": (shift, (batch, channels)),
+        "x_bias": (x_bias, (channels,)),
+    }
     for name, (t, shape) in shapes.items():
         if t is not None and tuple(t.shape) != shape:
             raise InputError(f"{name} is {tuple(t.shape)}, must be {shape} for x {tuple(x.shape)}")

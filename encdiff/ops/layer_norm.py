@@ -6,7 +6,7 @@ from torch import Tensor
 
 from encdiff.errors import InputError
 from encdiff.ops import _self_check
-from encdiff.ops._dispatch import Implementation, Op, always, is_transformed
+from encdiff.ops._dispatch import Implementation, Op, always
 from encdiff.ops._triton import FUSED_TYPES, NAMES, has_gradient, interpreted, unavailable
 from encdiff.ops._types import check_floating
 
@@ -76,10 +76,7 @@ def fuses(x: Tensor, weight: Tensor, bias: Tensor) -> bool:
     """Whether an op that begins with a LayerNorm should take the fused one: the choice of `layer_norm`, and no error
     where one is forced that serves that op and not this part of it.
     """
-    forced = _op._default()
-    if is_transformed(x, weight, bias) or forced not in (None, "triton") or _triton_reasons(x, weight, bias):
-        return False
-    return forced == "triton" or not _triton_doubts(x)
+    return _op.fuses(x, weight, bias)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, *, impl: str | None = None) -> Tensor:

@@ -23,15 +23,22 @@ from encdiff.ops.column_sum import bias_gradient, column_sum_native, is_fused
 Pair = tuple[int, int]
 
 
-class _Ways(NamedTuple):
-    """Where the gradients of weight and bias go, both or neither, and whether the kernel sums the bias's."""
+class Ways(NamedTuple):
+    """Where the gradients of weight and bias go, all that are asked for or none; whether the kernel sums the bias's."""
 
     weight: Sink | None
     bias: Sink | None
     fused: bool
 
+    @classmethod
+    def of_bias(cls, x: Tensor, bias: Tensor) -> "Ways":
+        """Of a bias alone, added to features x; with the kernel wherever a gradient is asked for."""
+        sinks = sinks_of(x, bias) if bias.requires_grad else None
+        return cls(None, sinks[0] if sinks else None, _sums(x, bias, "triton"))
+
     def aside(self, *inputs: Tensor | None) -> AbstractContextManager:
-        return nullcontext() if self.weight is None else self.weight.beside.aside(*inputs)
+        sink = self.weight or self.bias
+        return nullcontext() if sink is None else sink.beside.aside(*inputs)
 
     def product(self, rows: Tensor, x: Tensor) -> Tensor | None:
         """dW = dy^T x, or None where it went into its sink."""
@@ -51,7 +58,7 @@ class _Ways(NamedTuple):
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, ways: _Ways) -> Tensor:
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, ways: Ways) -> Tensor:
         wanted = ctx.needs_input_grad
         ctx.save_for_backward(x if wanted[1] else None, weight if wanted[0] else None)
         ctx.bias_dtype, ctx.ways = None if bias is None else bias.dtype, ways
@@ -61,22 +68,22 @@ class _Linear(torch.autograd.Function):
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
         """dx = dy W; dW = dy^T x; db = the sum of dy over the rows."""
         (x, weight), wanted = ctx.saved_tensors, ctx.needs_input_grad
-        rows = _matrix(dy)
+        rows = matrix(dy)
         with ctx.ways.aside(rows, x):
-            dw = ctx.ways.product(rows, _matrix(x)) if wanted[1] else None
+            dw = ctx.ways.product(rows, matrix(x)) if wanted[1] else None
             db = ctx.ways.sum(rows, ctx.bias_dtype) if wanted[2] else None
         dx = (rows @ weight).view(*dy.shape[:-1], weight.shape[1]) if wanted[0] else None
         return dx, dw, db, None
 
 
-def _matrix(x: Tensor) -> Tensor:
+def matrix(x: Tensor) -> Tensor:
     """(..., C) -> (M, C), a view where the strides allow one."""
     return x.reshape(x.shape[:-1].numel(), x.shape[-1])
 
 
 class _Conv2d(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, strides: tuple[Pair, Pair], ways: _Ways):
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, strides: tuple[Pair, Pair], ways: Ways):
         ctx.save_for_backward(x, weight)
         ctx.bias_dtype, ctx.strides, ctx.ways = None if bias is None else bias.dtype, strides, ways
         return F.conv2d(x, weight, bias, *strides)
@@ -101,7 +108,7 @@ class _Conv2d(torch.autograd.Function):
                 dw = gradients(False, True, False)[1]
                 ways.weight.put(lambda into: into.copy_(dw), lambda into: into.add_(dw))
             if db_wanted:
-                ways.sum(_matrix(dy.permute(0, 2, 3, 1)) if rows is None else rows, ctx.bias_dtype)
+                ways.sum(matrix(dy.permute(0, 2, 3, 1)) if rows is None else rows, ctx.bias_dtype)
         return gradients(dx_wanted, False, False)[0], None, None, None, None
 
 
@@ -111,7 +118,7 @@ def _rows(dy: Tensor) -> Tensor | None:
     *sizes, C = features.shape
     axes = [(size, stride) for size, stride in zip(sizes, features.stride(), strict=False) if size > 1]
     together = all(outer == size * inner for (_, outer), (size, inner) in pairwise(axes))
-    return _matrix(features) if together and (C == 1 or dy.stride(1) == 1) else None
+    return matrix(features) if together and (C == 1 or dy.stride(1) == 1) else None
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, impl: str | None = None) -> Tensor:
@@ -182,10 +189,10 @@ def _sums(x: Tensor, bias: Tensor | None, impl: str | None) -> bool:
     return not is_transformed(x, bias) and is_fused(x, impl)
 
 
-def _ways(x: Tensor, weight: Tensor, bias: Tensor | None, impl: str | None) -> _Ways:
+def _ways(x: Tensor, weight: Tensor, bias: Tensor | None, impl: str | None) -> Ways:
     learning = (weight,) if bias is None or not bias.requires_grad else (weight, bias)
     to_weight, to_bias = (*(sinks_of(x, *learning) or ()), None, None)[:2]
-    return _Ways(to_weight, to_bias, _sums(x, bias, impl))
+    return Ways(to_weight, to_bias, _sums(x, bias, impl))
 
 
 def _cast(x: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._gate import GateCase, gate_signature
-from .._halves import sum_halves
+from .._rows import sum_rows
 from .._second import refuse_second
 from ..column_sum import column_sum
 from .parts import (
@@ -32,7 +32,7 @@ from .parts import (
     standardise,
     store_rows,
 )
-from .plan import FOLDED_TILES, FOLDED_TOKENS, pad
+from .plan import FOLDED_TILES, FOLDED_TOKENS, SPILLS, pad
 
 # Not specialised, so that the code of a tile is one, the gate's: the figures of the channels alone are.
 GENERAL = ("L", "N", "H", "stride_xb8", "stride_xl8", "stride_kb8", "stride_kh8", "stride_bias_b", "stride_bias_h")
@@ -285,7 +285,7 @@ def cross_attention_folded_bwd(
         parts = None if gamma is None else x.new_empty((programs, 2, x.shape[2]), dtype=torch.float32)
         cross_attention_folded_bwd_kernel_dx[programs,](*shared, dy, dx, parts, *sizes, RESIDUAL=residual, **blocks)
         if parts is not None:
-            sum_halves(parts, dgamma, dbeta)
+            sum_rows(parts, dgamma, dbeta)
     return dx, dk, dv, dgamma, dbeta, dbias
 
 
@@ -347,6 +347,7 @@ def gate_cases():
             yield GateCase(
                 f"cross_attention folded {name} {dtype} C<={BLOCK_C}{' options' * options}", kernel,
                 gate_signature(kernel, types, fixed), fixed, tile.num_warps, tile.num_stages, half,
+                SPILLS if half and BLOCK_C < 256 else 0,
             )  # fmt: skip
 
 

@@ -25,7 +25,7 @@ from .parts import (
     over_tokens,
     softmax_by_head,
 )
-from .plan import KEPT_TILES, pad, samples_of_tile
+from .plan import KEPT_TILES, SPILLS, pad, samples_of_tile
 
 # Not specialised, so that the code of a tile is one, the gate's: the figures of the channels alone are.
 GENERAL = ("B", "L", "N", "H", "S", "stride_xb8", "stride_xl8", "stride_bias_b", "stride_bias_h")
@@ -155,4 +155,5 @@ def gate_cases():
             yield GateCase(
                 f"cross_attention kept {dtype} C<={BLOCK_C} d<={BLOCK_D}{' options' * options}", kernel,
                 gate_signature(kernel, types, fixed), fixed, num_warps, num_stages,
+                spills=SPILLS,
             )  # fmt: skip

@@ -1,8 +1,9 @@
 """Which route of cross-attention, and with which tiles: tables and a cost model to be read, no tuning at run time.
 
-The tiles are free of spills on every target, says `make gate`. Of the folded route in 16 bits up to 128 channels they
-are those of which a multiprocessor of sm_90 holds most warps; the others are the largest. The cost model predicts, and
-by three times too little for whole ops on an H100 (bench/NOTES.md): it ranks, it does not tell times.
+In 16 bits the tiles of the folded and of the kept route are among the fastest of a sweep at the paper's layers on an
+H200 (docs/results/h200/run3/tiles.json); they may spill some registers. The others are the largest that spill none. The
+cost model predicts, and by three times too little for whole ops on an H100 (bench/NOTES.md): it ranks, it does not tell
+times.
 """
 
 from typing import NamedTuple
@@ -15,6 +16,7 @@ FOLDED_TOKENS, FOLDED_CHANNELS = 32, {2: 256, 4: 64}
 # batch
 BANDWIDTH, RATE, LAUNCH, BATCH = 4.15e12, {2: 400e12, 4: 30e12}, 1e-6, 128
 CACHE_BANDWIDTH = 5.5e12  # bytes/s of what many programs read again
+KEPT_RATE = 130e12  # FLOP/s of the kept kernel's narrow products, head after head (docs/results/h200/run3/tiles.json)
 
 
 class FoldedTile(NamedTuple):
@@ -42,21 +44,23 @@ class KeptTile(NamedTuple):
 # (kernel, 16 bit?, channels padded) -> tile
 FOLDED_TILES = {
     ("fwd", True, 64): FoldedTile(64, 1, 4),
-    ("fwd", True, 128): FoldedTile(32, 2, 4),
-    ("fwd", True, 256): FoldedTile(32, 2, 8),
-    ("dx", True, 64): FoldedTile(64, 1, 4),
-    ("dx", True, 128): FoldedTile(32, 1, 8),
-    ("dx", True, 256): FoldedTile(32, 2, 8),
-    ("dkv", True, 64): FoldedTile(64, 1, 4, 1),
-    ("dkv", True, 128): FoldedTile(16, 1, 4, 1),
+    ("fwd", True, 128): FoldedTile(64, 2, 4),
+    ("fwd", True, 256): FoldedTile(16, 2, 4),
+    ("dx", True, 64): FoldedTile(128, 1, 4, 1),
+    ("dx", True, 128): FoldedTile(64, 1, 4),
+    ("dx", True, 256): FoldedTile(16, 2, 8),
+    ("dkv", True, 64): FoldedTile(64, 1, 4),
+    ("dkv", True, 128): FoldedTile(64, 1, 4),
     ("dkv", True, 256): FoldedTile(16, 1, 8),
     ("fwd", False, 64): FoldedTile(16, 1, 4),
     ("dx", False, 64): FoldedTile(16, 1, 8),
     ("dkv", False, 64): FoldedTile(16, 1, 8),
 }
 
+SPILLS = 320  # bytes of a thread that those of 16 bits may spill
+
 # (channels padded, head width padded) -> tile; 16 bits only
-KEPT_TILES = {(128, 16): KeptTile(64, 2, 32, 8), (256, 32): KeptTile(32, 1, 64, 8)}
+KEPT_TILES = {(128, 16): KeptTile(64, 2, 32, 8), (256, 32): KeptTile(16, 2, 32, 4)}
 
 # of 16 queries: one warp, in 64 rows three quarters would be masked; one stage, there is no second pass to load for
 SHORT = HeadsTile(16, FEW_TOKENS, 1, 1)
@@ -165,7 +169,8 @@ def predict(route: str, queries: int, channels: int, tokens: int, heads: int, si
     else:
         launches, elements = (5, 2 * x + 4 * folded) if route == "folded" else (1, 2 * x + 2 * folded)
         flops = 4 * x * heads * FOLDED_TOKENS
-    return launches * LAUNCH + batch * max(elements * size / BANDWIDTH, flops / RATE[size], again)
+    rate = KEPT_RATE if route == "kept" else RATE[size]
+    return launches * LAUNCH + batch * max(elements * size / BANDWIDTH, flops / rate, again)
 
 
 def choose_route(queries: int, channels: int, tokens: int, heads: int, size: int) -> str:

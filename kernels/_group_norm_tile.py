@@ -1,0 +1,48 @@
+"""What one program of the GroupNorm kernels takes, by the sizes alone."""
+
+from typing import NamedTuple
+
+import triton
+
+WIDTHS = (2, 4, 6, 8, 12, 16)  # those of the U-Nets: 64 to 512 channels in 32 groups
+BLOCK_D = (4, 16, 64)  # columns of a group of any other width
+COLUMNS = {4: 256, 16: 128, 64: 64, 256: 32}  # positions of a tile -> its columns: 64 bytes of bfloat16 at least
+TILE = 8192  # elements of one program at most
+
+
+class Tile(NamedTuple):
+    """Positions and columns of one program, columns and channels (0: any) of one group, whether it is read once."""
+
+    rows: int
+    columns: int
+    group: int
+    width: int
+    single: bool
+
+    @classmethod
+    def of(cls, L: int, C: int, groups: int) -> "Tile":
+        D = C // groups
+        width = D if D in WIDTHS and C % 8 == 0 else 0
+        group = triton.next_power_of_2(D) if width else min(d for d in BLOCK_D if d >= D)
+        # fewer to compile: narrow groups are those of large images
+        lengths = ([64, 256] if width < 8 else list(COLUMNS)) if width else [16, 256]
+        rows = next((r for r in lengths if r >= L), lengths[-1])
+        columns = max(COLUMNS[rows], group)
+        if width != group:  # there are gaps
+            columns = max(columns, min(2 * columns, TILE // rows))
+        rows = min(rows, TILE // columns)
+        return cls(rows, columns, group, width, rows >= L)
+
+    @property
+    def num_warps(self) -> int:
+        """16 elements for each thread; 32 of the longest code, which has too few registers otherwise."""
+        return self.rows * self.columns // (512 if self.width or self.single else 1024)
+
+    def programs(self, groups: int) -> int:
+        """For one sample."""
+        return triton.cdiv(groups, self.columns // self.group)
+
+    def constexprs(self, scale: bool, shift: bool, silu: bool, x_bias: bool) -> dict:
+        blocks = {"BLOCK_L": self.rows, "BLOCK_C": self.columns, "BLOCK_D": self.group, "WIDTH": self.width}
+        options = {"HAS_SCALE": scale, "HAS_SHIFT": shift, "SILU": silu, "HAS_X_BIAS": x_bias}
+        return blocks | {"SINGLE": self.single} | options
