@@ -38,12 +38,10 @@ FORMS = ("published", "ours, autocast", "ours, bf16 weights")
 # kernels of an operator where there is more than one (PyTorch 2.11, CUDA); ours as their launchers have them
 # (those of column_sum: `_column_sum`)
 KERNELS = {
-    "encdiff::group_norm_backward": 2,  # gradients, the sum over the batch
     "encdiff::cross_attention_folded_bwd": 3,  # keys and values, x, the sum of the shares of the LayerNorm's
     "encdiff::fold_by_head": 2,
     "encdiff::fold_by_head_backward": 4,
     "encdiff::cross_attention_heads_bwd": 2,
-    "encdiff::layer_norm_backward": 2,  # dx with the shares, their sum
     "encdiff::mlp_bank_backward": 2,
     "aten::baddbmm": 2,  # the addend is copied to where the product adds to it
     "aten::convolution": 1,  # and one for a bias, counted on its own
@@ -64,7 +62,7 @@ GROUPS = {
     "copies": {"clone", "copy_", "cat", "stack", "slice_backward", "select_backward"},
     "fills": {"zeros", "zeros_like", "ones_like", "new_zeros", "fill_", "zero_", "full", "full_like", "zero"},
     "adds": {"add", "add_", "residual_add"},
-    "sums": {"sum", "column_sum"},
+    "sums": {"sum", "column_sum", "sum_rows"},
     "activations": {"silu", "silu_backward", "relu", "relu_", "threshold_backward", "elu", "elu_backward"},
 }
 GROUP_OF = {op: group for group, ops in GROUPS.items() for op in ops}

@@ -10,7 +10,6 @@ VECTOR elements at a time; three quarters of one leave gaps, then 2 or 4. 0: any
 """
 
 from collections.abc import Iterator
-from itertools import product
 
 import torch
 import triton
@@ -19,7 +18,8 @@ from torch import Tensor
 
 from ._gate import GateCase, gate_signature
 from ._group_norm_tile import BLOCK_D, COLUMNS, WIDTHS, Tile
-from ._rows import SUM, SUM_WARPS, group_norm_bwd_kernel_sum, sum_rows
+from ._rows import gate_cases as sums_gate_cases
+from ._rows import sum_rows
 from ._second import refuse_second
 
 VECTOR = tl.constexpr(4)  # neighbours of one thread; of 8, each column's figures take more registers than there are
@@ -255,12 +255,9 @@ def _skip(t: Tensor | None, x: Tensor) -> tuple[Tensor, int]:
 
 
 def _launch_backward(dy, x, mean, rstd, weight, bias, scale, shift, x_bias, groups, silu, skip) -> tuple[Tensor, ...]:
-    """The gradients of x (with skip added), weight, bias, scale, shift and x_bias; empty for what is not given."""
+    """See `group_norm_backward`."""
     (batch, L, C), x, dy = x.shape, _aligned(x), _aligned(dy)
-    dx, dweight, dbias = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, weight, bias))
-    dscale, dshift, dx_bias = (_like(t, x) for t in (scale, shift, x_bias))
-    sums = (dweight, dbias) if x_bias is None else (dweight, dbias, dx_bias)
-    rows = x.new_empty(batch, len(sums), C, dtype=torch.float32)
+    dx, rows, dscale, dshift = _gradients(x, scale, shift, x_bias)
     if x.numel():
         tile = Tile.of(L, C, groups)
         (s, stride_s), (t, stride_t) = _row(scale, weight), _row(shift, weight)
@@ -272,11 +269,16 @@ def _launch_backward(dy, x, mean, rstd, weight, bias, scale, shift, x_bias, grou
                 **tile.constexprs(scale is not None, shift is not None, silu, x_bias is not None),
                 HAS_SKIP=skip is not None, num_warps=tile.num_warps, num_stages=1,
             )  # fmt: skip
-            sum_rows(rows, *sums)
     else:
-        for t in (*sums, dscale, dshift):
+        for t in (rows, dscale, dshift):
             t.zero_()
-    return dx, dweight, dbias, dscale, dshift, dx_bias
+    return dx, rows, dscale, dshift
+
+
+def _gradients(x: Tensor, scale: Tensor | None, shift: Tensor | None, x_bias: Tensor | None) -> tuple[Tensor, ...]:
+    batch, _, C = x.shape
+    rows = x.new_empty(batch, 2 if x_bias is None else 3, C, dtype=torch.float32)
+    return x.new_empty(x.shape), rows, _like(scale, x), _like(shift, x)
 
 
 def _like(t: Tensor | None, x: Tensor) -> Tensor:
@@ -302,15 +304,17 @@ def _(x, weight, bias, scale, shift, x_bias, groups, eps, silu):
 def group_norm_backward(
     dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None,
     shift: Tensor | None, x_bias: Tensor | None, groups: int, silu: bool, skip: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """skip (B, L, C), any strides: a gradient of x that is at hand, added to that of the op."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The gradient of x; (B, 2 or 3, C), each sample's share of those of weight, bias and x_bias; of scale and shift.
+
+    Empty for a scale or shift that is not given. skip (B, L, C), any strides: a gradient of x that is at hand, added.
+    """
     return _launch_backward(dy, x, mean, rstd, weight, bias, scale, shift, x_bias, groups, silu, skip)
 
 
 @group_norm_backward.register_fake
 def _(dy, x, mean, rstd, weight, bias, scale, shift, x_bias, groups, silu, skip=None):
-    affine = weight.new_empty(weight.shape), bias.new_empty(bias.shape)
-    return x.new_empty(x.shape), *affine, _like(scale, x), _like(shift, x), _like(x_bias, x)
+    return _gradients(x, scale, shift, x_bias)
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -320,13 +324,15 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)  # zeros for mean and rstd would be launches that nobody reads
 
 
-def _autograd(ctx, dy, *_, skip=None):
+def _autograd(ctx, dy, *_, skip=None, sums=sum_rows):
     if dy is None:
         return (skip, *(None,) * 8)
     saved = ctx.saved_tensors  # asked for once: activation checkpointing gives it no second time
-    gradients = group_norm_backward(dy, *saved, ctx.groups, ctx.silu, skip)
-    given = (None if t is None else d for t, d in zip(saved[5:], gradients[3:], strict=True))  # scale, shift, x_bias
-    return *gradients[:3], *given, None, None, None
+    weight, bias, scale, shift, x_bias = saved[3:]
+    dx, rows, dscale, dshift = group_norm_backward(dy, *saved, ctx.groups, ctx.silu, skip)
+    dweight, dbias, *dx_bias = sums(rows, [t for t in (weight, bias, x_bias) if t is not None])
+    given = None if scale is None else dscale, None if shift is None else dshift
+    return dx, dweight, dbias, *given, dx_bias[0] if dx_bias else None, None, None, None
 
 
 group_norm.register_autograd(_autograd, setup_context=_setup_context)
@@ -334,17 +340,20 @@ refuse_second(group_norm_backward)
 
 
 class GroupNormAndInput(torch.autograd.Function):
-    """`group_norm`'s y, and x once more: what comes back through it is added to dx where that is written."""
+    """`group_norm`'s y, and x once more: what comes back through it is added to dx where that is written.
+
+    `sums(rows, parameters)` gives the parameters' gradients, or None for each where it puts them elsewhere.
+    """
 
     @staticmethod
-    def forward(ctx, *inputs):
-        y, mean, rstd = group_norm(*inputs)
+    def forward(ctx, sums, *inputs):
+        ctx.sums, (y, mean, rstd) = sums, group_norm(*inputs)
         _setup_context(ctx, inputs, (y, mean, rstd))
         return y, inputs[0].view_as(inputs[0]), mean, rstd
 
     @staticmethod
     def backward(ctx, dy, skip, *_):
-        return _autograd(ctx, dy, skip=skip)
+        return None, *_autograd(ctx, dy, skip=skip, sums=ctx.sums)
 
 
 def gate_cases() -> Iterator[GateCase]:
@@ -362,12 +371,7 @@ def gate_cases() -> Iterator[GateCase]:
                 for option in last:
                     yield _case(kernel, tile, kind, "scale", "shift", "silu", option)
         yield _case(kernel, Tile.of(256, 64, 32), "fp32")
-    for kind, vectors in product(("fp32", "bf16"), (2, 3)):
-        types = {"p_rows": "*fp32:1"} | {name: f"*{kind}:1" for name in ("p_dw", "p_db", "p_dx_bias")}
-        blocks = {"VECTORS": vectors} | SUM
-        signature = gate_signature(group_norm_bwd_kernel_sum, types, blocks)
-        name = f"group_norm_bwd_kernel_sum {kind} of {vectors}"
-        yield GateCase(name, group_norm_bwd_kernel_sum, signature, blocks, SUM_WARPS, tensor_cores=False)
+    yield from sums_gate_cases()
 
 
 def _case(kernel, tile: Tile, kind: str, *options: str) -> GateCase:

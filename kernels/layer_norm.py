@@ -2,7 +2,7 @@
 
 A program takes a tile of whole rows, so that narrow rows do not waste it; the tile stays in registers between its one
 read and its one write. Backward a bounded number of programs go from tile to tile, each adds up its share of the
-gradients of weight and bias, and a second launch sums the shares, always in the same order.
+gradients of weight and bias, and a second launch sums the shares (`_rows`).
 """
 
 from collections.abc import Iterator
@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._gate import GateCase, gate_signature
+from ._rows import sum_rows
 from ._second import refuse_second
 
 BLOCKS = (16, 64, 128, 256, 512, 1024, 4096)  # columns of a program: all of a row
@@ -21,11 +22,9 @@ VECTOR = tl.constexpr(8)  # neighbours of one thread: 16 bytes of bfloat16
 TILE_FORWARD, WARPS_FORWARD = 2048, 4  # elements of one program: two 16-byte loads of bfloat16 for each thread
 TILE_BACKWARD, WARPS_BACKWARD = 4096, 8
 PROGRAMS = 256  # backward, at most: two on each multiprocessor of an H100; more would be more shares to sum
-SUM = {"BLOCK_P": PROGRAMS, "BLOCK_C": 16}  # every share at once
-SUM_WARPS = 8
 # Not specialised: `_aligned` sees to the pointers. So the code depends on the block sizes alone and gate_cases lists
 # all of it.
-GENERAL = ("M", "C", "P")
+GENERAL = ("M", "C")
 
 
 @triton.jit
@@ -64,10 +63,10 @@ def layer_norm_fwd_kernel(
 
 @triton.jit(do_not_specialize=GENERAL)
 def layer_norm_bwd_kernel(
-    p_dy, p_x, p_mean, p_rstd, p_w, p_dx, p_shares, M, C,
-    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, ALIGNED: tl.constexpr,
+    p_dy, p_x, p_mean, p_rstd, p_w, p_skip, p_dx, p_shares, M, C,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, ALIGNED: tl.constexpr, HAS_SKIP: tl.constexpr,
 ):  # fmt: skip
-    """dx, and in p_shares (P, 2, C) each of P programs' part of the gradients of weight and bias."""
+    """dx, with p_skip added, and in p_shares (P, 2, C) each of P programs' part of the gradients of weight and bias."""
     n = C.to(tl.float32)
     if ALIGNED:
         C = C // VECTOR * VECTOR  # said in this way, the compiler knows that rows are aligned
@@ -83,6 +82,8 @@ def layer_norm_bwd_kernel(
         g = dy * w[None, :]  # zero outside, as dy is
         mean_g, mean_xg = tl.sum(g, 1) / n, tl.sum(g * x_hat, 1) / n
         dx = rstd[:, None] * (g - mean_g[:, None] - x_hat * mean_xg[:, None])
+        if HAS_SKIP:
+            dx += tl.load(p_skip + start * C + o, mask=m, other=0.0).to(tl.float32)
         tl.store(p_dx + start * C + o, dx.to(p_dx.dtype.element_ty), mask=m)
         dw += dy * x_hat
         db += dy
@@ -90,20 +91,6 @@ def layer_norm_bwd_kernel(
     p_shares += tl.program_id(0) * 2 * C
     tl.store(p_shares + o_c, tl.sum(dw, 0), mask=o_c < C)
     tl.store(p_shares + C + o_c, tl.sum(db, 0), mask=o_c < C)
-
-
-@triton.jit(do_not_specialize=GENERAL)
-def layer_norm_bwd_kernel_sum(p_shares, p_dw, p_db, P, C, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
-    """The sum of p_shares (P, 2, C) over P, always in the same order: half of the programs for p_dw."""
-    tiles = tl.cdiv(C, BLOCK_C)
-    half = tl.program_id(0) // tiles
-    o_p, o_c = tl.arange(0, BLOCK_P), tl.program_id(0) % tiles * BLOCK_C + tl.arange(0, BLOCK_C)
-    o = (2 * o_p + half)[:, None] * C + o_c[None, :]
-    total = tl.sum(tl.load(p_shares + o, mask=(o_p < P)[:, None] & (o_c < C)[None, :], other=0.0), 0)
-    if half == 0:
-        tl.store(p_dw + o_c, total.to(p_dw.dtype.element_ty), mask=o_c < C)
-    else:
-        tl.store(p_db + o_c, total.to(p_db.dtype.element_ty), mask=o_c < C)
 
 
 class Tile(NamedTuple):
@@ -141,24 +128,25 @@ def _launch_forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tupl
     return y, mean, rstd
 
 
-def _launch_backward(
-    dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    rows, C = x.shape[:-1].numel(), x.shape[-1]
-    dx, dweight, dbias = (t.new_empty(t.shape) for t in (x, weight, bias))
+def _launch_backward(dy, x, mean, rstd, weight, skip) -> tuple[Tensor, Tensor]:
+    """See `layer_norm_backward`."""
+    dx, shares = _gradients(x)
     if x.numel() == 0:
-        return dx, dweight.zero_(), dbias.zero_()
+        return dx, shares.zero_()
+    rows, C = x.shape[:-1].numel(), x.shape[-1]
     tile = Tile.of(C, TILE_BACKWARD)
-    programs = min(PROGRAMS, triton.cdiv(rows, tile.rows))
-    shares = x.new_empty(programs, 2, C, dtype=torch.float32)
     with torch.cuda.device_of(x):
-        layer_norm_bwd_kernel[programs,](
-            _aligned(dy), _aligned(x), mean, rstd, _aligned(weight), dx, shares, rows, C,
-            **tile.constexprs(), num_warps=WARPS_BACKWARD, num_stages=1,
+        layer_norm_bwd_kernel[len(shares),](
+            _aligned(dy), _aligned(x), mean, rstd, _aligned(weight), _aligned(dy if skip is None else skip), dx, shares,
+            rows, C, **tile.constexprs(), HAS_SKIP=skip is not None, num_warps=WARPS_BACKWARD, num_stages=1,
         )  # fmt: skip
-        blocks = 2 * triton.cdiv(C, SUM["BLOCK_C"])
-        layer_norm_bwd_kernel_sum[blocks,](shares, dweight, dbias, programs, C, **SUM, num_warps=SUM_WARPS)
-    return dx, dweight, dbias
+    return dx, shares
+
+
+def _gradients(x: Tensor) -> tuple[Tensor, Tensor]:
+    rows, C = x.shape[:-1].numel(), x.shape[-1]
+    programs = max(1, min(PROGRAMS, triton.cdiv(rows, Tile.of(C, TILE_BACKWARD).rows)))
+    return x.new_empty(x.shape), x.new_empty(programs, 2, C, dtype=torch.float32)
 
 
 def _moments(x: Tensor) -> list[Tensor]:
@@ -178,15 +166,18 @@ def _(x, weight, bias, eps):
 
 @torch.library.custom_op("encdiff::layer_norm_backward", mutates_args=())
 def layer_norm_backward(
-    dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of x, weight and bias, each in its dtype."""
-    return _launch_backward(dy, x, mean, rstd, weight, bias)
+    dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, skip: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The gradient of x, and (P, 2, C) in float32 shares of those of weight and bias.
+
+    skip, of x's shape: a gradient of x that is at hand, added.
+    """
+    return _launch_backward(dy, x, mean, rstd, weight, skip)
 
 
 @layer_norm_backward.register_fake
-def _(dy, x, mean, rstd, weight, bias):
-    return tuple(t.new_empty(t.shape) for t in (x, weight, bias))
+def _(dy, x, mean, rstd, weight, skip=None):
+    return _gradients(x)
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -196,12 +187,30 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)  # zeros for mean and rstd would be launches that nobody reads
 
 
-def _autograd(ctx, dy, *_):
-    return (None,) * 4 if dy is None else (*layer_norm_backward(dy, *ctx.saved_tensors), None)
+def _autograd(ctx, dy, *_, skip=None, sums=sum_rows):
+    if dy is None:
+        return skip, None, None, None
+    *saved, bias = ctx.saved_tensors  # asked for once: activation checkpointing gives it no second time
+    dx, shares = layer_norm_backward(dy, *saved, skip)
+    return dx, *sums(shares, [saved[-1], bias]), None
 
 
 layer_norm.register_autograd(_autograd, setup_context=_setup_context)
 refuse_second(layer_norm_backward)
+
+
+class LayerNormAndInput(torch.autograd.Function):
+    """`layer_norm`'s y, and x once more: as `GroupNormAndInput`."""
+
+    @staticmethod
+    def forward(ctx, sums, *inputs):
+        ctx.sums, (y, mean, rstd) = sums, layer_norm(*inputs)
+        _setup_context(ctx, inputs, (y, mean, rstd))
+        return y, inputs[0].view_as(inputs[0]), mean, rstd
+
+    @staticmethod
+    def backward(ctx, dy, skip, *_):
+        return None, *_autograd(ctx, dy, skip=skip, sums=ctx.sums)
 
 
 def gate_cases() -> Iterator[GateCase]:
@@ -215,16 +224,10 @@ def gate_cases() -> Iterator[GateCase]:
             for kind in ("bf16", "fp32"):
                 yield _case(kernel, Tile.of(columns, size), kind, kind)
         yield _case(kernel, Tile.of(BLOCKS[-1], size), "bf16", "fp32")
-    for kind in ("fp32", "bf16"):
-        signature = gate_signature(
-            layer_norm_bwd_kernel_sum, {"p_shares": "*fp32", "p_dw": f"*{kind}", "p_db": f"*{kind}"}, SUM
-        )
-        name = f"layer_norm_bwd_kernel_sum {kind}"
-        yield GateCase(name, layer_norm_bwd_kernel_sum, signature, SUM, SUM_WARPS, tensor_cores=False)
 
 
 def _case(kernel, tile: Tile, kind: str, parameters: str) -> GateCase:
-    constexprs = tile.constexprs()
+    constexprs = tile.constexprs() | ({"HAS_SKIP": True} if kernel is layer_norm_bwd_kernel else {})
     own = {"p_mean": "fp32", "p_rstd": "fp32", "p_shares": "fp32", "p_w": parameters, "p_b": parameters}
     types = {n: f"*{own.get(n, kind)}" for n in kernel.arg_names if n.startswith("p_")} | {"eps": "fp32"}
     name = f"{kernel.__name__} {kind}, {parameters} {tile.rows}x{tile.columns}{' aligned' if tile.aligned else ''}"

@@ -6,9 +6,8 @@ import torch
 from bench.launches import Counting, count_evaluation, count_sampling, count_step, count_update, imagined_gpu
 from encdiff.ops.column_sum import column_sum
 
-# lower these with every kernel that is saved; 20 and 30 more than once were, since five layers attend by heads, whose
-# kernels took a sixth of the folded ones' time on an H200
-STEP = {"ours, autocast": 2332, "ours, bf16 weights": 1604}
+# lower these with every kernel that is saved
+STEP = {"ours, autocast": 2289, "ours, bf16 weights": 1561}
 EVALUATION = {"ours, autocast": 730, "ours, bf16 weights": 322}
 SAMPLING = {"float32": 4839, "bf16": 3520}  # ten evaluations
 

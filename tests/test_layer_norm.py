@@ -148,6 +148,31 @@ def test_eps_counts_where_a_row_is_constant():
     torch.testing.assert_close(dx, 2 * (torch.eye(8)[:2] - 1 / 8))
 
 
+@pytest.mark.parametrize("layout", ["whole", "transposed", "none"])
+@pytest.mark.parametrize("shape, dtype", [((3, 7, 37), FULL), ((4, 3, 128), HALF), ((0, 3, 8), FULL)])
+def test_the_input_passed_on_brings_its_gradient(shape, dtype, layout):
+    """y and x once more: what comes back through x is added by the kernel."""
+    tensors, upstream = drawn(shape, dtype, dtype)
+    again = torch.randn(shape).to(dtype)
+    again = again.mT.contiguous().mT if layout == "transposed" else again
+    leaves = [t.detach().requires_grad_() for t in tensors]
+    y, x = layer_norm(*leaves, with_input=True, impl="triton")
+    through = [y] if layout == "none" else [y, x]
+    actual = torch.autograd.grad(through, leaves, [upstream, again][: len(through)])
+    expected = by_hand(tensors, upstream)
+    expected[1] = expected[1] + (0 if layout == "none" else again.double())
+    assert torch.equal(x, tensors[0]) and relative(y.detach(), expected[0]) <= 2 * torch.finfo(dtype).eps + 4e-6
+    for a, e in zip(actual, expected[1:], strict=True):
+        assert a.dtype == dtype and relative(a, e) <= (2 * torch.finfo(dtype).eps if dtype == HALF else 4e-6)
+
+
+def test_without_a_gradient_the_input_is_passed_on_as_it_is():
+    (x, weight, bias), _ = drawn((3, 8))
+    assert layer_norm(x, weight, bias, with_input=True, impl="triton")[1] is x
+    leaf = x.clone().requires_grad_()
+    assert layer_norm(leaf, weight, bias, with_input=True, impl="native")[1] is leaf
+
+
 def test_opcheck():
     from encdiff.kernels import layer_norm as kernels
 
@@ -156,7 +181,8 @@ def test_opcheck():
     torch.library.opcheck(kernels.layer_norm, (*leaves, 1e-5))
     x, weight, bias = (t.detach() for t in leaves)
     _, mean, rstd = kernels.layer_norm(x, weight, bias, 1e-5)
-    torch.library.opcheck(kernels.layer_norm_backward, (upstream, x, mean, rstd, weight, bias))
+    torch.library.opcheck(kernels.layer_norm_backward, (upstream, x, mean, rstd, weight))
+    torch.library.opcheck(kernels.layer_norm_backward, (upstream, x, mean, rstd, weight, upstream))
 
 
 def test_compiles_whole_with_a_dynamic_batch():
@@ -192,14 +218,14 @@ def test_attention_begins_with_the_same():
     (x, weight, bias), _ = drawn((2, 5, 8), HALF, FULL)
     expected = F.layer_norm(x.float(), (8,), weight, bias).bfloat16()
     if not GPU:
-        assert torch.equal(_attention.layer_norm(x, weight, bias, 1e-5), expected)
+        assert torch.equal(_attention.layer_norm(x, weight, bias, 1e-5)[0], expected)
     with ops.use_impl("triton"), ops.record_impls() as ran:
-        y = _attention.layer_norm(x, weight, bias, 1e-5)
-        double = _attention.layer_norm(x.double(), weight.double(), bias.double(), 1e-5)
+        y, _ = _attention.layer_norm(x, weight, bias, 1e-5)
+        double = _attention.layer_norm(x.double(), weight.double(), bias.double(), 1e-5)[0]
     assert ran == [] and y.dtype == HALF and double.dtype == torch.float64
     assert relative(y, by_hand((x, weight, bias), x)[0]) < 8e-3
     assert relative(double, by_hand((x, weight, bias), x)[0]) < 1e-12
-    assert _attention.layer_norm(x, None, None, 1e-5) is x
+    assert _attention.layer_norm(x, None, None, 1e-5)[0] is x
 
 
 def test_the_feed_forward_of_the_model_is_normalised_by_it():

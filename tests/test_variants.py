@@ -13,7 +13,6 @@ from encdiff import ops
 from encdiff.ops import _families, _self_check
 from encdiff.ops._check import TYPES, Draw
 from encdiff.ops._families import FAMILIES
-from encdiff.ops.cross_attention_folded import cross_attention_folded, keep
 
 pytestmark = interpreted
 LAUNCHED = Path(__file__).parent / "_launched.py"
@@ -50,7 +49,7 @@ def test_what_is_drawn_for_a_variant_is_of_that_variant(card, monkeypatch, name)
     monkeypatch.setattr(_self_check, "_reasons", lambda family, variant, *_: asked.append((family, variant)) or [])
     family, reasons = FAMILIES[name], sys.modules[f"encdiff.ops.{name}"]._triton_reasons
     for variant in family.variants():
-        with_input = {"with_input": True} if name == "group_norm" and variant[-1] else {}
+        with_input = {"with_input": True} if name in ("group_norm", "layer_norm") and variant[-1] else {}
         run = getattr(_families, MODULES[name])(lambda *a, w=with_input, **o: reasons(*a, **o, **w) and None)
         run(family.make(Draw("0"), *variant), *variant)
         assert asked.pop() == (name, variant)
@@ -146,13 +145,3 @@ class TestAttentionVariants:
         x, w = torch.randn(2, 256, 60), [torch.randn(60, 60) for _ in range(4)]
         found = self.asked(monkeypatch, lambda: ops.self_attention(x, *w, heads=6, impl="triton"))
         assert found[0] == ("self_attention", "float32", 16, 256), "heads of 10 are filled up to 16"
-
-    def test_kept(self, card, monkeypatch):
-        width, C = 32, 256
-        context, w = torch.randn(2, 20, 16), [torch.randn(C, n) for n in (C, 16, 16, C)]
-        with torch.autocast("cpu", torch.bfloat16):
-            kept = keep(context, *w, heads=C // width)
-            x = torch.randn(2, 16, C)
-            found = self.asked(monkeypatch, lambda: cross_attention_folded(x, kept, impl="triton"))
-        kinds = "cross_attention_kept", "float32", "bfloat16", "float32"
-        assert found == [(*kinds, C, width, 9, False, False, "none", "none")]

@@ -16,6 +16,7 @@ from encdiff.models.layers import Conv2d, Linear, part, zero_init
 from encdiff.ops._beside import adjoined, give, sink_of
 from encdiff.ops._dispatch import is_transformed
 from encdiff.ops.cross_attention_folded import Folded, Kept, cross_attention_folded, fold, fold_pays
+from encdiff.ops.projection import projects
 
 
 @dataclass
@@ -84,32 +85,26 @@ class Attention(nn.Module):
 
 
 class GEGLU(nn.Module):
-    """(h, g) = proj([LN(]x[)]); h * GELU(g)."""
+    """(h, g) = proj(x); h * GELU(g)."""
 
     def __init__(self, width: int, inner: int):
         super().__init__()
         self.proj = Linear(width, 2 * inner)
 
-    def forward(self, x: Tensor, norm: nn.LayerNorm | None = None) -> Tensor:
-        if type(self.proj) is Linear:
-            return ops.projection(x, self.proj.weight, self.proj.bias, gated=True, **_norm(norm))
-        return ops.geglu(self.proj(x if norm is None else ops.layer_norm(x, norm.weight, norm.bias, norm.eps)))
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.geglu(self.proj(x))
 
 
 class FeedForward(nn.Module):
-    """[x +] Linear(GEGLU([LN(]x[)])), `factor` times as wide inside."""
+    """Linear(GEGLU(x)), `factor` times as wide inside."""
 
     def __init__(self, width: int, factor: int):
         super().__init__()
         # Identity keeps the place of the published code's dropout, and so the names
         self.net = nn.Sequential(GEGLU(width, factor * width), nn.Identity(), Linear(factor * width, width))
 
-    def forward(self, x: Tensor, norm: nn.LayerNorm | None = None, residual: bool = False) -> Tensor:
-        gate, _, out = self.net
-        h = gate(x, norm)
-        if type(out) is Linear:
-            return ops.projection(h, out.weight, out.bias, residual=x if residual else None)
-        return x + out(h) if residual else out(h)
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
 
 
 class TransformerBlock(nn.Module):
@@ -134,7 +129,17 @@ class TransformerBlock(nn.Module):
             x = self._gated("self", cond.self_gate, x, cond, self._self_attend)
         if self.cross_attention:
             x = self._gated("cross", cond.gate, x, cond, self._cross_attend)
-        return self.ff(x, self.norm3, residual=True)
+        return self._feed(x)
+
+    def _feed(self, x: Tensor) -> Tensor:
+        """x + FF(LN(x)), in two launches where no gradients are asked for."""
+        first, last = self.ff.net[0].proj, self.ff.net[2]
+        stock = type(first) is type(last) is Linear  # not what an adapter such as LoRA put in their place
+        if stock and projects(x, first.weight, first.bias, gated=True, **_norm(self.norm3)):
+            h = ops.projection(x, first.weight, first.bias, gated=True, **_norm(self.norm3))
+            return ops.projection(h, last.weight, last.bias, residual=x)
+        h, x = ops.layer_norm(x, self.norm3.weight, self.norm3.bias, self.norm3.eps, with_input=True)
+        return x + self.ff(h)
 
     def _gated(self, kind: str, mode: Mode, x: Tensor, cond: Conditioning, attend: Callable[..., Tensor]) -> Tensor:
         """x + attention: computed, and kept where asked for, or what was kept."""
@@ -254,7 +259,5 @@ def normalise(x: Tensor, norm: nn.GroupNorm, **options: Any) -> Tensor:
     return ops.group_norm(x, norm.weight, norm.bias, norm.num_groups, norm.eps, **options)
 
 
-def _norm(norm: nn.LayerNorm | None) -> dict:
-    if norm is None:
-        return {}
+def _norm(norm: nn.LayerNorm) -> dict:
     return {"norm_weight": norm.weight, "norm_bias": norm.bias, "norm_eps": norm.eps}

@@ -30,14 +30,17 @@ def product_dtype(x: Tensor) -> torch.dtype:
     return autocast_dtype(x) or x.dtype
 
 
-def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    """In x's dtype; computed in the wider of x's and the weights', which are not rounded to a half-precision x.
+def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    """The norm in x's dtype, and the x that a residual is to go on from: `ops.layer_norm(..., with_input=True)`.
 
-    By the fused kernel where `ops.layer_norm` would choose it; as a part of another op it is not recorded.
+    Computed in the wider of x's and the weights', which are not rounded to a half-precision x. By the fused kernel
+    where `ops.layer_norm` would choose it; as a part of another op it is not recorded.
     """
-    if weight is not None and bias is not None and fuses(x, weight, bias):
-        return layer_norm_triton(x, weight, bias, eps)
-    return stock_layer_norm(x, weight, bias, eps)
+    if weight is None or bias is None or not fuses(x, weight, bias):
+        return stock_layer_norm(x, weight, bias, eps), x
+    if not has_gradient(x):
+        return layer_norm_triton(x, weight, bias, eps), x
+    return layer_norm_triton(x, weight, bias, eps, with_input=True)
 
 
 def stock_layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:

@@ -90,6 +90,20 @@ class Sink(NamedTuple):
         return self._replace(gradient=self.gradient.view(self.gradient.shape[:2]))
 
 
+def put_together(sinks: Sequence[Sink], write: Callable[[list[Tensor]], object]) -> None:
+    """`write(gradients)` fills those of all sinks at once; they are added where a weight was used before."""
+    places = {sink.gradient.data_ptr() for sink in sinks}
+    written = sinks[0].beside.written
+    if not places & written:
+        write([sink.gradient for sink in sinks])
+        written |= places
+        return
+    fresh = [torch.empty_like(sink.gradient) for sink in sinks]
+    write(fresh)
+    for sink, gradient in zip(sinks, fresh, strict=True):
+        sink.put(lambda into, g=gradient: into.copy_(g), lambda into, g=gradient: into.add_(g))
+
+
 def sinks_of(x: Tensor, *weights: Tensor) -> tuple[Sink, ...] | None:
     """Where the gradients of these weights go in a product with x; None: the usual way, through autograd.
 

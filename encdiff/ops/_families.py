@@ -116,14 +116,20 @@ def _group_norm_variants() -> Iterator[Variant]:
         yield *KINDS[1], *size, False, False, True, False, False
 
 
-def _layer_norm(draw: Draw, x: str, weight: str, columns: int, aligned: bool) -> Tensors:
+def _layer_norm(draw: Draw, x: str, weight: str, columns: int, aligned: bool, with_input: bool) -> Tensors:
     C, dtype = columns if aligned else columns - 1, TYPES[weight]
     inputs = {"x": draw(2 * max(1, 4096 // columns) + 1, C, scale=2, shift=1).to(TYPES[x])}
     return inputs | {"weight": draw(C, scale=0.1, shift=1).to(dtype), "bias": draw(C).to(dtype)}
 
 
 def _layer_norm_with(op):
-    return lambda i, *variant: (op(i["x"], i["weight"], i["bias"]),)
+    def run(i: Tensors, x, weight, columns, aligned, with_input) -> Outputs:
+        if with_input and op is layer_norm_triton:
+            return op(i["x"], i["weight"], i["bias"], with_input=True)
+        y = op(i["x"], i["weight"], i["bias"])
+        return (y, i["x"].clone()) if with_input else (y,)
+
+    return run
 
 
 def _layer_norm_variants() -> Iterator[Variant]:
@@ -131,9 +137,10 @@ def _layer_norm_variants() -> Iterator[Variant]:
 
     for kinds in KINDS:
         for columns in BLOCKS if kinds == KINDS[1] else (64, 4096):
-            yield *kinds, columns, True
+            yield *kinds, columns, True, True
     for kinds in KINDS[:2]:
-        yield *kinds, 64, False
+        yield *kinds, 64, False, True
+        yield *kinds, 64, True, False
 
 
 def _mlp_bank(draw: Draw, x: str, weight: str, F: int, D: int, activation: str) -> Tensors:

@@ -77,7 +77,7 @@ def _between_projections(what, attention):
         heads, norm_weight=None, norm_bias=None, norm_eps=1e-5, residual=False, token_bias=None, maps=None,
         projected=None,
     ):  # fmt: skip
-        h = layer_norm(x, norm_weight, norm_bias, norm_eps)
+        h, x = layer_norm(x, norm_weight, norm_bias, norm_eps)
         bias = () if token_bias is None else (token_bias,)
         a = attention(F.linear(h, w_q), *(projected or _project(context, w_k, w_v)), heads, *bias)
         return project_out(a, w_o, b_o, x if residual else None)
@@ -129,7 +129,7 @@ def cross_attention_transposed(
         k, v = split_heads(k, heads), v.unflatten(1, (heads, -1))  # (B, H, N, d), (B, H, d, N)
 
         def attend(x, k, v, token_bias=None):
-            h = layer_norm(x.to(dtype), norm_weight, norm_bias, norm_eps)
+            h, _ = layer_norm(x.to(dtype), norm_weight, norm_bias, norm_eps)
             q = torch.bmm(w_q.expand(len(x), -1, -1), h.mT).unflatten(1, (heads, -1))  # (B, H, d, L)
             p = softmax(k @ q, token_bias, dim=-2)  # (B, H, N, L)
             a = (v @ p).flatten(1, 2)  # (B, H*d, L)
@@ -208,8 +208,8 @@ def _by_heads(x, k, v, w_q, w_o, b_o, *, heads, norm_weight, norm_bias, norm_eps
     if width % 8:
         w_q, w_o = fill_heads(w_q, heads, -width % 8), fill_heads(w_o.T, heads, -width % 8).T
         k, v = (F.pad(t.unflatten(-1, (heads, -1)), (0, -width % 8)).flatten(-2) for t in (k, v))
-    h = layer_norm(x, norm_weight, norm_bias, norm_eps).to(k.dtype)
-    q, bias = linear(h, w_q).contiguous(), kernel_bias(token_bias, heads)
+    h, x = layer_norm(x, norm_weight, norm_bias, norm_eps)
+    q, bias = linear(h.to(k.dtype), w_q).contiguous(), kernel_bias(token_bias, heads)
     a, _, p = kernel(q, k, v, bias, heads, width**-0.5, maps is not None)
     y = project_out(a, w_o, b_o, x if residual else None).to(x.dtype)
     return with_maps(y, p, maps)

@@ -11,6 +11,7 @@ from encdiff.errors import InputError
 from encdiff.ops import _self_check
 from encdiff.ops._attention import exact
 from encdiff.ops._dispatch import Implementation, Op, always, is_transformed
+from encdiff.ops._norms import beside_or_with_input
 from encdiff.ops._triton import FUSED_TYPES, NAMES, autocast_dtype, has_gradient, interpreted, unavailable
 from encdiff.ops._types import check_floating
 
@@ -99,7 +100,7 @@ def group_norm_triton(
     """One fused kernel forward, two backward; `with_input`: the pair (y, x), whose gradients add up in the kernel."""
     from encdiff.kernels.group_norm import GroupNormAndInput, group_norm
 
-    fused = GroupNormAndInput.apply if with_input else group_norm
+    fused = beside_or_with_input(x, (weight, bias, x_bias), with_input, GroupNormAndInput, group_norm)
     h = x.flatten(2).transpose(1, 2)  # (B, H W, C): a view of channels-last features
     outputs = fused(h, weight, bias, scale, shift, x_bias, groups, eps, silu)
     maps = [t.transpose(1, 2).unflatten(2, x.shape[2:]) for t in outputs[: 1 + with_input]]

@@ -1,5 +1,7 @@
 """LayerNorm over the channels of each position: y = (x - mean) / deviation * weight + bias."""
 
+from typing import Literal, overload
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -7,6 +9,7 @@ from torch import Tensor
 from encdiff.errors import InputError
 from encdiff.ops import _self_check
 from encdiff.ops._dispatch import Implementation, Op, always
+from encdiff.ops._norms import beside_or_with_input
 from encdiff.ops._triton import FUSED_TYPES, NAMES, has_gradient, interpreted, unavailable
 from encdiff.ops._types import check_floating
 
@@ -31,14 +34,16 @@ def layer_norm_native(x, weight, bias, eps=1e-5):
     return F.layer_norm(x, (x.shape[-1],), weight, bias, eps).to(stored)
 
 
-def layer_norm_triton(x, weight, bias, eps=1e-5):
-    """One kernel forward, two backward."""
-    from encdiff.kernels.layer_norm import layer_norm as fused
+def layer_norm_triton(x, weight, bias, eps=1e-5, with_input=False):
+    """One kernel forward, two backward; `with_input`: the pair (y, x), whose gradients add up in the kernel."""
+    from encdiff.kernels.layer_norm import LayerNormAndInput, layer_norm
 
-    return fused(x, weight, bias, eps)[0]
+    fused = beside_or_with_input(x, (weight, bias), with_input, LayerNormAndInput, layer_norm)
+    outputs = fused(x, weight, bias, eps)
+    return tuple(outputs[:2]) if with_input else outputs[0]
 
 
-def _triton_reasons(x, weight, bias, eps=1e-5) -> list[str]:
+def _triton_reasons(x, weight, bias, eps=1e-5, with_input=False) -> list[str]:
     reasons = unavailable(x)
     for name, t in {"x": x, "weight": weight, "bias": bias}.items():
         if t.dtype not in FUSED_TYPES:
@@ -46,14 +51,14 @@ def _triton_reasons(x, weight, bias, eps=1e-5) -> list[str]:
     if x.shape[-1] > FUSED_CHANNELS:
         reasons.append(f"x has {x.shape[-1]} channels, at most {FUSED_CHANNELS}")
     gradients = has_gradient(x, weight, bias)
-    return reasons or _self_check.reasons("layer_norm", x, _variant, x, weight, gradients=gradients)
+    return reasons or _self_check.reasons("layer_norm", x, _variant, x, weight, with_input, gradients=gradients)
 
 
-def _variant(x, weight) -> tuple:
+def _variant(x, weight, with_input) -> tuple:
     from encdiff.kernels.layer_norm import BLOCKS
 
     C = len(weight)
-    return NAMES[x.dtype], NAMES[weight.dtype], next(b for b in BLOCKS if b >= C), C % 8 == 0
+    return NAMES[x.dtype], NAMES[weight.dtype], next(b for b in BLOCKS if b >= C), C % 8 == 0, with_input
 
 
 def _triton_doubts(x, *_, **__) -> list[str]:
@@ -76,16 +81,37 @@ def fuses(x: Tensor, weight: Tensor, bias: Tensor) -> bool:
     """Whether an op that begins with a LayerNorm should take the fused one: the choice of `layer_norm`, and no error
     where one is forced that serves that op and not this part of it.
     """
-    return _op.fuses(x, weight, bias)
+    return _op.fuses(x, weight, bias, with_input=has_gradient(x))
 
 
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, *, impl: str | None = None) -> Tensor:
+@overload
+def layer_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float = ...,
+    *,
+    with_input: Literal[False] = ...,
+    impl: str | None = ...,
+) -> Tensor: ...
+
+
+@overload
+def layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float = ..., *, with_input: Literal[True], impl: str | None = ...
+) -> tuple[Tensor, Tensor]: ...
+
+
+def layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, *, with_input: bool = False, impl: str | None = None
+) -> Tensor | tuple[Tensor, Tensor]:
     """Normalise the channels of each position to mean 0 and variance 1, then scale and shift them.
 
     Args:
         x: (..., C), any strides.
         weight, bias: (C,), of x's type or another.
         eps: added to the variance.
+        with_input: return (y, x): where a residual goes on from that x, its gradient is added without a launch.
         impl: force an implementation (`encdiff.explain` lists them); None chooses.
 
     Returns:
@@ -104,4 +130,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, *, im
             raise InputError(f"{name} is {tuple(t.shape)}, must be {(x.shape[-1],)} for x {tuple(x.shape)}")
         if t.device != x.device:
             raise InputError(f"{name} is on {t.device}, must be on x's device {x.device}")
-    return _op(x, weight, bias, eps, impl=impl)
+    if not with_input:
+        return _op(x, weight, bias, eps, impl=impl)
+    fused = has_gradient(x) and _op.choose(x, weight, bias, eps, with_input=True, impl=impl).name == "triton"
+    return _op(x, weight, bias, eps, with_input=True, impl=impl) if fused else (_op(x, weight, bias, eps, impl=impl), x)

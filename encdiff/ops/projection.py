@@ -6,7 +6,7 @@ from torch import Tensor
 from encdiff.errors import InputError
 from encdiff.ops import _self_check
 from encdiff.ops._attention import check_norm, exact
-from encdiff.ops._dispatch import Implementation, Op, always, is_transformed
+from encdiff.ops._dispatch import Implementation, Op, always
 from encdiff.ops._triton import NAMES, autocast_dtype, has_gradient, interpreted, unavailable
 from encdiff.ops._types import check_floating, mixed
 from encdiff.ops.geglu import geglu, geglu_reference
@@ -84,10 +84,7 @@ def projects(x: Tensor, weight: Tensor, *args, **options) -> bool:
     """Whether an op of which this is a part should take the kernel: the choice of `projection`, and no error where one
     is forced that serves that op and not this part of it.
     """
-    forced = _op._default()
-    if is_transformed(x, weight) or forced not in (None, "triton") or _triton_reasons(x, weight, *args, **options):
-        return False
-    return forced == "triton" or not _triton_doubts(x, weight, *args, **options)
+    return _op.fuses(x, weight, *args, **options)
 
 
 def _variant(x, flags) -> tuple:

@@ -73,7 +73,7 @@ def _between_projections(what, attention):
     """The op with `attention(q, k, v, heads)` between separate projections."""
 
     def run(x, w_q, w_k, w_v, w_o, b_o=None, *, heads, norm_weight=None, norm_bias=None, norm_eps=1e-5, residual=False):
-        h = layer_norm(x, norm_weight, norm_bias, norm_eps)
+        h, x = layer_norm(x, norm_weight, norm_bias, norm_eps)
         a = attention(*(F.linear(h, w) for w in (w_q, w_k, w_v)), heads)
         return project_out(a, w_o, b_o, x if residual else None)
 
@@ -95,10 +95,11 @@ def self_attention_triton(
         w_o = fill_heads(w_o.T, heads, -width % 8).T
     w, norm = joined(x, w_q, w_k, w_v), {"norm_weight": norm_weight, "norm_bias": norm_bias, "norm_eps": norm_eps}
     if projects(x, w, **norm):
-        a, _ = fused(projection_triton(x, w, **norm), heads, width**-0.5)
+        qkv = projection_triton(x, w, **norm)
     else:
-        h = layer_norm(x, norm_weight, norm_bias, norm_eps).to(dtype)
-        a, _ = fused(linear(h, w), heads, width**-0.5)
+        h, x = layer_norm(x, norm_weight, norm_bias, norm_eps)
+        qkv = linear(h.to(dtype), w)
+    a, _ = fused(qkv, heads, width**-0.5)
     skip = x if residual else None
     if projects(a, w_o, b_o, residual=skip):
         return projection_triton(a, w_o, b_o, residual=skip)

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._gate import GateCase, gate_signature
-from .._rows import sum_rows
+from .._rows import add_up
 from .._second import refuse_second
 from ..column_sum import column_sum
 from .parts import (
@@ -285,7 +285,7 @@ def cross_attention_folded_bwd(
         parts = None if gamma is None else x.new_empty((programs, 2, x.shape[2]), dtype=torch.float32)
         cross_attention_folded_bwd_kernel_dx[programs,](*shared, dy, dx, parts, *sizes, RESIDUAL=residual, **blocks)
         if parts is not None:
-            sum_rows(parts, dgamma, dbeta)
+            add_up(parts, dgamma, dbeta)
     return dx, dk, dv, dgamma, dbeta, dbias
 
 
