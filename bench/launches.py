@@ -55,7 +55,7 @@ KERNELS = {
 FREE = {"detach", "alias", "_unsafe_view", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
 
 GROUPS = {
-    "products": {"mm", "bmm", "addmm", "baddbmm", "fold_by_head", "fold_by_head_backward"},
+    "products": {"mm", "bmm", "addmm", "baddbmm", "projection", "fold_by_head", "fold_by_head_backward"},
     "GroupNorm": {"group_norm", "group_norm_backward", "native_group_norm", "native_group_norm_backward"},
     "LayerNorm": {"layer_norm", "layer_norm_backward", "native_layer_norm", "native_layer_norm_backward"},
     "GEGLU": {"geglu", "geglu_backward", "gelu", "gelu_backward"},

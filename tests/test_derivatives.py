@@ -106,6 +106,9 @@ CASES = {
         "layer_norm", (B, L, C), lambda x, impl: ops.layer_norm(x, drawn(C, like=x), drawn(C, like=x), impl=impl)
     ),
     "geglu": Case("geglu", (B, L, C), lambda x, impl: ops.geglu(x, impl=impl)),
+    "projection": Case("projection", (B, L, C), lambda x, impl: ops.projection(
+        x, drawn(2 * C, C, like=x), drawn(2 * C, like=x), norm_weight=drawn(C, like=x), norm_bias=drawn(C, like=x),
+        gated=True, residual=x, impl=impl), ("native", "reference")),
     "resample": Case("resample", (B, C, 5, 4), lambda x, impl: ops.resample(
         x, "down", beside=x**2, impl=impl)[1]),
     "resample, up": Case("resample", (B, C, 3, 2), lambda x, impl: ops.resample(x, "up", impl=impl) ** 2),

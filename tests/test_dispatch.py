@@ -100,6 +100,7 @@ CALLS = {  # of each public function a call with as little as it takes
     "layer_norm": (X, X[0], X[0]),
     "mlp_bank": (X, [torch.rand(8, 3, 1)], [torch.rand(8, 3)]),
     "normal": ((2, 3), 0, IDS),
+    "projection": (X, X),
     "q_sample": (X, None, IDS, torch.rand(5)),
     "resample": (X[..., None, None], "up"),
     "residual_add": (X[..., None, None], X[..., None, None], X[0]),

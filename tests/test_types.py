@@ -41,6 +41,8 @@ OPS = {  # of each the function, the shapes of its floating tensors, and its oth
     "linear": (ops.linear, {"x": (B, C), "weight": (D, C), "bias": (D,)}, {}),
     "mlp_bank": (lambda w0, w1, b0, b1, **given: ops.mlp_bank(weights=[w0, w1], biases=[b0, b1], **given),
                  {"scalars": (B, N), "w0": (N, D, 1), "w1": (N, C, D), "b0": (N, D), "b1": (N, C)}, {}),
+    "projection": (ops.projection, {"x": (B, C), "weight": (D, C), "bias": (D,), "norm_weight": (C,), "norm_bias": (C,),
+                                    "residual": (B, D)}, {}),
     "q_sample": (ops.q_sample, {"x0": (B, C), "noise": (B, C), "alphas_cumprod": (T,), "weights": (T,)},
                  {"t": torch.tensor([1, 2])}),
     "resample": (ops.resample, {"x": (B, C, L, L), "beside": (B, C, L, L)}, {"kind": "down"}),

@@ -162,7 +162,7 @@ def test_joined_products_are_those_of_the_layers(variant, checkpoint, monkeypatc
     monkeypatch.setattr(attention, "projecting_pays", lambda tokens: False)
     monkeypatch.setattr(unet_module, "project_times", one_by_one)
     for module in (attention, unet_module):
-        monkeypatch.setattr(module, "pointwise", lambda x, conv: conv(x))
+        monkeypatch.setattr(module, "pointwise", lambda x, conv, residual=0: residual + conv(x))
     for name, expected in outcome(unet).items():
         torch.testing.assert_close(joined[name], expected, rtol=1e-9, atol=1e-11, msg=name)
 

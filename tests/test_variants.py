@@ -37,8 +37,8 @@ def test_a_step_launches_no_code_that_was_not_checked(form):
 
 MODULES = {  # of the ops that name a variant for what they are called with
     "adamw": "_adamw_with", "column_sum": "_column_sum_with", "geglu": "_geglu_with", "group_norm": "_group_norm_with",
-    "layer_norm": "_layer_norm_with", "mlp_bank": "_mlp_bank_with", "resample": "_resample_with",
-    "residual_add": "_residual_add_with",
+    "layer_norm": "_layer_norm_with", "mlp_bank": "_mlp_bank_with", "projection": "_projection_with",
+    "resample": "_resample_with", "residual_add": "_residual_add_with",
 }  # fmt: skip
 
 

@@ -56,6 +56,8 @@ def cases(lab: Lab, batch: int) -> Iterator[Case]:
             yield from _resample(draw, dtype, batch, L, C)
             yield _geglu(draw, dtype, batch, L, c.feedforward * C)
             yield _layer_norm(draw, dtype, batch, L, C)
+            if dtype != torch.float32:
+                yield from _projection(draw, dtype, batch, L, C, c.feedforward * C)
             yield _linear(draw, dtype, batch, L, C, 2 * c.feedforward * C)
             yield _conv2d(draw, dtype, batch, L, C)
         widest = max(C for _, C in layers(c))
@@ -125,6 +127,26 @@ def _residual_add(draw, dtype, B, L, C) -> Case:
 
     name = f"residual_add {dtype} {side}x{side} C={C}".replace("torch.", "")
     return Case(name, dtype, inputs, lambda i, impl: ops.residual_add(**i, impl=impl))
+
+
+def _projection(draw, dtype, B, L, C, inner) -> Iterator[Case]:
+    """LayerNorm and GEGLU of a feed-forward's first product, the residual behind its second."""
+    shapes = {"weight": (2 * inner, C), "bias": (2 * inner,), "norm_weight": (C,), "norm_bias": (C,)}
+
+    def first():
+        return {"x": draw(B, L, C)} | {n: draw(*shape, scale=shape[-1] ** -0.5) for n, shape in shapes.items()}
+
+    def second():
+        small = {"weight": draw(C, inner, scale=inner**-0.5), "bias": draw(C)}
+        return {"x": draw(B, L, inner), "residual": draw(B, L, C)} | small
+
+    at = f"{dtype} L={L} C={C}".removeprefix("torch.")
+    for name, make, gated in (("first", first, True), ("second", second, False)):
+
+        def run(i, impl, gated=gated):
+            return ops.projection(**i, gated=gated, impl=impl)
+
+        yield Case(f"projection {name} {at}", dtype, make, run, gradients=False)
 
 
 def _adamw(draw, dtype) -> Case:

@@ -123,6 +123,22 @@ def rows(lab: Lab, forms: tuple[str, ...] = ("ours", "published", "sdpa")) -> It
                 (),
                 (5 * B * L * C * 2) // (4 if kind == "down" else 1),
             )
+        first, second = nn.Linear(C, 2 * inner).to(on, half), nn.Linear(inner, C).to(on, half)
+
+        def ours_feed_forward(x, first=first, second=second, layer=layer):
+            norm = {"norm_weight": layer.weight, "norm_bias": layer.bias}
+            h = ops.projection(x, first.weight, first.bias, gated=True, **norm)
+            return ops.projection(h, second.weight, second.bias, residual=x)
+
+        def stock_feed_forward(x, first=first, second=second, layer=layer):
+            return x + second(stock_geglu(first(layer(x))))
+
+        def single_feed_forward(x, first=first, second=second, layer=layer):
+            return x + second(ops.geglu(first(ops.layer_norm(x, layer.weight, layer.bias))))
+
+        every = {"ours": ours_feed_forward, "published": stock_feed_forward, "single ops": single_feed_forward}
+        yield Row(f"feed-forward {L}x{C}", every, lambda f=features: [f()],
+                  (*first.parameters(), *second.parameters()), 2 * B * L * C * 2)  # fmt: skip
         yield Row(
             f"column_sum {B * L}x{C}",
             {"ours": ops.column_sum, "published": lambda x: x.sum(0)},

@@ -157,7 +157,7 @@ GROUPS = {  # the first pattern that a kernel's name matches
     "resampling": r"resample|avg_pool|upsample",
     "BatchNorm": r"batch_norm|bn_fw|bn_bw|BatchNorm",
     "convolutions": r"conv|xmma_(fprop|dgrad|wgrad)|implicit|fprop|dgrad|wgrad|nhwc|cudnn",
-    "products": r"gemm|cutlass|cublas|nvjet|gemv|splitK|sm90_xmma",
+    "products": r"projection|gemm|cutlass|cublas|nvjet|gemv|splitK|sm90_xmma",
     "noise": r"q_sample|step_kernel|draw_kernel",
     "Inductor": r"triton_(poi|red|per|tem)",
     "reductions": r"reduce_kernel|Reduce|column_sum",

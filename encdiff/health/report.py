@@ -186,6 +186,7 @@ def _examples(device: torch.device, dtype: torch.dtype) -> dict[str, tuple[tuple
         "resample": ((maps, "down"), {"beside": maps}),
         "residual_add": ((maps, maps, of(C)), {}),
         "geglu": ((of(B, L, 8 * C),), {}),
+        "projection": ((x, of(8 * C, C), of(8 * C)), {"norm_weight": of(C), "norm_bias": of(C), "gated": True}),
         "column_sum": ((of(B * L, C), dtype), {}),
         "adamw": ((numbers, numbers.to(dtype), numbers, numbers, torch.zeros(4, device=device)), {}),
         "q_sample": ((latents, latents, ids, torch.ones(1000, device=device, dtype=torch.float64)), {}),

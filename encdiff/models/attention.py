@@ -16,6 +16,7 @@ from encdiff.models.layers import Conv2d, Linear, part, zero_init
 from encdiff.ops._beside import adjoined, give, sink_of
 from encdiff.ops._dispatch import is_transformed
 from encdiff.ops.cross_attention_folded import Folded, Kept, cross_attention_folded, fold, fold_pays
+from encdiff.ops.projection import projects
 
 
 @dataclass
@@ -128,6 +129,15 @@ class TransformerBlock(nn.Module):
             x = self._gated("self", cond.self_gate, x, cond, self._self_attend)
         if self.cross_attention:
             x = self._gated("cross", cond.gate, x, cond, self._cross_attend)
+        return self._feed(x)
+
+    def _feed(self, x: Tensor) -> Tensor:
+        """x + FF(LN(x)), in two launches where no gradients are asked for."""
+        first, last = self.ff.net[0].proj, self.ff.net[2]
+        stock = type(first) is type(last) is Linear  # not what an adapter such as LoRA put in their place
+        if stock and projects(x, first.weight, first.bias, gated=True, **_norm(self.norm3)):
+            h = ops.projection(x, first.weight, first.bias, gated=True, **_norm(self.norm3))
+            return ops.projection(h, last.weight, last.bias, residual=x)
         h, x = ops.layer_norm(x, self.norm3.weight, self.norm3.bias, self.norm3.eps, with_input=True)
         return x + self.ff(h)
 
@@ -222,21 +232,25 @@ class SpatialTransformer(nn.Module):
             h = block(h, cond)
         if cond.maps is not None:
             cond.maps[first_map:] = [rearrange(m, "b (h w) n -> b h w n", h=height) for m in cond.maps[first_map:]]
-        return x + pointwise(rearrange(h, "b (h w) c -> b c h w", h=height), self.proj_out)
+        return pointwise(rearrange(h, "b (h w) c -> b c h w", h=height), self.proj_out, residual=x)
 
 
-def pointwise(x: Tensor, conv: nn.Conv2d) -> Tensor:
-    """A 1x1 convolution of (B, C, H, W); of channels-last features as a product, which adds the bias itself.
+def pointwise(x: Tensor, conv: nn.Conv2d, residual: Tensor | None = None) -> Tensor:
+    """A 1x1 convolution of (B, C, H, W) [+ residual]; of channels-last features as a product.
 
-    cuDNN would add it in a pass of its own.
+    That adds the bias itself, where cuDNN would add it in a pass of its own.
     """
     if is_transformed(x) or not x.is_contiguous(memory_format=torch.channels_last):
-        return conv(x)
+        return conv(x) if residual is None else residual + conv(x)
     weight = conv.weight  # as a matrix by a view whose gradient has the weight's own strides: fused AdamW asks for them
     weight = weight.flatten(1) if weight.stride(3) == 1 else weight.permute(0, 2, 3, 1).flatten(1)
     if not torch.compiler.is_compiling() and (sink := sink_of(conv.weight)) is not None:
         give(weight, sink.as_matrix())
-    y = ops.linear(x.flatten(2).transpose(1, 2), weight, conv.bias)
+    rows = x.flatten(2).transpose(1, 2)
+    if residual is None:
+        y = ops.linear(rows, weight, conv.bias)
+    else:
+        y = ops.projection(rows, weight, conv.bias, residual=residual.flatten(2).transpose(1, 2))
     return y.transpose(1, 2).unflatten(2, x.shape[2:])
 
 

@@ -15,12 +15,13 @@ from encdiff.ops.linear import conv2d, linear
 from encdiff.ops.mlp_bank import mlp_bank
 from encdiff.ops.noise import q_sample, step
 from encdiff.ops.philox import normal, timesteps, uniform
+from encdiff.ops.projection import projection
 from encdiff.ops.resample import resample
 from encdiff.ops.residual_add import residual_add
 from encdiff.ops.self_attention import self_attention
 
 __all__ = [
     "OPS", "adamw", "column_sum", "conv2d", "cross_attention", "explain", "geglu", "group_norm", "layer_norm", "linear",
-    "mlp_bank", "normal", "q_sample", "record_impls", "resample", "residual_add", "self_attention", "step", "timesteps",
-    "uniform", "use_impl",
+    "mlp_bank", "normal", "projection", "q_sample", "record_impls", "resample", "residual_add", "self_attention",
+    "step", "timesteps", "uniform", "use_impl",
 ]  # fmt: skip

@@ -203,11 +203,11 @@ def check_weights(x: Tensor, heads: int, w_q: Tensor, w_k: Tensor, w_v: Tensor, 
 
 
 def check_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
-    """Raise InputError unless both belong to a LayerNorm over the channels of x (B, L, C), or neither is given."""
+    """Raise InputError unless both belong to a LayerNorm over the channels of x (..., C), or neither is given."""
     for name, t in (("norm_weight", weight), ("norm_bias", bias)):
-        if (t is None) != (weight is None and bias is None) or (t is not None and tuple(t.shape) != (x.shape[2],)):
+        if (t is None) != (weight is None and bias is None) or (t is not None and tuple(t.shape) != (x.shape[-1],)):
             shape = None if t is None else tuple(t.shape)
-            raise InputError(f"{name} is {shape}, must be ({x.shape[2]},), or None as the other one")
+            raise InputError(f"{name} is {shape}, must be ({x.shape[-1]},), or None as the other one")
 
 
 def kernel_bias(token_bias: Tensor | None, heads: int) -> Tensor | None:

@@ -20,6 +20,7 @@ from encdiff.ops.group_norm import group_norm_reference, group_norm_triton
 from encdiff.ops.group_norm import representatives as of_group_norm
 from encdiff.ops.layer_norm import layer_norm_reference, layer_norm_triton
 from encdiff.ops.mlp_bank import mlp_bank_reference, mlp_bank_triton
+from encdiff.ops.projection import projection_reference, projection_triton
 from encdiff.ops.resample import resample_reference, resample_triton
 from encdiff.ops.residual_add import residual_add_reference, residual_add_triton
 
@@ -167,6 +168,31 @@ def _mlp_bank_variants() -> Iterator[Variant]:
         yield *KINDS[1], 64, 16, activation
 
 
+def _projection(draw: Draw, x: str, depth: int, norm: bool, gated: bool, bias: bool, skip: bool) -> Tensors:
+    """More than one step along rows that are not normalised, and parts of blocks of rows and columns."""
+    M, K, N = 67, depth - 16 if norm else 2 * depth + 16, 80
+    wide = N * (1 + gated)
+    inputs = {"x": draw(M, K, scale=2, shift=1), "weight": draw(wide, K, scale=K**-0.5)}
+    inputs |= {"bias": draw(wide)} if bias else {}
+    inputs |= {"norm_weight": draw(K, scale=0.1, shift=1), "norm_bias": draw(K)} if norm else {}
+    inputs |= {"residual": draw(M, N)} if skip else {}
+    return {n: t.to(TYPES[x]) for n, t in inputs.items()}
+
+
+def _projection_with(op):
+    return lambda i, x, depth, norm, gated, bias, skip: (op(**i, gated=gated),)
+
+
+def _projection_variants() -> Iterator[Variant]:
+    from encdiff.kernels.projection import DEPTH, WIDTHS
+
+    for dtype in ("bfloat16", "float16"):
+        for width in WIDTHS:
+            yield dtype, width, True, False, False, False
+            yield dtype, width, True, True, True, False
+        yield dtype, DEPTH, False, False, True, True
+
+
 def _resample(draw: Draw, x: str, kind: str, aligned: bool) -> Tensors:
     """Of odd sizes on the way down: the way up is then checked by the gradients."""
     shape = 3, 72 if aligned else 67, 5, 7
@@ -207,6 +233,8 @@ FAMILIES |= {family.name: family for family in [
     _family("layer_norm", _layer_norm_variants, _layer_norm, _layer_norm_with, layer_norm_triton, layer_norm_reference),
     _family("resample", _resample_variants, _resample, _resample_with, resample_triton, resample_reference),
     _family("geglu", _geglu_variants, _geglu, _geglu_with, geglu_triton, geglu_reference),
+    _family("projection", _projection_variants, _projection, _projection_with, projection_triton, projection_reference,
+            differentiable=False),
     _family("residual_add", _residual_add_variants, _residual_add, _residual_add_with, residual_add_triton,
             residual_add_reference),
     _family("column_sum", _column_sum_variants, _column_sum, _column_sum_with, column_sum_triton, column_sum_reference,

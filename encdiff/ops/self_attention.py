@@ -30,6 +30,7 @@ from encdiff.ops._dispatch import Implementation, Op, always
 from encdiff.ops._triton import NAMES, has_gradient, interpreted
 from encdiff.ops._types import check_floating, mixed
 from encdiff.ops.linear import linear
+from encdiff.ops.projection import projection_triton, projects
 
 FUSED_POSITIONS, FUSED_WIDTH = 1024, 32  # past them, wider heads above all, the stock kernels are at home
 
@@ -92,10 +93,17 @@ def self_attention_triton(
     if width % 8:
         w_q, w_k, w_v = (fill_heads(w, heads, -width % 8) for w in (w_q, w_k, w_v))
         w_o = fill_heads(w_o.T, heads, -width % 8).T
-    h, x = layer_norm(x, norm_weight, norm_bias, norm_eps)
-    h = h.to(dtype)
-    a, _ = fused(linear(h, joined(h, w_q, w_k, w_v)), heads, width**-0.5)
-    return project_out(a, w_o, b_o, x if residual else None).to(x.dtype)
+    w, norm = joined(x, w_q, w_k, w_v), {"norm_weight": norm_weight, "norm_bias": norm_bias, "norm_eps": norm_eps}
+    if projects(x, w, **norm):
+        qkv = projection_triton(x, w, **norm)
+    else:
+        h, x = layer_norm(x, norm_weight, norm_bias, norm_eps)
+        qkv = linear(h.to(dtype), w)
+    a, _ = fused(qkv, heads, width**-0.5)
+    skip = x if residual else None
+    if projects(a, w_o, b_o, residual=skip):
+        return projection_triton(a, w_o, b_o, residual=skip)
+    return project_out(a, w_o, b_o, skip).to(x.dtype)
 
 
 def _triton_reasons(x, w_q, *weights, heads, **options) -> list[str]:
