@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
-from encdiff.kernels.cross_attention.plan import can_fold, can_keep
+from encdiff.kernels.cross_attention.plan import can_fold
 from torch import Tensor
 
 from bench.gpu.lab import Lab
@@ -19,7 +19,7 @@ from encdiff.engine import float32_precision
 from encdiff.models import EncDiffConfig
 from encdiff.ops._check import LIMITS, relative_error
 from encdiff.ops._triton import NAMES
-from encdiff.ops.cross_attention_folded import cross_attention_folded, fold_matrices, keep
+from encdiff.ops.cross_attention_folded import cross_attention_folded, fold
 
 
 class Case(NamedTuple):
@@ -67,7 +67,7 @@ def cases(lab: Lab, batch: int) -> Iterator[Case]:
 
 
 def _attention(draw, dtype, B, L, C, c) -> Iterator[Case]:
-    """Cross-attention by each route, folded and kept; self-attention."""
+    """Cross-attention by each route, and folded before; self-attention."""
     N, D, H = c.concepts, c.token_width, c.heads
 
     def weights(context_width: int) -> dict[str, Tensor]:
@@ -79,11 +79,11 @@ def _attention(draw, dtype, B, L, C, c) -> Iterator[Case]:
     def cross(i, impl, **options):
         return ops.cross_attention(**i, heads=H, residual=True, impl=impl, **options)
 
-    def folded(i, impl, form=fold_matrices):
+    def folded(i, impl):
         i = dict(i)
         token_side = [i.pop(k) for k in ("context", "w_q", "w_k", "w_v", "w_o")]
         return cross_attention_folded(
-            i.pop("x"), form(*token_side, heads=H), i.pop("b_o"), **i, residual=True, impl=impl
+            i.pop("x"), fold(*token_side, heads=H), i.pop("b_o"), **i, residual=True, impl=impl
         )
 
     def self_attention(i, impl):
@@ -99,9 +99,6 @@ def _attention(draw, dtype, B, L, C, c) -> Iterator[Case]:
                lambda i, impl: cross(i, impl, token_bias=bias(i), maps="mean"), gradients=False)  # fmt: skip
     if can_fold(C, N, dtype.itemsize):
         yield Case(f"cross_attention_folded {at}", dtype, inputs, folded)
-    if can_keep(C, N, C // H, dtype.itemsize):
-        yield Case(f"cross_attention_kept {at}", dtype, inputs,
-                   lambda i, impl: folded(i, impl, keep), gradients=False)  # fmt: skip
     yield Case(f"self_attention {at}", dtype, lambda: weights(C), self_attention)
 
 

@@ -15,7 +15,7 @@ from encdiff.diffusion.gate import Mode
 from encdiff.models.layers import Conv2d, Linear, part, zero_init
 from encdiff.ops._beside import adjoined, give, sink_of
 from encdiff.ops._dispatch import is_transformed
-from encdiff.ops.cross_attention_folded import Folded, Kept, cross_attention_folded, fold, fold_pays
+from encdiff.ops.cross_attention_folded import Folded, cross_attention_folded, fold, fold_pays
 from encdiff.ops.projection import projects
 
 
@@ -30,7 +30,7 @@ class Sampling:
     """
 
     tokens: Tensor
-    folded: dict[int, Folded | Kept] = field(default_factory=dict)  # the tokens, where attending to that is faster
+    folded: dict[int, Folded] = field(default_factory=dict)  # the tokens, where attending to that is faster
     projections: dict[int, tuple[Tensor, ...]] = field(
         default_factory=dict
     )  # of self-attentions, as `adjoined` lays them
@@ -58,7 +58,7 @@ class Conditioning(NamedTuple):
     def self_gate(self) -> Mode:
         return "compute" if self.sampling is None else self.sampling.self_gate
 
-    def folded(self, place: int) -> Folded | Kept | None:
+    def folded(self, place: int) -> Folded | None:
         """What the sampling's tokens became for a block, if they are these."""
         if self.sampling is None or self.sampling.tokens is not self.tokens:
             return None
