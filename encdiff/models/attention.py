@@ -139,7 +139,7 @@ class TransformerBlock(nn.Module):
             h = ops.projection(x, first.weight, first.bias, gated=True, **_norm(self.norm3))
             return ops.projection(h, last.weight, last.bias, residual=x)
         h, x = ops.layer_norm(x, self.norm3.weight, self.norm3.bias, self.norm3.eps, with_input=True)
-        return x + self.ff(h)
+        return ops.linear(self.ff.net[0](h), last.weight, last.bias, residual=x) if stock else x + self.ff(h)
 
     def _gated(self, kind: str, mode: Mode, x: Tensor, cond: Conditioning, attend: Callable[..., Tensor]) -> Tensor:
         """x + attention: computed, and kept where asked for, or what was kept."""
