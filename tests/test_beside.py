@@ -100,7 +100,7 @@ def test_a_pointwise_convolution_writes_through_its_matrix():
 
 
 def test_the_biases_of_a_residual_block():
-    """The first comes back from the norm behind it through `.grad`, the second goes into its sink."""
+    """The first is summed with the parameters of the norm behind it, the second by itself; all go into their sinks."""
     block = ResBlock(8, 16, 12, True, 4, None).to(DEVICE).to(memory_format=torch.channels_last)
     for p in block.parameters():
         torch.nn.init.normal_(p, std=0.3)
@@ -119,8 +119,28 @@ def test_the_biases_of_a_residual_block():
     for name, place, gradient, expected in zip(names, places, left, usual, strict=True):
         assert (gradient is None) == (place.data_ptr() in beside.written), name
         torch.testing.assert_close(place if gradient is None else gradient, expected, rtol=1e-4, atol=1e-4)
-    written = [name for name, gradient in zip(names, left, strict=True) if gradient is None]
-    assert "in_layers.2.bias" not in written and {"in_layers.2.weight", "out_layers.3.bias"} <= set(written)
+    assert left == [None] * len(names)
+
+
+def test_a_norm_used_twice_gets_the_sum():
+    """Of both passes at once, since one launch writes the gradients of weight and bias."""
+    norm = torch.nn.LayerNorm(8).to(DEVICE)
+    torch.nn.init.normal_(norm.weight)
+    x = torch.randn(3, 5, 8, device=DEVICE)
+
+    def twice(x):
+        with ops.use_impl("triton"):
+            once = ops.layer_norm(x, norm.weight, norm.bias, with_input=True)[0]
+            return ops.layer_norm(once, norm.weight, norm.bias)
+
+    dx, usual, upstream = gradients(twice, norm, x)
+    beside = beside_here()
+    places = sunk(norm, beside)
+    mine, left, _ = gradients(twice, norm, x, upstream)
+    beside.join()
+    assert left == [None, None]
+    for place, gradient in zip((mine, *places), (dx, *usual), strict=True):
+        torch.testing.assert_close(place, gradient)
 
 
 @pytest.mark.parametrize("packed", [True, False])
