@@ -68,11 +68,11 @@ class SamplingEngine:
 
 def _rounded(model: EncDiff) -> EncDiff:
     """A copy with its U-Net and its decoder in bfloat16, channels last; all else is the model's own."""
-    first = dict(model.first_stage.named_children())
-    kept = [model.cond_stage_model, *(part for name, part in first.items() if name != "decoder")]
+    others = [part for name, part in model.first_stage.named_children() if name != "decoder"]
+    kept = [model.cond_stage_model, *others]
     copied = copy.deepcopy(model, {id(part): part for part in kept})
-    rounded = [copied.unet, copied.first_stage.decoder] if "decoder" in first else [copied.unet]
-    for part in rounded:
+    decoders = [part for name, part in copied.first_stage.named_children() if name == "decoder"]
+    for part in (copied.unet, *decoders):
         channels_last(part.to(torch.bfloat16))
     return copied
 

@@ -70,7 +70,9 @@ def _kernel_reasons(
     tensors["residual"] = residual
     if x.dtype not in FUSED_TYPES:
         reasons.append(f"x is {x.dtype}, not bfloat16 or float16")
-    reasons += [f"{n} is {t.dtype}, unlike x" for n, t in tensors.items() if t is not None and t.dtype != x.dtype]
+    given = {n: t for n, t in tensors.items() if t is not None}
+    reasons += [f"{n} is {t.dtype}, unlike x" for n, t in given.items() if t.dtype != x.dtype]
+    reasons += [f"{n} is on {t.device}, x on {x.device}" for n, t in given.items() if t.device != x.device]
     if autocast_dtype(x) is not None:
         reasons.append("autocast is on")
     sizes = {"x has": x.shape[-1], "y has": len(weight) // (1 + gated)}
@@ -148,13 +150,17 @@ def projection(
         no gradients, so where these are asked for the single ops run.
 
     Raises:
-        InputError: shapes or dtypes that do not fit, or a forced implementation that cannot serve.
+        InputError: shapes or dtypes that do not fit, other devices, or a forced implementation that cannot serve.
     """
     check_floating(
         x=x, weight=weight, bias=bias, norm_weight=norm_weight, norm_bias=norm_bias, residual=residual
     )  # fmt: skip
     _check(x, weight, bias, gated, residual)
     check_norm(x, norm_weight, norm_bias)
+    given = {"weight": weight, "bias": bias, "norm_weight": norm_weight, "norm_bias": norm_bias, "residual": residual}
+    for name, t in given.items():
+        if t is not None and t.device != x.device:
+            raise InputError(f"{name} is on {t.device}, must be on x's device {x.device}")
     options = {"norm_weight": norm_weight, "norm_bias": norm_bias, "gated": gated, "residual": residual}
     if impl is None and _op._default() == "triton" and _triton_reasons(x, weight, bias, **options):
         impl = "native"  # what is forced for every op is no reason to fail in a training
@@ -163,8 +169,8 @@ def projection(
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, gated: bool, residual: Tensor | None) -> None:
     if x.ndim == 0 or weight.ndim != 2 or weight.shape[1] != x.shape[-1] or (gated and len(weight) % 2):
-        shape = "(2 O, I)" if gated else "(O, I)"
-        raise InputError(f"weight is {tuple(weight.shape)}, must be {shape} for x {tuple(x.shape)}")
+        fitting = "(2 O, I)" if gated else "(O, I)"
+        raise InputError(f"weight is {tuple(weight.shape)}, must be {fitting} for x {tuple(x.shape)}")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise InputError(f"bias is {tuple(bias.shape)}, must be ({len(weight)},)")
     shape = (*x.shape[:-1], len(weight) // (1 + gated))
