@@ -133,7 +133,7 @@ class TransformerBlock(nn.Module):
 
     def _feed(self, x: Tensor) -> Tensor:
         """x + FF(LN(x)), in two launches where no gradients are asked for."""
-        first, last = self.ff.net[0].proj, self.ff.net[2]
+        first, last = part(self.ff.net, 0, GEGLU).proj, part(self.ff.net, 2, Linear)
         stock = type(first) is type(last) is Linear  # not what an adapter such as LoRA put in their place
         if stock and projects(x, first.weight, first.bias, gated=True, **_norm(self.norm3)):
             h = ops.projection(x, first.weight, first.bias, gated=True, **_norm(self.norm3))
