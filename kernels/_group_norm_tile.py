@@ -6,7 +6,8 @@ import triton
 
 WIDTHS = (2, 4, 6, 8, 12, 16)  # those of the U-Nets: 64 to 512 channels in 32 groups
 BLOCK_D = (4, 16, 64)  # columns of a group of any other width
-COLUMNS = {4: 256, 16: 128, 64: 64, 256: 32}  # positions of a tile -> its columns: 64 bytes of bfloat16 at least
+# positions of a tile -> its columns; of 64 and 256 positions the fastest on an H200 (docs/results/h200/run3/norms.json)
+COLUMNS = {4: 256, 16: 128, 64: 16, 256: 16}
 TILE = 8192  # elements of one program at most
 
 
@@ -35,8 +36,9 @@ class Tile(NamedTuple):
 
     @property
     def num_warps(self) -> int:
-        """16 elements for each thread; 32 of the longest code, which has too few registers otherwise."""
-        return self.rows * self.columns // (512 if self.width or self.single else 1024)
+        """16 elements for each thread; 32 of many positions, and of the longest code, for which there are registers."""
+        many = self.rows > 64 or not (self.width or self.single)
+        return self.rows * self.columns // (1024 if many else 512)
 
     def programs(self, groups: int) -> int:
         """For one sample."""

@@ -384,5 +384,6 @@ def _case(kernel, tile: Tile, kind: str, *options: str) -> GateCase:
     name = f"{kernel.__name__} {kind} {tile.rows}x{tile.columns}/{tile.group} of {tile.width or 'any'}"
     name += f"{' once' if tile.single else ''} {options[-1] if options else 'plain'}"
     return GateCase(
-        name, kernel, gate_signature(kernel, types, constexprs), constexprs, tile.num_warps, 1, tensor_cores=False
-    )
+        name, kernel, gate_signature(kernel, types, constexprs), constexprs, tile.num_warps, 1, tensor_cores=False,
+        spills=16 if tile.rows > 64 else 0,
+    )  # fmt: skip

@@ -233,4 +233,4 @@ def _case(kernel, tile: Tile, kind: str, parameters: str) -> GateCase:
     name = f"{kernel.__name__} {kind}, {parameters} {tile.rows}x{tile.columns}{' aligned' if tile.aligned else ''}"
     warps = WARPS_FORWARD if kernel is layer_norm_fwd_kernel else WARPS_BACKWARD
     signature = gate_signature(kernel, types, constexprs)
-    return GateCase(name, kernel, signature, constexprs, warps, 1, tensor_cores=False)
+    return GateCase(name, kernel, signature, constexprs, warps, 1, tensor_cores=False, spills=8)

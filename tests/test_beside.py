@@ -9,6 +9,7 @@ from _place import DEVICE, GPU
 from encdiff import ops
 from encdiff.models.attention import pointwise
 from encdiff.models.layers import Conv2d, Linear
+from encdiff.models.unet import ResBlock
 from encdiff.ops import _beside
 from encdiff.ops._beside import Beside, Sink, adjoining, give, joined, sink_of
 
@@ -92,6 +93,50 @@ def test_a_pointwise_convolution_writes_through_its_matrix():
     beside = beside_here()
     places = sunk(conv, beside)
     mine, left, _ = gradients(lambda x: pointwise(x, conv), conv, x, upstream)
+    beside.join()
+    assert left == [None, None]
+    for place, gradient in zip((mine, *places), (dx, *usual), strict=True):
+        torch.testing.assert_close(place, gradient)
+
+
+def test_the_biases_of_a_residual_block():
+    """The first is summed with the parameters of the norm behind it, the second by itself; all go into their sinks."""
+    block = ResBlock(8, 16, 12, True, 4, None).to(DEVICE).to(memory_format=torch.channels_last)
+    for p in block.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    x, emb = torch.randn(2, 8, 4, 6).to(memory_format=torch.channels_last), torch.randn(2, 12)
+    names, beside = [name for name, _ in block.named_parameters()], beside_here()
+
+    def run(x):
+        with ops.use_impl("triton"):
+            return block(x, emb)
+
+    dx, usual, upstream = gradients(run, block, x)
+    places = sunk(block, beside)
+    mine, left, _ = gradients(run, block, x, upstream)
+    beside.join()
+    torch.testing.assert_close(mine, dx)
+    for name, place, gradient, expected in zip(names, places, left, usual, strict=True):
+        assert (gradient is None) == (place.data_ptr() in beside.written), name
+        torch.testing.assert_close(place if gradient is None else gradient, expected, rtol=1e-4, atol=1e-4)
+    assert left == [None] * len(names)
+
+
+def test_a_norm_used_twice_gets_the_sum():
+    """Of both passes at once, since one launch writes the gradients of weight and bias."""
+    norm = torch.nn.LayerNorm(8).to(DEVICE)
+    torch.nn.init.normal_(norm.weight)
+    x = torch.randn(3, 5, 8, device=DEVICE)
+
+    def twice(x):
+        with ops.use_impl("triton"):
+            once = ops.layer_norm(x, norm.weight, norm.bias, with_input=True)[0]
+            return ops.layer_norm(once, norm.weight, norm.bias)
+
+    dx, usual, upstream = gradients(twice, norm, x)
+    beside = beside_here()
+    places = sunk(norm, beside)
+    mine, left, _ = gradients(twice, norm, x, upstream)
     beside.join()
     assert left == [None, None]
     for place, gradient in zip((mine, *places), (dx, *usual), strict=True):

@@ -1,8 +1,7 @@
-"""What is computed from the tokens once per image: folded matrices, or keys and values kept as they are."""
+"""What is computed from the tokens once per image: folded matrices."""
 
 import pytest
 import torch
-from encdiff.kernels import cross_attention as kernels
 from test_cross_attention_kernels import leaves
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -11,13 +10,11 @@ from encdiff.errors import InputError
 from encdiff.ops import cross_attention_folded as folded_module
 from encdiff.ops.cross_attention_folded import (
     Folded,
-    Kept,
     cross_attention_folded,
     fold,
     fold_by_head,
     fold_pays,
     fold_projected,
-    keep,
 )
 
 pytestmark = pytest.mark.on_gpu
@@ -77,101 +74,6 @@ def test_bad_folded_input(change, message):
         cross_attention_folded(**arguments)
 
 
-# ---- kept
-
-KEPT = {  # B, L, C, N, D, heads, head width; the tile holds 64 queries of 128 channels, 32 of 256
-    "two samples to a tile": (3, 16, 256, 20, 16, 2, 32),
-    "three to a tile": (4, 4, 136, 20, 4, 3, 24),
-    "several tiles to a sample": (2, 70, 128, 32, 8, 5, 16),
-    "tokens fill the tile first": (3, 9, 72, 13, 4, 2, 16),
-}
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("case", KEPT)
-def test_kept_against_float64(case, dtype):
-    heads = KEPT[case][5]
-    tensors = leaves(*KEPT[case], dtype=dtype, bias="head")
-    tensors["token_bias"][0, 0] = -torch.inf  # a head with no token left
-    tensors["token_bias"][-1, :, 0] = -torch.inf
-    exact = {n: t.double() for n, t in tensors.items()}
-    rounding = torch.finfo(dtype).eps
-    for maps in ("head", "mean"):
-        arguments = split(tensors, keep, heads) | {"residual": True, "maps": maps}
-        expected = ops.cross_attention(**exact, heads=heads, residual=True, maps=maps, impl="reference")
-        for impl in ("triton", "reference"):
-            with ops.record_impls() as ran:
-                actual = cross_attention_folded(**arguments, impl=impl)
-            assert ran == [("cross_attention_folded", impl)]
-            for a, e in zip(actual, expected, strict=True):
-                assert (a - e).norm() < 2 * rounding * e.norm()
-                assert a.dtype == dtype
-
-
-def test_kept_is_exact():
-    tensors = leaves(2, 9, 72, 5, 4, 2, 16, torch.float64)
-    arguments = split(tensors, keep, 2) | {"residual": True, "impl": "reference"}
-    expected = ops.cross_attention(**tensors, heads=2, residual=True, impl="reference")
-    torch.testing.assert_close(cross_attention_folded(**arguments), expected)
-
-
-def test_kept_reads_strided_queries_and_nothing_beyond(monkeypatch):
-    new_empty = torch.Tensor.new_empty
-    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: new_empty(*a, **k).fill_(torch.nan))
-    tensors = leaves(3, 9, 72, 5, 4, 2, 16, torch.float16, norm=False)
-    arguments = split(tensors, keep, 2)
-    expected = cross_attention_folded(**arguments, impl="reference")
-
-    def padded(t):
-        wide = torch.full((t.numel() + 128,), torch.nan, dtype=t.dtype)
-        wide[64:-64] = t.flatten()
-        return wide[64:-64].view(t.shape)
-
-    kept = arguments["folded"]
-    arguments["folded"] = Kept(*(padded(t) for t in kept[:4]), kept.heads)
-    x = padded(arguments["x"])
-    for view in (x, x.transpose(0, 1).contiguous().transpose(0, 1), x.mT.contiguous().mT):
-        actual = cross_attention_folded(**arguments | {"x": view}, impl="triton")
-        torch.testing.assert_close(actual, expected, rtol=2e-3, atol=2e-3)
-
-
-def test_extreme_logits_of_kept_keys():
-    tensors = leaves(2, 4, 72, 20, 4, 2, 16, torch.float16, norm=False)
-    tensors["w_q"] *= 300
-    exact = ops.cross_attention(**{n: t.double() for n, t in tensors.items()}, heads=2, impl="reference")
-    actual = cross_attention_folded(**split(tensors, keep, 2), impl="triton")
-    assert actual.isfinite().all()
-    assert (actual - exact).norm() < 0.05 * exact.norm()
-
-
-@pytest.mark.parametrize("B, L", [(0, 5), (2, 0)])
-def test_kept_and_empty(B, L):
-    arguments = split(leaves(B, L, 72, 3, 4, 2, 16, torch.float16), keep, 2)
-    assert cross_attention_folded(**arguments, impl="triton").shape == (B, L, 72)
-
-
-def test_library_op_of_kept():
-    x, keys, w_q = (torch.randn(*shape).half() for shape in ((2, 5, 72), (2, 3, 32), (32, 72)))
-    options = (2, torch.randn(72), torch.randn(72), torch.randn(72), torch.randn(2, 2, 3), 1e-5, True)
-    torch.library.opcheck(kernels.cross_attention_kept, (x, keys, keys, w_q, w_q, *options, "mean"))
-
-
-@pytest.mark.on_cpu
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        (dict(w_q=torch.zeros(32, 64)), r"w_q \(32, 64\), .* x \(2, 4, 72\)"),
-        (dict(heads=3), "must be the result of fold"),
-        (dict(keys=torch.zeros(2, 3, 32).requires_grad_()), "kept keys and values have no gradient there"),
-        (dict(), "72 channels, 3 tokens and heads 16 wide in torch.float32 are not kept"),
-    ],
-)
-def test_bad_kept_input(change, message):
-    kept = Kept(*torch.zeros(2, 2, 3, 32), *torch.zeros(2, 32, 72), 2)._replace(**change)
-    with pytest.raises(InputError, match=message):
-        cross_attention_folded(torch.zeros(2, 4, 72), kept, impl="triton")
-
-
 # ---- in the model
 
 
@@ -196,9 +98,6 @@ def test_sampling_folds_once_for_all_steps(model):
     assert {op for op, _ in ran if "cross" in op} == {"cross_attention_folded"}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("encdiff.models.attention.fold_pays", lambda *sizes: False)
-        torch.testing.assert_close(model.sample(scalars, steps=3), images, rtol=1e-4, atol=1e-4)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("encdiff.models.attention.fold", keep)
         torch.testing.assert_close(model.sample(scalars, steps=3), images, rtol=1e-4, atol=1e-4)
 
 

@@ -341,30 +341,10 @@ def test_tiles_of_heads_are_gated_and_no_longer_than_the_papers_queries():
                         assert tile.BLOCK_L <= 16 or queries > 16 or width > 32 or tokens > 32
 
 
-@pytest.mark.parametrize(
-    "sizes, size, expected",
-    [
-        ((64, 20, 8, 8), 2, "folded once"),  # the paper's 16x16
-        ((128, 20, 8, 16), 2, "folded once"),  # measured: 9.3 and 11.2 us of the paper's 8x8
-        ((256, 20, 8, 32), 2, "folded once"),  # 11.6 and 11.7 us of its 4x4
-        ((256, 20, 8, 32), 4, "folded once"),  # kept in 16 bits only
-        ((256, 33, 8, 32), 2, "folded once"),
-        ((256, 20, 4, 64), 2, "folded once"),  # no tile for heads so wide
-        ((200, 20, 10, 20), 2, "folded once"),  # rows of a head not aligned
-    ],
-)
-def test_form_of_what_is_computed_once(sizes, size, expected):
-    assert plan.choose_form(*sizes, size) == expected
-
-
 def test_predictions_are_the_formula():
-    seconds = plan.predict("folded once", 64, 128, 20, 8, 2)
-    assert seconds == pytest.approx(1e-6 + 128 * 2 * (2 * 64 * 128 + 2 * 8 * 20 * 128) / 4.15e12)
-    seconds = plan.predict("folded once", 256, 64, 20, 8, 2)
-    assert seconds == pytest.approx(1e-6 + 128 * 4 * 256 * 64 * 8 * 32 / 400e12)
+    seconds = plan.predict("folded", 64, 128, 20, 8, 2)
+    assert seconds == pytest.approx(5e-6 + 128 * 2 * (2 * 64 * 128 + 4 * 8 * 20 * 128) / 4.15e12)
+    seconds = plan.predict("folded", 256, 64, 20, 8, 2)
+    assert seconds == pytest.approx(5e-6 + 128 * 4 * 256 * 64 * 8 * 32 / 400e12)
     seconds = plan.predict("heads", 4096, 320, 1024, 8, 2)
     assert seconds == pytest.approx(6e-6 + 128 * 4 * 4096 * 320 * (320 + 1024) / 400e12)
-    seconds = plan.predict("kept", 16, 256, 20, 8, 2)  # each sample reads both weights
-    assert seconds == pytest.approx(1e-6 + 128 * 2 * 256 * 256 * 2 / 5.5e12)
-    seconds = plan.predict("kept", 64, 128, 20, 8, 2)
-    assert seconds == pytest.approx(1e-6 + 128 * 4 * 64 * 8 * 16 * (128 + 2 * 32) / 130e12)

@@ -260,3 +260,40 @@ def test_what_the_kernel_does_not_serve_is_pytorchs(options):
     ours = layers.Conv2d(4, 6, 3, **options)
     x = torch.randn(2, 4, 8, 8)
     torch.testing.assert_close(ours(x), nn.Conv2d.forward(ours, x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("shape, width, dtype", [((3, 7, 32), 48, torch.bfloat16), ((70, 64), 64, torch.float16)])
+def test_a_residual_is_added_by_the_kernel_that_multiplies(shape, width, dtype, with_bias):
+    given = [torch.randn(shape), torch.randn(width, shape[-1]) / 8, torch.randn(width), torch.randn(*shape[:-1], width)]
+    x, weight, bias, residual = leaves = [t.to(dtype).requires_grad_() for t in given]
+    leaves = leaves if with_bias else [x, weight, residual]
+    before, upstream = residual.detach().clone(), torch.randn_like(residual)
+    with ops.use_impl("triton"), counted_projections() as ran:
+        y = linear(x, weight, bias if with_bias else None, residual=residual)
+    assert ran == [1]
+    actual = y.detach(), *torch.autograd.grad(y, leaves, upstream)
+    exact = [t.detach().double().requires_grad_() for t in leaves]
+    biases = exact[2] if with_bias else None
+    expected = exact[-1] + F.linear(exact[0], exact[1], biases)
+    close(actual, (expected.detach(), *torch.autograd.grad(expected, exact, upstream.double())), BOUNDS[dtype])
+    assert torch.equal(residual, before)
+
+
+def test_where_the_kernel_does_not_serve_a_residual_is_added_after_the_product():
+    x, weight, residual = (torch.randn(s, requires_grad=True) for s in ((4, 16), (32, 16), (4, 32)))
+    with ops.use_impl("triton"), counted_projections() as ran:
+        y = linear(x, weight, residual=residual)  # float32
+        assert torch.equal(y, residual + F.linear(x, weight))
+        with torch.autocast(x.device.type, torch.bfloat16):
+            linear(x, weight, residual=residual)
+    assert not ran
+
+
+@contextmanager
+def counted_projections():
+    module, ran = sys.modules["encdiff.ops.projection"], []
+    taken = module.projection_triton
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "projection_triton", lambda *a, **o: ran.append(1) or taken(*a, **o))
+        yield ran

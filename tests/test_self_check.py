@@ -18,7 +18,7 @@ from encdiff import ops
 from encdiff.errors import InputError
 from encdiff.ops import _self_check
 from encdiff.ops._check import check
-from encdiff.ops.cross_attention_folded import cross_attention_folded, fold_matrices
+from encdiff.ops.cross_attention_folded import cross_attention_folded, fold
 
 pytestmark = interpreted
 
@@ -138,7 +138,7 @@ def test_a_route_that_fails_leaves_the_other(card, monkeypatch):
     actual = ops.cross_attention(**tensors, heads=8, impl="triton")
     assert (actual - expected).norm() < 0.02 * expected.norm()
     assert taken == ["heads"] * 2  # its check, and the call
-    folded = fold_matrices(*(tensors[n] for n in ("context", "w_q", "w_k", "w_v", "w_o")), heads=8)
+    folded = fold(*(tensors[n] for n in ("context", "w_q", "w_k", "w_v", "w_o")), heads=8)
     with pytest.raises(InputError, match="y0 is off by 0.09"):
         cross_attention_folded(tensors["x"], folded, impl="triton")
 

@@ -13,7 +13,7 @@ from bench.gpu.tables import taken, text, written
 from bench.gpu.tiles import lines
 
 FOLDED, SELF = plan.FoldedTile, attention.Tile
-NAMES = {t.__name__: t for t in (plan.FoldedTile, plan.KeptTile, plan.HeadsTile, attention.Tile)}
+NAMES = {t.__name__: t for t in (plan.FoldedTile, plan.HeadsTile, attention.Tile)}
 
 
 def sweep(key: tuple, positions: int, layers: int, us: dict, now: float | None = 10.0) -> dict:
@@ -55,13 +55,13 @@ def test_every_table_has_its_heading_and_its_type():
     said = text(
         {
             "SELF fwd d=8 L=256": sweep(("fwd", True, 16), 256, 5, {SELF(128, 64, 4): 1.0}),
-            "KEPT C=128 L=64": sweep((128, 16), 64, 5, {plan.KeptTile(64, 2, 32, 8, 3): 1.0}),
+            "FOLDED dx C=128 L=64": sweep(("dx", True, 128), 64, 5, {FOLDED(64, 2, 8, 1): 1.0}),
             "HEADS dq C=64 L=256": sweep(("dq", True, 32), 256, 5, {plan.HeadsTile(64, 128, 8): 1.0}, now=None),
         }
     )
     headings = [line for line in said.splitlines() if line.endswith("TILES:")]
-    assert headings == ["KEPT_TILES:", "HEADS_TILES:", "TILES:"]
-    assert pasted(said)[128, 16] == plan.KeptTile(64, 2, 32, 8, 3) and "# kernels/self_attention.py" in said
+    assert headings == ["FOLDED_TILES:", "HEADS_TILES:", "TILES:"]
+    assert pasted(said)["dx", True, 128] == FOLDED(64, 2, 8, 1) and "# kernels/self_attention.py" in said
     assert "now unknown" in comment(said, '("dq", True, 32)')
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from encdiff import ops
 from encdiff.errors import InputError
-from encdiff.ops.cross_attention_folded import Folded, Kept, cross_attention_folded
+from encdiff.ops.cross_attention_folded import Folded, cross_attention_folded
 
 B, L, C, N, D, H, T = 2, 4, 8, 3, 6, 2, 10
 WRONG = (torch.int64, torch.uint8, torch.bool, torch.complex64, torch.float8_e4m3fn)
@@ -31,9 +31,6 @@ OPS = {  # of each the function, the shapes of its floating tensors, and its oth
     "folded": (lambda keys, values, **given: cross_attention_folded(folded=Folded(keys, values), **given),
                {"x": (B, L, C), "keys": (B, H, N, C), "values": (B, H, N, C), "b_o": (C,), "token_bias": (B, N)} | NORM,
                {}),
-    "kept": (lambda keys, values, w_q, w_o, **given: cross_attention_folded(
-                 folded=Kept(keys, values, w_q, w_o, H), **given),
-             {"x": (B, L, C), "keys": (B, N, C), "values": (B, N, C), "token_bias": (B, N)} | ATTENTION, {}),
     "geglu": (ops.geglu, {"x": (B, 2 * C)}, {}),
     "group_norm": (ops.group_norm, {"x": (B, C, L, L), "weight": (C,), "bias": (C,), "scale": (B, C), "shift": (B, C),
                                     "x_bias": (C,)}, {"groups": 2}),
@@ -66,7 +63,6 @@ def impls(name: str) -> tuple[str | None, ...]:
         "plain": "cross_attention",
         "projected": "cross_attention",
         "folded": "cross_attention_folded",
-        "kept": "cross_attention_folded",
     }
     found = ops.OPS.get(op.get(name, name))
     return (None, *(i.name for i in found.implementations if i.name != "triton")) if found else (None,)

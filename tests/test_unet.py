@@ -6,12 +6,13 @@ import torch
 from _golden import draw, fill, load, relative_error
 from _place import interpreted
 from _tiny import TINY
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from encdiff import EncDiff, ops
 from encdiff.errors import InputError
 from encdiff.models import attention
 from encdiff.models import unet as unet_module
-from encdiff.models.unet import UNet, timestep_embedding
+from encdiff.models.unet import ResBlock, UNet, timestep_embedding
 
 PREFIX = "model.diffusion_model."
 
@@ -207,6 +208,41 @@ def test_features_are_channels_last():
         )
     unet(torch.randn(2, 2, 8, 12), torch.tensor([3, 700]), torch.randn(2, 5, 4))
     assert seen and all(seen)
+
+
+class Biases(TorchDispatchMode):
+    """Of each convolution whether it adds a bias."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.convolution.default:
+            self.seen.append(args[2] is not None)
+        return function(*args, **kwargs or {})
+
+
+@interpreted
+@pytest.mark.parametrize("scale_shift", [True, False])
+@pytest.mark.parametrize("c_out, sample", [(16, None), (8, "down"), (8, "up")])
+def test_a_residual_block_leaves_its_biases_to_kernels(c_out, sample, scale_shift):
+    block = ResBlock(8, c_out, 12, scale_shift, 4, sample)
+    for parameter in block.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    x, emb = torch.randn(2, 8, 4, 6).to(memory_format=torch.channels_last), torch.randn(2, 12)
+    results = []
+    for impl in ("triton", "reference"):
+        leaf = x.clone(memory_format=torch.preserve_format).requires_grad_()
+        with ops.use_impl(impl), ops.record_impls() as ran, Biases() as biases:
+            y = block(leaf, emb)
+        assert (("residual_add", "triton") in ran) == (impl == "triton")
+        assert biases.seen == ([not scale_shift, False] if impl == "triton" else [True, True])
+        results.append([y, *torch.autograd.grad(y.square().sum(), (leaf, *block.parameters()))])
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+    with torch.no_grad(), Biases() as biases:
+        torch.testing.assert_close(block(x, emb), results[1][0])
+    assert biases.seen == [True, True], "without a kernel the convolution adds it for nothing"
 
 
 class Wrapped(torch.nn.Module):

@@ -100,7 +100,6 @@ WITH_TRITON = [name for name, op in ops.OPS.items() if any(i.name == "triton" fo
 @pytest.mark.parametrize("name", WITH_TRITON)
 def test_every_op_with_a_triton_kernel_is_checked(name):
     families = {"cross_attention": ["cross_attention_folded", "cross_attention_heads"]}
-    families["cross_attention_folded"] = ["cross_attention_folded", "cross_attention_kept"]
     assert set(families.get(name, [name])) <= set(FAMILIES), "see CONTRIBUTING.md: adding an op"
 
 

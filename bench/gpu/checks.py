@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
-from encdiff.kernels.cross_attention.plan import can_fold, can_keep
+from encdiff.kernels.cross_attention.plan import can_fold
 from torch import Tensor
 
 from bench.gpu.lab import Lab
@@ -19,7 +19,7 @@ from encdiff.engine import float32_precision
 from encdiff.models import EncDiffConfig
 from encdiff.ops._check import LIMITS, relative_error
 from encdiff.ops._triton import NAMES
-from encdiff.ops.cross_attention_folded import cross_attention_folded, fold_matrices, keep
+from encdiff.ops.cross_attention_folded import cross_attention_folded, fold
 
 
 class Case(NamedTuple):
@@ -51,6 +51,8 @@ def cases(lab: Lab, batch: int) -> Iterator[Case]:
             yield from _attention(draw, dtype, batch, L, C, c)
             yield _group_norm(draw, dtype, batch, L, C, c.groups)
             yield _group_norm(draw, dtype, batch, L, C, c.groups, with_input=True)
+            yield _group_norm(draw, dtype, batch, L, C, c.groups, x_bias=True)
+            yield _residual_add(draw, dtype, batch, L, C)
             yield from _resample(draw, dtype, batch, L, C)
             yield _geglu(draw, dtype, batch, L, c.feedforward * C)
             yield _layer_norm(draw, dtype, batch, L, C)
@@ -65,7 +67,7 @@ def cases(lab: Lab, batch: int) -> Iterator[Case]:
 
 
 def _attention(draw, dtype, B, L, C, c) -> Iterator[Case]:
-    """Cross-attention by each route, folded and kept; self-attention."""
+    """Cross-attention by each route, and folded before; self-attention."""
     N, D, H = c.concepts, c.token_width, c.heads
 
     def weights(context_width: int) -> dict[str, Tensor]:
@@ -77,11 +79,11 @@ def _attention(draw, dtype, B, L, C, c) -> Iterator[Case]:
     def cross(i, impl, **options):
         return ops.cross_attention(**i, heads=H, residual=True, impl=impl, **options)
 
-    def folded(i, impl, form=fold_matrices):
+    def folded(i, impl):
         i = dict(i)
         token_side = [i.pop(k) for k in ("context", "w_q", "w_k", "w_v", "w_o")]
         return cross_attention_folded(
-            i.pop("x"), form(*token_side, heads=H), i.pop("b_o"), **i, residual=True, impl=impl
+            i.pop("x"), fold(*token_side, heads=H), i.pop("b_o"), **i, residual=True, impl=impl
         )
 
     def self_attention(i, impl):
@@ -97,23 +99,31 @@ def _attention(draw, dtype, B, L, C, c) -> Iterator[Case]:
                lambda i, impl: cross(i, impl, token_bias=bias(i), maps="mean"), gradients=False)  # fmt: skip
     if can_fold(C, N, dtype.itemsize):
         yield Case(f"cross_attention_folded {at}", dtype, inputs, folded)
-    if can_keep(C, N, C // H, dtype.itemsize):
-        yield Case(f"cross_attention_kept {at}", dtype, inputs,
-                   lambda i, impl: folded(i, impl, keep), gradients=False)  # fmt: skip
     yield Case(f"self_attention {at}", dtype, lambda: weights(C), self_attention)
 
 
-def _group_norm(draw, dtype, B, L, C, groups, **options) -> Case:
-    side = int(L**0.5)
+def _group_norm(draw, dtype, B, L, C, groups, x_bias=False, **options) -> Case:
+    side, named = int(L**0.5), ["x_bias"] * x_bias + [*options]
 
     def inputs():
         x = draw(B, C, side, side).to(memory_format=torch.channels_last)
         small = {"weight": 1 + 0.1 * draw(C), "bias": 0.1 * draw(C), "scale": 0.3 * draw(B, C), "shift": draw(B, C)}
-        return {"x": x} | small
+        return {"x": x} | small | ({"x_bias": draw(C)} if x_bias else {})
 
-    name = f"group_norm {' '.join([*options, str(dtype)])} {side}x{side} C={C}".replace("torch.", "")
+    name = f"group_norm {' '.join([*named, str(dtype)])} {side}x{side} C={C}".replace("torch.", "")
     return Case(name, dtype, inputs,
                 lambda i, impl: ops.group_norm(**i, groups=groups, silu=True, **options, impl=impl))  # fmt: skip
+
+
+def _residual_add(draw, dtype, B, L, C) -> Case:
+    side = int(L**0.5)
+
+    def inputs():
+        maps = {n: draw(B, C, side, side).to(memory_format=torch.channels_last) for n in ("x", "h")}
+        return maps | {"bias": draw(C)}
+
+    name = f"residual_add {dtype} {side}x{side} C={C}".replace("torch.", "")
+    return Case(name, dtype, inputs, lambda i, impl: ops.residual_add(**i, impl=impl))
 
 
 def _projection(draw, dtype, B, L, C, inner) -> Iterator[Case]:

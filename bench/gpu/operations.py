@@ -85,6 +85,16 @@ def rows(lab: Lab, forms: tuple[str, ...] = ("ours", "published", "sdpa")) -> It
 
         yield Row(f"group_norm {side}x{side}x{C}", {"ours": ours_norm, "published": stock_norm}, maps,
                   norm.parameters(), 2 * B * L * C * 2)  # fmt: skip
+        bias = torch.randn(C, device=on, dtype=half, requires_grad=True)
+
+        def ours_sum(x, h, bias=bias):
+            return ops.residual_add(x, h, bias)
+
+        def stock_sum(x, h, bias=bias):
+            return x + (h + bias[:, None, None])
+
+        yield Row(f"residual_add {side}x{side}x{C}", {"ours": ours_sum, "published": stock_sum},
+                  lambda maps=maps: [maps()[0], maps()[0]], [bias], 3 * B * L * C * 2)  # fmt: skip
         layer = nn.LayerNorm(C).to(on, half)
 
         def ours_layer_norm(x, layer=layer):

@@ -110,7 +110,7 @@ def _published(twin, precision: str, steps: int):
 
 
 def lines(found: dict) -> list[str]:
-    times = [f"{name:38} {1e3 * s:8.3f} ms an evaluation" for name, s in found["seconds"].items()]
+    times = [f"{name:38} {1e3 * s:8.3f} ms an evaluation" for name, s in found.get("seconds", {}).items()]
     return times + profile_lines(found.get("profile", {}))
 
 

@@ -152,6 +152,7 @@ GROUPS = {  # the first pattern that a kernel's name matches
     "MLP bank": r"mlp_bank",
     "GroupNorm": r"group_norm|GroupNorm",
     "LayerNorm": r"layer_norm|LayerNorm",
+    "residual sums": r"residual_add",
     "GEGLU": r"geglu",
     "resampling": r"resample|avg_pool|upsample",
     "BatchNorm": r"batch_norm|bn_fw|bn_bw|BatchNorm",

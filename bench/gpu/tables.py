@@ -17,7 +17,6 @@ FILE = "tables.txt"
 PLAN, SELF = "kernels/cross_attention/plan.py", "kernels/self_attention.py"
 TABLES = {  # kind of a sweep: table, its name and file, type of its tiles
     "FOLDED": (plan.FOLDED_TILES, "FOLDED_TILES", PLAN, plan.FoldedTile),
-    "KEPT": (plan.KEPT_TILES, "KEPT_TILES", PLAN, plan.KeptTile),
     "HEADS": (plan.HEADS_TILES, "HEADS_TILES", PLAN, plan.HeadsTile),
     "SELF": (attention.TILES, "TILES", SELF, attention.Tile),
 }

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 from encdiff.kernels import self_attention as attention
-from encdiff.kernels.cross_attention import cross_attention_folded, cross_attention_heads, cross_attention_kept, plan
+from encdiff.kernels.cross_attention import cross_attention_folded, cross_attention_heads, plan
 
 from bench.clock import Run, repeated, replayed
 from bench.gpu import checks, tables
@@ -57,18 +57,6 @@ def sweeps(lab: Lab) -> Iterator[Sweep]:
                 tiles = [plan.FoldedTile(*t) for t in _folded(kernel, rows)]
                 key = (kernel, True, plan.pad(C, 64))
                 yield Sweep(f"FOLDED {kernel} C={C} L={L}", plan.FOLDED_TILES, key, tiles, run, n, L)
-        key = (plan.pad(C, 128), plan.pad(width, 16))
-        if C >= 128 and plan.can_keep(C, N, width, 2):
-            w_q, w_o = (torch.randn(C, C, device=lab.device, dtype=torch.bfloat16) / C**0.5 for _ in range(2))
-            k, v = (torch.randn(B, N, C, device=lab.device, dtype=torch.bfloat16) for _ in range(2))
-
-            def kept(x=x, k=k, v=v, w_q=w_q, w_o=w_o, b_o=b_o, gamma=gamma, beta=beta, H=H):
-                return cross_attention_kept(x, k, v, w_q, w_o, H, b_o, gamma, beta, None, 1e-5, True, "none")
-
-            shapes = product((16, 32, 64), (1, 2), (32, 64), (4, 8), (2, 3))
-            fitting = [t for t in shapes if 2 <= t[0] / t[3] <= 16 and t[0] * t[1] <= 64 and t[3:] != (8, 3)]
-            tiles = [plan.KeptTile(*t) for t in fitting if t[0] < 64 or t[4] == 2]
-            yield Sweep(f"KEPT C={C} L={L}", plan.KEPT_TILES, key, tiles, kept, n, L)
         q, do = (torch.randn(B, L, C, device=lab.device, dtype=torch.bfloat16) for _ in range(2))
         k, v = (torch.randn(B, N, C, device=lab.device, dtype=torch.bfloat16) for _ in range(2))
         lse = cross_attention_heads(q, k, v, None, H, width**-0.5, False)[1]
@@ -128,7 +116,7 @@ def candidates(lab: Lab, sweep: Sweep) -> list:
 
 def in_order(lab: Lab) -> list[Sweep]:
     """What is least known first."""
-    return sorted(sweeps(lab), key=lambda sweep: ("SELF", "KEPT", "FOLDED", "HEADS").index(sweep.name.split()[0]))
+    return sorted(sweeps(lab), key=lambda sweep: ("SELF", "FOLDED", "HEADS").index(sweep.name.split()[0]))
 
 
 def compile_share(lab: Lab, share: int, shares: int) -> dict:

@@ -15,7 +15,7 @@ from encdiff.diffusion.gate import Mode
 from encdiff.models.layers import Conv2d, Linear, part, zero_init
 from encdiff.ops._beside import adjoined, give, sink_of
 from encdiff.ops._dispatch import is_transformed
-from encdiff.ops.cross_attention_folded import Folded, Kept, cross_attention_folded, fold, fold_pays
+from encdiff.ops.cross_attention_folded import Folded, cross_attention_folded, fold, fold_pays
 from encdiff.ops.projection import projects
 
 
@@ -30,7 +30,7 @@ class Sampling:
     """
 
     tokens: Tensor
-    folded: dict[int, Folded | Kept] = field(default_factory=dict)  # the tokens, where attending to that is faster
+    folded: dict[int, Folded] = field(default_factory=dict)  # the tokens, where attending to that is faster
     projections: dict[int, tuple[Tensor, ...]] = field(
         default_factory=dict
     )  # of self-attentions, as `adjoined` lays them
@@ -58,7 +58,7 @@ class Conditioning(NamedTuple):
     def self_gate(self) -> Mode:
         return "compute" if self.sampling is None else self.sampling.self_gate
 
-    def folded(self, place: int) -> Folded | Kept | None:
+    def folded(self, place: int) -> Folded | None:
         """What the sampling's tokens became for a block, if they are these."""
         if self.sampling is None or self.sampling.tokens is not self.tokens:
             return None
@@ -139,7 +139,7 @@ class TransformerBlock(nn.Module):
             h = ops.projection(x, first.weight, first.bias, gated=True, **_norm(self.norm3))
             return ops.projection(h, last.weight, last.bias, residual=x)
         h, x = ops.layer_norm(x, self.norm3.weight, self.norm3.bias, self.norm3.eps, with_input=True)
-        return x + self.ff(h)
+        return ops.linear(self.ff.net[0](h), last.weight, last.bias, residual=x) if stock else x + self.ff(h)
 
     def _gated(self, kind: str, mode: Mode, x: Tensor, cond: Conditioning, attend: Callable[..., Tensor]) -> Tensor:
         """x + attention: computed, and kept where asked for, or what was kept."""

@@ -79,16 +79,12 @@ def merge_heads(s: Tensor) -> Tensor:
 
 def project_out(a: Tensor, w_o: Tensor, b_o: Tensor | None, residual: Tensor | None) -> Tensor:
     """a Wo^T + bo [+ residual]."""
-    return _project_out(linear, a, w_o, b_o, residual)
+    return linear(a, w_o.to(a.dtype), None if b_o is None else b_o.to(a.dtype), residual=residual)
 
 
 def stock_project_out(a: Tensor, w_o: Tensor, b_o: Tensor | None, residual: Tensor | None) -> Tensor:
     """The same by PyTorch alone, for references."""
-    return _project_out(F.linear, a, w_o, b_o, residual)
-
-
-def _project_out(product, a: Tensor, w_o: Tensor, b_o: Tensor | None, residual: Tensor | None) -> Tensor:
-    y = product(a, w_o.to(a.dtype), None if b_o is None else b_o.to(a.dtype))
+    y = F.linear(a, w_o.to(a.dtype), None if b_o is None else b_o.to(a.dtype))
     return y if residual is None else residual + y
 
 

@@ -9,12 +9,7 @@ from torch import Tensor
 from encdiff.kernels.cross_attention import plan
 from encdiff.ops._attention import merge_heads, softmax, split_heads
 from encdiff.ops._check import TYPES, Draw, Family, Outputs, Tensors, Variant
-from encdiff.ops.cross_attention_folded import (
-    Folded,
-    Kept,
-    cross_attention_folded_reference,
-    cross_attention_folded_triton,
-)
+from encdiff.ops.cross_attention_folded import Folded, cross_attention_folded_reference, cross_attention_folded_triton
 from encdiff.ops.self_attention import LENGTHS, representative
 
 HALVES = ("bfloat16", "float16")
@@ -33,25 +28,13 @@ def _bias(draw: Draw, *shape: int) -> Tensor:
     return bias
 
 
-def _features(draw: Draw, x: str, own: str, C: int, L: int, norm: bool, bias: str, heads: int, N: int) -> Tensors:
-    """What ops from LayerNorm to residual read besides the tokens: three samples; own: the type of parameters."""
-    inputs = {"x": draw(3, L, C).to(TYPES[x]), "b_o": draw(C).to(TYPES[own])}
+def _folded(draw: Draw, x: str, dtype: str, own: str, C: int, norm: bool, residual: bool, bias: str, _: str) -> Tensors:
+    """Three samples, three heads; own: the type of the parameters."""
+    inputs = {n: draw(3, 3, 20, C, scale=C**-0.5).to(TYPES[dtype]) for n in ("keys", "values")}
+    inputs |= {"x": draw(3, 80, C).to(TYPES[x]), "b_o": draw(C).to(TYPES[own])}
     if norm:
         inputs |= {"norm_weight": draw(C, scale=0.1, shift=1).to(TYPES[own]), "norm_bias": draw(C).to(TYPES[own])}
-    return inputs | ({"token_bias": _bias(draw, 3, heads, N)} if bias != "none" else {})
-
-
-def _folded(draw: Draw, x: str, dtype: str, own: str, C: int, norm: bool, residual: bool, bias: str, _: str) -> Tensors:
-    tokens = {n: draw(3, 3, 20, C, scale=C**-0.5).to(TYPES[dtype]) for n in ("keys", "values")}
-    return tokens | _features(draw, x, own, C, 80, norm, bias, 3, 20)
-
-
-def _run(op, i: Tensors, tokens: Folded | Kept, residual: bool, bias: str, maps: str) -> Outputs:
-    options = {n: i[n] for n in ("norm_weight", "norm_bias") if n in i} | _given_bias(i, bias)
-    x, dtype = i["x"], tokens.keys.dtype
-    with torch.autocast(x.device.type, dtype, enabled=x.dtype != dtype):
-        y = op(x, tokens, i["b_o"], **options, residual=residual, maps=None if maps == "none" else maps)
-    return y if isinstance(y, tuple) else (y,)
+    return inputs | ({"token_bias": _bias(draw, 3, 3, 20)} if bias != "none" else {})
 
 
 def _given_bias(i: Tensors, bias: str) -> Tensors:
@@ -61,7 +44,11 @@ def _given_bias(i: Tensors, bias: str) -> Tensors:
 
 def _folded_with(op):
     def run(i: Tensors, x, dtype, own, C, norm, residual, bias, maps) -> Outputs:
-        return _run(op, i, Folded(i["keys"], i["values"]), residual, bias, maps)
+        options = {n: i[n] for n in ("norm_weight", "norm_bias") if n in i} | _given_bias(i, bias)
+        x, folded = i["x"], Folded(i["keys"], i["values"])
+        with torch.autocast(x.device.type, folded.keys.dtype, enabled=x.dtype != folded.keys.dtype):
+            y = op(x, folded, i["b_o"], **options, residual=residual, maps=None if maps == "none" else maps)
+        return y if isinstance(y, tuple) else (y,)
 
     return run
 
@@ -110,32 +97,6 @@ def _heads_variants() -> Iterator[Variant]:
         yield "bfloat16", 64, 150, False, bias, False
 
 
-def _kept(
-    draw: Draw, x: str, dtype: str, own: str, C: int, width: int, L: int, norm: bool, residual: bool, bias: str, _: str
-) -> Tensors:  # fmt: skip
-    H = max(1, C // width)
-    inner = H * width
-    shapes = {"keys": (3, 20, inner), "values": (3, 20, inner), "w_q": (inner, C), "w_o": (inner, C)}
-    tokens = {n: draw(*s, scale=C**-0.5 if n[0] == "w" else 1).to(TYPES[dtype]) for n, s in shapes.items()}
-    return tokens | _features(draw, x, own, C, L, norm, bias, H, 20)
-
-
-def _kept_with(op):
-    def run(i: Tensors, x, dtype, own, C, width, L, norm, residual, bias, maps) -> Outputs:
-        kept = Kept(i["keys"], i["values"], i["w_q"], i["w_o"], max(1, C // width))
-        return _run(op, i, kept, residual, bias, maps)
-
-    return run
-
-
-def _kept_variants() -> Iterator[Variant]:
-    for dtype in HALVES:
-        for C, width in plan.KEPT_TILES:
-            for L in (9, 80) if dtype == "bfloat16" else (9,):
-                yield dtype, dtype, dtype, C, width, L, *PLAIN
-            yield dtype, dtype, dtype, C, width, 80, *MAPPED
-
-
 def _self(draw: Draw, dtype: str, width: int, L: int) -> Tensors:
     return {"qkv": draw(1 if L > 128 else 2, L, 3 * 2 * width).to(TYPES[dtype])}
 
@@ -162,8 +123,5 @@ FAMILIES = [
     Family("cross_attention_folded", _folded_variants, _folded,
            _folded_with(cross_attention_folded_triton), _folded_with(cross_attention_folded_reference), products=True),
     Family("cross_attention_heads", _heads_variants, _heads, _heads_kernel, _heads_exact, products=True),
-    Family("cross_attention_kept", _kept_variants, _kept,
-           _kept_with(cross_attention_folded_triton), _kept_with(cross_attention_folded_reference),
-           differentiable=False, products=True),
     Family("self_attention", _self_variants, _self, _self_kernel, _self_exact, products=True),
 ]  # fmt: skip

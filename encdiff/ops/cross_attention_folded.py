@@ -4,8 +4,6 @@ With q = LN(x) Wq^T and the keys k, values v of head h (docs/math.md):
 
     logits = q_h k_h^T / sqrt(d) = LN(x) A_h^T     A_h = k_h Wq_h / sqrt(d)   (N, C)
     sum over h of P_h v_h Wo_h^T = sum P_h W_h     W_h = v_h Wo_h^T           (N, C)
-
-Where channels are many it may be cheaper to keep k and v as they are, beside Wq and Wo.
 """
 
 from typing import Literal, NamedTuple, overload
@@ -16,16 +14,7 @@ from torch import Tensor
 
 from encdiff.errors import InputError
 from encdiff.kernels._second import refuse_second
-from encdiff.kernels.cross_attention.plan import (
-    FOLDED_CHANNELS,
-    FOLDED_TOKENS,
-    KEPT_TILES,
-    can_fold,
-    can_keep,
-    choose_form,
-    layer_queries,
-    pad,
-)
+from encdiff.kernels.cross_attention.plan import FOLDED_CHANNELS, FOLDED_TOKENS, can_fold
 from encdiff.ops import _self_check
 from encdiff.ops._attention import (
     bias_kind,
@@ -52,48 +41,16 @@ class Folded(NamedTuple):
     values: Tensor
 
 
-class Kept(NamedTuple):
-    """The tokens of every sample, projected: keys and values (B, N, heads*d); and w_q, w_o^T (heads*d, C)."""
+def fold(context: Tensor, w_q: Tensor, w_k: Tensor, w_v: Tensor, w_o: Tensor, *, heads: int) -> Folded:
+    """Everything of `cross_attention` that depends on the tokens alone, as two matrices for each head.
 
-    keys: Tensor
-    values: Tensor
-    w_q: Tensor
-    w_o: Tensor
-    heads: int
-
-    def fold(self) -> Folded:
-        """What `fold_matrices` makes of the same tokens."""
-        return fold_projected(self.keys, self.values, self.w_q, self.w_o.T, heads=self.heads)
-
-
-def fold(context: Tensor, w_q: Tensor, w_k: Tensor, w_v: Tensor, w_o: Tensor, *, heads: int) -> Folded | Kept:
-    """Everything of `cross_attention` that depends on the tokens alone, in the form that attends fastest.
-
-    Arguments as there. On a GPU and without gradients the kernels' cost model chooses the form; otherwise `Folded`.
+    Arguments as there. Exact, differentiable.
     """
-    weights = w_q, w_k, w_v, w_o
-    if context.is_cuda and not has_gradient(context, *weights):
-        (channels, inner), size = w_o.shape, product_dtype(context).itemsize
-        form = choose_form(channels, context.shape[1], heads, inner // heads, size)
-        if form == "kept" and not failed_kept(context, channels, inner // heads):
-            return keep(context, *weights, heads=heads)
-    return fold_matrices(context, *weights, heads=heads)
-
-
-def keep(context: Tensor, w_q: Tensor, w_k: Tensor, w_v: Tensor, w_o: Tensor, *, heads: int) -> Kept:
-    """Keys and values as they are, with the weights around them; arguments as in `cross_attention`."""
-    keys, values = (F.linear(context, w) for w in (w_k, w_v))
-    queries, out = (w.to(keys.dtype).contiguous() for w in (w_q, w_o.T))
-    return Kept(keys, values, queries, out, heads)
-
-
-def fold_matrices(context: Tensor, w_q: Tensor, w_k: Tensor, w_v: Tensor, w_o: Tensor, *, heads: int) -> Folded:
-    """Tokens and weights as two matrices for each head; arguments as in `cross_attention`. Exact, differentiable."""
     return fold_projected(F.linear(context, w_k), F.linear(context, w_v), w_q, w_o, heads=heads)
 
 
 def fold_projected(k: Tensor, v: Tensor, w_q: Tensor, w_o: Tensor, *, heads: int) -> Folded:
-    """`fold_matrices` of keys and values (B, N, heads*d) that are at hand, in any strides."""
+    """`fold` of keys and values (B, N, heads*d) that are at hand, in any strides."""
     width = k.shape[-1] // heads
     return Folded(_fold_heads(k, w_q * width**-0.5, heads), _fold_heads(v, w_o.T, heads))
 
@@ -186,9 +143,6 @@ def cross_attention_folded_reference(
     """Two products in plain PyTorch, in float32 whatever the storage type; see `cross_attention_folded`."""
     with exact(x) as dtype:
         h = stock_layer_norm(x.to(dtype), norm_weight, norm_bias, norm_eps)
-        if isinstance(folded, Kept):
-            keys, values, w_q, w_o = (t.to(dtype) for t in folded[:4])
-            folded = Kept(keys, values, w_q, w_o, folded.heads).fold()
         keys, values = (t.to(dtype).flatten(1, 2) for t in folded)  # (B, H*N, C)
         logits = (keys @ h.mT).unflatten(1, folded.keys.shape[1:3])  # queries last: the softmax runs in vectors of them
         p = softmax(logits, token_bias, dim=-2)
@@ -203,21 +157,12 @@ def cross_attention_folded_triton(
     """One pass over x, LayerNorm to residual."""
     from encdiff.kernels import cross_attention as kernels
 
-    kept, heads = isinstance(folded, Kept), _sizes(folded)[1]
-    tensors = [t.to(product_dtype(x)) for t in folded if isinstance(t, Tensor)]  # autocast's, not x's type
-    tensors = [t.contiguous() for t in tensors] if kept else kernels.whole_heads(*tensors)
-    kernel = kernels.cross_attention_kept if kept else kernels.cross_attention_folded
-    bias, extra = kernel_bias(token_bias, heads), [heads] * kept
-    y, p = kernel(x, *tensors, *extra, b_o, norm_weight, norm_bias, bias, norm_eps, residual, maps or "none")
+    keys, values = kernels.whole_heads(*(t.to(product_dtype(x)) for t in folded))  # autocast's, not x's type
+    bias = kernel_bias(token_bias, keys.shape[1])
+    y, p = kernels.cross_attention_folded(
+        x, keys, values, b_o, norm_weight, norm_bias, bias, norm_eps, residual, maps or "none"
+    )
     return y if maps is None else (y, p)
-
-
-def _sizes(folded: Folded | Kept) -> tuple[int, int, int, int]:
-    """B, heads, N, C."""
-    if isinstance(folded, Kept):
-        return folded.keys.shape[0], folded.heads, folded.keys.shape[1], folded.w_q.shape[1]
-    batch, heads, tokens, channels = folded.keys.shape
-    return batch, heads, tokens, channels
 
 
 def _triton_reasons(
@@ -226,26 +171,14 @@ def _triton_reasons(
 ) -> list[str]:  # fmt: skip
     tensors = *folded, b_o, norm_weight, norm_bias, token_bias
     reasons = triton_reasons(x, maps, *tensors)
-    (_, heads, tokens, channels), size = _sizes(folded), product_dtype(x).itemsize
-    if isinstance(folded, Kept):
-        width = folded.keys.shape[2] // heads
-        if has_gradient(x, *tensors):
-            reasons.append("kept keys and values have no gradient there: use fold_matrices or torch.no_grad")
-        if not can_keep(channels, tokens, width, size):
-            reasons.append(
-                f"{channels} channels, {tokens} tokens and heads {width} wide in {product_dtype(x)} are not kept"
-            )
-    elif not can_fold(channels, tokens, size):
+    (tokens, channels), size = folded.keys.shape[2:], product_dtype(x).itemsize
+    if not can_fold(channels, tokens, size):
         reasons.append(
             f"{channels} channels and {tokens} tokens must be a multiple of 8 up to {FOLDED_CHANNELS.get(size, 0)} "
             f"and 1 to {FOLDED_TOKENS}"
         )
-    if reasons:
-        return reasons
     options = b_o, norm_weight, token_bias, residual, maps
-    if isinstance(folded, Kept):
-        return _self_check.reasons("cross_attention_kept", x, _kept_variant, x, *x.shape[1:], width, *options)
-    return failed_folded(x, *options, gradients=has_gradient(x, *tensors))
+    return reasons or failed_folded(x, *options, gradients=has_gradient(x, *tensors))
 
 
 def failed_folded(x, b_o, norm_weight, token_bias, residual, maps, gradients: bool) -> list[str]:
@@ -257,29 +190,10 @@ def failed_folded(x, b_o, norm_weight, token_bias, residual, maps, gradients: bo
     return against
 
 
-def _folded_variant(x, *options) -> tuple:
-    return *_types(x, *options), x.shape[2], *_flags(*options)
-
-
-def _types(x, b_o, norm_weight, *_) -> tuple[str, str, str]:
-    """Of the features, of the products, of the channels' parameters."""
+def _folded_variant(x, b_o, norm_weight, token_bias, residual, maps) -> tuple:
     parameter = next((t for t in (norm_weight, b_o) if t is not None), x)
-    return NAMES[x.dtype], NAMES[product_dtype(x)], NAMES[parameter.dtype]
-
-
-def _flags(b_o, norm_weight, token_bias, residual, maps) -> tuple:
-    return norm_weight is not None, residual, bias_kind(token_bias), maps or "none"
-
-
-def failed_kept(context: Tensor, channels: int, width: int) -> list[str]:
-    """Likewise of the kernel of kept tokens, in a layer of as many queries as `choose_form` takes it to have."""
-    layer = layer_queries(channels), channels, width, None, context, None, True, None  # its parameters are of that type
-    return _self_check.reasons("cross_attention_kept", context, _kept_variant, context, *layer)
-
-
-def _kept_variant(x, queries, channels, width, *options) -> tuple:
-    few = queries < KEPT_TILES[pad(channels, 128), pad(width, 16)].BLOCK_L  # then samples share a tile
-    return *_types(x, *options), channels, width, 9 if few else 80, *_flags(*options)
+    types = NAMES[x.dtype], NAMES[product_dtype(x)], NAMES[parameter.dtype]  # of features, products, parameters
+    return *types, x.shape[2], norm_weight is not None, residual, bias_kind(token_bias), maps or "none"
 
 
 _op = Op(
@@ -293,7 +207,7 @@ _op = Op(
 
 @overload
 def cross_attention_folded(
-    x: Tensor, folded: Folded | Kept, b_o: Tensor | None = ..., *, norm_weight: Tensor | None = ...,
+    x: Tensor, folded: Folded, b_o: Tensor | None = ..., *, norm_weight: Tensor | None = ...,
     norm_bias: Tensor | None = ..., norm_eps: float = ..., residual: bool = ..., token_bias: Tensor | None = ...,
     maps: None = ..., impl: str | None = ...,
 ) -> Tensor: ...  # fmt: skip
@@ -301,7 +215,7 @@ def cross_attention_folded(
 
 @overload
 def cross_attention_folded(
-    x: Tensor, folded: Folded | Kept, b_o: Tensor | None = ..., *, norm_weight: Tensor | None = ...,
+    x: Tensor, folded: Folded, b_o: Tensor | None = ..., *, norm_weight: Tensor | None = ...,
     norm_bias: Tensor | None = ..., norm_eps: float = ..., residual: bool = ..., token_bias: Tensor | None = ...,
     maps: Literal["head", "mean"], impl: str | None = ...,
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
@@ -309,7 +223,7 @@ def cross_attention_folded(
 
 def cross_attention_folded(
     x: Tensor,
-    folded: Folded | Kept,
+    folded: Folded,
     b_o: Tensor | None = None,
     *,
     norm_weight: Tensor | None = None,
@@ -325,31 +239,28 @@ def cross_attention_folded(
     The other arguments, the result and its types are those of `cross_attention`; gradients reach the folded tensors.
     Raises InputError for shapes, devices or dtypes that do not fit, or a forced implementation that cannot serve.
     """
-    check_floating(b_o=b_o, **{f"folded.{n}": t for n, t in folded._asdict().items() if isinstance(t, Tensor)})
+    check_floating(b_o=b_o, **{f"folded.{n}": t for n, t in folded._asdict().items()})
     if not _fits(x, folded):
-        shapes = ", ".join(f"{n} {tuple(t.shape)}" for n, t in folded._asdict().items() if isinstance(t, Tensor))
+        shapes = ", ".join(f"{n} {tuple(t.shape)}" for n, t in folded._asdict().items())
         raise InputError(
             f"folded {shapes} must be the result of fold, for (B, N, D) tokens and weights of C channels, "
             f"and x {tuple(x.shape)} (B, L, C)"
         )
     if folded.keys.device != x.device:
         raise InputError(f"folded is on {folded.keys.device}, must be on x's device {x.device}")
-    check_options(x, *_sizes(folded)[1:3], norm_weight, norm_bias, token_bias, maps)
+    _, heads, tokens, _ = folded.keys.shape
+    check_options(x, heads, tokens, norm_weight, norm_bias, token_bias, maps)
     return _op(
         x, folded, b_o, norm_weight=norm_weight, norm_bias=norm_bias, norm_eps=norm_eps, residual=residual,
         token_bias=token_bias, maps=maps, impl=impl,
     )  # fmt: skip
 
 
-def _fits(x: Tensor, folded: Folded | Kept) -> bool:
-    keys, values = folded[:2]
-    if keys.shape != values.shape or x.ndim != 3 or keys.ndim != (3 if isinstance(folded, Kept) else 4):
+def _fits(x: Tensor, folded: Folded) -> bool:
+    keys, values = folded
+    if keys.shape != values.shape or x.ndim != 3 or keys.ndim != 4:
         return False
-    if isinstance(folded, Kept):
-        inner = (keys.shape[-1], x.shape[2])
-        if not folded.w_q.shape == folded.w_o.shape == inner or inner[0] % folded.heads:
-            return False
-    return (_sizes(folded)[0], _sizes(folded)[3]) == (x.shape[0], x.shape[2])
+    return (keys.shape[0], keys.shape[3]) == (x.shape[0], x.shape[2])
 
 
 def check_options(x, heads, tokens, norm_weight, norm_bias, token_bias, maps) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from encdiff.errors import InputError
 from encdiff.ops._beside import Sink, sinks_of
 from encdiff.ops._dispatch import is_transformed
-from encdiff.ops._triton import autocast_dtype
+from encdiff.ops._triton import autocast_dtype, has_gradient
 from encdiff.ops._types import check_floating, mixed
 from encdiff.ops.column_sum import bias_gradient, column_sum_native, is_fused
 
@@ -58,11 +58,15 @@ class Ways(NamedTuple):
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, ways: Ways) -> Tensor:
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, ways: Ways) -> Tensor:
         wanted = ctx.needs_input_grad
         ctx.save_for_backward(x if wanted[1] else None, weight if wanted[0] else None)
         ctx.bias_dtype, ctx.ways = None if bias is None else bias.dtype, ways
-        return F.linear(x, weight, bias)
+        if residual is None:
+            return F.linear(x, weight, bias)
+        from encdiff.ops.projection import projection_triton
+
+        return projection_triton(x, weight, bias, residual=residual)
 
     @staticmethod
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
@@ -73,7 +77,7 @@ class _Linear(torch.autograd.Function):
             dw = ctx.ways.product(rows, matrix(x)) if wanted[1] else None
             db = ctx.ways.sum(rows, ctx.bias_dtype) if wanted[2] else None
         dx = (rows @ weight).view(*dy.shape[:-1], weight.shape[1]) if wanted[0] else None
-        return dx, dw, db, None
+        return dx, dw, db, dy if wanted[3] else None, None
 
 
 def matrix(x: Tensor) -> Tensor:
@@ -121,13 +125,16 @@ def _rows(dy: Tensor) -> Tensor | None:
     return matrix(features) if together and (C == 1 or dy.stride(1) == 1) else None
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, impl: str | None = None) -> Tensor:
-    """x W^T + b, as `F.linear`, under autocast too.
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, residual: Tensor | None = None, impl: str | None = None
+) -> Tensor:
+    """x W^T + b [+ residual], as `F.linear`, under autocast too.
 
     Args:
         x: (..., I).
         weight: (O, I).
         bias: (O,) or None.
+        residual: (..., O), added last; with gradients on a GPU by the kernel of `projection`.
         impl: of the bias's gradient, see `column_sum`; "triton" where it is the kernel's to take.
 
     Returns:
@@ -138,9 +145,20 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, impl: str |
     """
     _check_types(x, weight, bias)
     ways = _ways(x, weight, bias, impl)
+    if residual is not None and has_gradient(x, weight, bias, residual) and _adds(x, weight, bias, residual):
+        return _Linear.apply(x, weight, bias, residual, ways)
     if ways.weight is None and not ways.fused:
-        return F.linear(x, weight, bias)
-    return _Linear.apply(*_cast(x, weight, bias), ways)
+        y = F.linear(x, weight, bias)
+    else:
+        y = _Linear.apply(*_cast(x, weight, bias), None, ways)
+    return y if residual is None else residual + y
+
+
+def _adds(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> bool:
+    """Whether the product's kernel takes the residual."""
+    from encdiff.ops.projection import adds
+
+    return adds(x, weight, bias, residual)
 
 
 def conv2d(

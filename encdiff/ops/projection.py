@@ -6,7 +6,7 @@ from torch import Tensor
 from encdiff.errors import InputError
 from encdiff.ops import _self_check
 from encdiff.ops._attention import check_norm, exact
-from encdiff.ops._dispatch import Implementation, Op, always
+from encdiff.ops._dispatch import Implementation, Op, always, is_transformed
 from encdiff.ops._triton import NAMES, autocast_dtype, has_gradient, interpreted, unavailable
 from encdiff.ops._types import check_floating, mixed
 from encdiff.ops.geglu import geglu, geglu_reference
@@ -36,8 +36,9 @@ def projection_native(
 ):
     """One op after the other: LayerNorm, the product, GEGLU, the sum."""
     h = x if norm_weight is None else layer_norm(x, norm_weight, norm_bias, norm_eps)
-    y = linear(h, weight, bias)
-    y = geglu(y) if gated else y
+    if not gated:
+        return linear(h, weight, bias, residual=residual)
+    y = geglu(linear(h, weight, bias))
     return y if residual is None else residual + y
 
 
@@ -54,9 +55,16 @@ def _native_reasons(x, weight, bias=None, *, residual=None, **_) -> list[str]:
     return mixed(x, weight, bias, residual)
 
 
-def _triton_reasons(
+def _triton_reasons(x, weight, bias=None, *, norm_weight=None, norm_bias=None, residual=None, **options) -> list[str]:
+    asked = has_gradient(x, weight, bias, norm_weight, norm_bias, residual)
+    given = {"norm_weight": norm_weight, "norm_bias": norm_bias, "residual": residual}
+    return ["a gradient is asked for"] * asked or _kernel_reasons(x, weight, bias, **given, **options)
+
+
+def _kernel_reasons(
     x, weight, bias=None, *, norm_weight=None, norm_bias=None, norm_eps=1e-5, gated=False, residual=None
 ) -> list[str]:
+    """Without a word about gradients."""
     reasons = unavailable(x)
     tensors = {"x": x, "weight": weight, "bias": bias, "norm_weight": norm_weight, "norm_bias": norm_bias}
     tensors["residual"] = residual
@@ -65,8 +73,6 @@ def _triton_reasons(
     reasons += [f"{n} is {t.dtype}, unlike x" for n, t in tensors.items() if t is not None and t.dtype != x.dtype]
     if autocast_dtype(x) is not None:
         reasons.append("autocast is on")
-    if has_gradient(*tensors.values()):
-        reasons.append("a gradient is asked for")
     sizes = {"x has": x.shape[-1], "y has": len(weight) // (1 + gated)}
     reasons += [f"{what} {n} columns, not a multiple of {STEP}" for what, n in sizes.items() if n % STEP]
     if norm_weight is not None and x.shape[-1] > FUSED_WIDTH:
@@ -85,6 +91,17 @@ def projects(x: Tensor, weight: Tensor, *args, **options) -> bool:
     is forced that serves that op and not this part of it.
     """
     return _op.fuses(x, weight, *args, **options)
+
+
+def adds(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> bool:
+    """Whether a linear layer whose gradients are asked for should add its residual by this kernel.
+
+    A compiler would fuse the sum with what follows it.
+    """
+    forced = _op._default()
+    if torch.compiler.is_compiling() or is_transformed(x, weight, residual) or forced not in (None, "triton"):
+        return False
+    return not _kernel_reasons(x, weight, bias, residual=residual) and (forced == "triton" or not interpreted(x))
 
 
 def _variant(x, flags) -> tuple:

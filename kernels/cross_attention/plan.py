@@ -1,9 +1,8 @@
 """Which route of cross-attention, and with which tiles: tables and a cost model to be read, no tuning at run time.
 
-In 16 bits the tiles of the folded and of the kept route are among the fastest of a sweep at the paper's layers on an
-H200 (docs/results/h200/run3/tiles.json); they may spill some registers. The others are the largest that spill none. The
-cost model predicts, and by three times too little for whole ops on an H100 (bench/NOTES.md): it ranks, it does not tell
-times.
+In 16 bits the tiles of the folded route are among the fastest of a sweep at the paper's layers on an H200
+(docs/results/h200/run3/tiles.json); they may spill some registers. The others are the largest that spill none. The cost
+model predicts, and by three times too little for whole ops on an H100 (bench/NOTES.md): it ranks, it tells no times.
 """
 
 from typing import NamedTuple
@@ -16,7 +15,6 @@ FOLDED_TOKENS, FOLDED_CHANNELS = 32, {2: 256, 4: 64}
 # batch
 BANDWIDTH, RATE, LAUNCH, BATCH = 4.15e12, {2: 400e12, 4: 30e12}, 1e-6, 128
 CACHE_BANDWIDTH = 5.5e12  # bytes/s of what many programs read again
-KEPT_RATE = 130e12  # FLOP/s of the kept kernel's narrow products, head after head (docs/results/h200/run3/tiles.json)
 
 
 class FoldedTile(NamedTuple):
@@ -29,14 +27,6 @@ class FoldedTile(NamedTuple):
 class HeadsTile(NamedTuple):
     BLOCK_L: int  # queries at a time
     BLOCK_N: int  # tokens at a time
-    num_warps: int
-    num_stages: int = 2
-
-
-class KeptTile(NamedTuple):
-    BLOCK_L: int  # queries at a time
-    GROUP: int  # heads at a time
-    BLOCK_N: int  # tokens of a head: of one sample, or of several that share a tile
     num_warps: int
     num_stages: int = 2
 
@@ -58,9 +48,6 @@ FOLDED_TILES = {
 }
 
 SPILLS = 320  # bytes of a thread that those of 16 bits may spill
-
-# (channels padded, head width padded) -> tile; 16 bits only
-KEPT_TILES = {(128, 16): KeptTile(64, 2, 32, 8), (256, 32): KeptTile(16, 2, 32, 4)}
 
 # of 16 queries: one warp, in 64 rows three quarters would be masked; one stage, there is no second pass to load for
 SHORT = HeadsTile(16, FEW_TOKENS, 1, 1)
@@ -136,41 +123,20 @@ def heads_tile(kernel: str, queries: int, tokens: int, width: int, size: int) ->
     return tile
 
 
-def can_keep(channels: int, tokens: int, width: int, size: int) -> bool:
-    """Whether the kernel of kept keys and values serves this; `width`: of a head."""
-    tiled = (pad(channels, 128), pad(width, 16)) in KEPT_TILES
-    return can_fold(channels, tokens, size) and size == 2 and width % 8 == 0 and tiled
-
-
-def samples_of_tile(queries: int, tokens: int, BLOCK_L: int, BLOCK_N: int) -> int:
-    """How many samples share a tile: as many as bring it all their queries and tokens."""
-    return max(1, min(BLOCK_L // queries, BLOCK_N // tokens))
-
-
 def predict(route: str, queries: int, channels: int, tokens: int, heads: int, size: int, batch: int = BATCH) -> float:
     """Seconds of a forward by formula: launches, and the longest of bytes and products. `size`: bytes of an element.
 
-    "folded": x in, y out, keys and values (H*N, C) written and read; "folded once": read only, folded before;
-    "kept": keys and values (N, C) read, and by every program two weights (C, C), which come from the cache (H*d = C);
-    "heads": LayerNorm, the query projection, the attention and the output projection with x each go to memory; keys and
-    values come from the cache, for every 64 queries.
+    "folded": x in, y out, keys and values (H*N, C) written and read; "heads": LayerNorm, the query projection, the
+    attention and the output projection with x each go to memory; keys and values come from the cache, for every 64
+    queries.
     """
-    x, folded, again = queries * channels, heads * tokens * channels, 0.0
-    if route == "heads":
+    x = queries * channels
+    if route == "folded":
+        launches, elements, flops, again = 5, 2 * x + 4 * heads * tokens * channels, 4 * x * heads * FOLDED_TOKENS, 0.0
+    else:
         launches, elements, flops = 6, 9 * x, 4 * x * (channels + tokens)
         again = -(-queries // 64) * 2 * tokens * channels * size / CACHE_BANDWIDTH
-    elif route == "kept":
-        BLOCK_C, BLOCK_D = pad(channels, 128), pad(channels // heads, 16)
-        tile = KEPT_TILES[BLOCK_C, BLOCK_D]
-        programs = -(-queries // tile.BLOCK_L) / samples_of_tile(queries, tokens, tile.BLOCK_L, tile.BLOCK_N)
-        again = programs * 2 * channels**2 * size / CACHE_BANDWIDTH
-        launches, elements = 1, 2 * (x + tokens * channels)
-        flops = 4 * programs * tile.BLOCK_L * heads * BLOCK_D * (BLOCK_C + tile.GROUP * tile.BLOCK_N)
-    else:
-        launches, elements = (5, 2 * x + 4 * folded) if route == "folded" else (1, 2 * x + 2 * folded)
-        flops = 4 * x * heads * FOLDED_TOKENS
-    rate = KEPT_RATE if route == "kept" else RATE[size]
-    return launches * LAUNCH + batch * max(elements * size / BANDWIDTH, flops / rate, again)
+    return launches * LAUNCH + batch * max(elements * size / BANDWIDTH, flops / RATE[size], again)
 
 
 def choose_route(queries: int, channels: int, tokens: int, heads: int, size: int) -> str:
@@ -179,20 +145,3 @@ def choose_route(queries: int, channels: int, tokens: int, heads: int, size: int
         return "heads"
     folded, by_heads = (predict(route, queries, channels, tokens, heads, size) for route in ("folded", "heads"))
     return "folded" if folded <= by_heads else "heads"
-
-
-def choose_form(channels: int, tokens: int, heads: int, width: int, size: int) -> str:
-    """What to make of the tokens once per image: "folded once" or "kept", whichever is predicted to be faster.
-
-    For as many queries as a layer of so many channels has in the paper's U-Net: 256 of 64, 64 of 128, 16 of 256.
-    """
-    if not can_keep(channels, tokens, width, size):
-        return "folded once"
-    queries = layer_queries(channels)
-    folded, kept = (predict(form, queries, channels, tokens, heads, size) for form in ("folded once", "kept"))
-    return "folded once" if folded <= kept else "kept"
-
-
-def layer_queries(channels: int) -> int:
-    """Of a layer of the paper's U-Net with so many channels."""
-    return max(1, (1024 // channels) ** 2)
