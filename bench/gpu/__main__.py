@@ -275,8 +275,8 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument(
         "--runs",
-        default="seed0,seed1,seed2",
-        help="of the block `paper`, trained beside each other; default: %(default)s",
+        default="uniform",
+        help="of the block `paper`, trained in turns; default: %(default)s",
     )
     parser.add_argument("--peers", help="these compiled peers alone, such as 'published step,ops'")
     parser.add_argument("--only", help="these blocks, such as right,step")
