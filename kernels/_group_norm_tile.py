@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import triton
 
-WIDTHS = (2, 4, 6, 8, 12, 16)  # those of the U-Nets: 64 to 512 channels in 32 groups
+WIDTHS = (1, 2, 4, 6, 8, 12, 16)  # those of first stages and U-Nets: 32 to 512 channels in 32 groups
 BLOCK_D = (4, 16, 64)  # columns of a group of any other width
 # positions of a tile -> its columns; of 64 and 256 positions the fastest on an H200 (docs/results/h200/run3/norms.json)
 COLUMNS = {4: 256, 16: 128, 64: 16, 256: 16}

@@ -5,7 +5,7 @@ and multiplies once; else it goes along the rows. With GATED it multiplies by tw
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -87,7 +87,7 @@ class Tile(NamedTuple):
         return cls(ROWS, COLUMNS, next(w for w in WIDTHS if w >= K) if norm else DEPTH, norm)
 
     @property
-    def options(self) -> dict[str, int]:
+    def options(self) -> dict[str, Any]:
         return {"num_warps": 8 if self.norm and self.depth == WIDTHS[-1] else 4, "num_stages": 1 if self.norm else 3}
 
     def constexprs(self, gated: bool, bias: bool, skip: bool) -> dict:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from _golden import FOLDER, draw, fill, load, relative_error
 
+from encdiff import ops
 from encdiff.errors import InputError
 from encdiff.models import autoencoder
 from encdiff.models.autoencoder import SpaceToDepth, VectorQuantizer, VQAutoencoder
@@ -56,6 +57,22 @@ def test_a_decoder_in_bfloat16_searches_its_codes_in_float32(paper):
     assert images.dtype == torch.float32
     assert torch.equal(images, rounded.decoder(z_q.bfloat16()).float())
     assert 0 < relative_error(images, exact) < 0.02
+
+
+@torch.no_grad()
+def test_features_stay_in_the_layout_of_latents_and_weights(paper):
+    """Exact float32 is slower channels-last on a GPU, bfloat16 slower without (bench/NOTES.md, run 6)."""
+    paper, rounded = copy.deepcopy(paper), copy.deepcopy(paper)
+    rounded.decoder.to(torch.bfloat16, memory_format=torch.channels_last)
+    for stage, last in ((paper, False), (rounded, True)):
+        seen: list[torch.Tensor] = []
+        for block in (m for m in stage.decoder.modules() if isinstance(m, autoencoder.ResnetBlock)):
+            block.register_forward_hook(lambda block, args, y, seen=seen: seen.append(y))
+        with ops.record_impls() as ran:
+            stage.decode(torch.randn(2, 3, 6, 4))
+        assert {y.is_contiguous() for y in seen} == {not last} and len(seen) == 11
+        assert {y.is_contiguous(memory_format=torch.channels_last) for y in seen} == {last}
+        assert ("group_norm" in dict(ran)) == last
 
 
 @pytest.mark.parametrize("chunk", [autoencoder.SEARCH_ROWS, 7], ids=["one chunk", "chunks of 7"])

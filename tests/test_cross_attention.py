@@ -1,5 +1,6 @@
 import math
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -342,3 +343,13 @@ def test_keys_at_hand_must_fit():
     x, tokens, weights, _ = inputs(2, 7, 16, 5, 4, 2, 8)
     with pytest.raises(InputError, match=r"projected is \(2, 5, 8\), must be \(2, 5, 16\)"):
         ops.cross_attention(x, tokens, *weights, heads=2, projected=torch.zeros(2, 2, 5, 8).unbind())
+
+
+@pytest.mark.parametrize("given, doubts", [({}, 1), ({"maps": "mean"}, 0), ({"token_bias": torch.zeros(2, 77)}, 0)])
+def test_wide_heads_on_a_gpu_are_left_to_pytorch(given, doubts):
+    """As measured at Stable Diffusion's sizes, without a mask; who asks for maps gets the kernel."""
+    from encdiff.ops.cross_attention import _triton_doubts
+
+    x, context = SimpleNamespace(is_cuda=True, device=torch.device("cuda")), torch.empty(2, 77, 768)
+    assert len(_triton_doubts(x, context, torch.empty(320, 320), heads=8, **given)) == doubts
+    assert _triton_doubts(x, context, torch.empty(256, 256), heads=8, **given) == []

@@ -19,13 +19,25 @@ ROOT = Path(__file__).parents[2]
 CALLS = {  # the blocks of each, what is wanted most first
     1: "beside,machine,step,profile,unet,sampling,whole,ops,tiles,compiled,published",
     2: "paper,shipped,beside,machine,compiled,step,unet,sampling,tiles,profile,whole,doctor",
-    3: "beside,machine,tiles,tuned,profile,ops,unet,sampling",
+    3: "beside,machine,tiles,tuned,profile,ops,unet,sampling,switches,prompts",
 }
 ASIDE = ("whole", "doctor")  # of a call with a training: in a process of their own, beside it
-QUIET = {"machine", "step", "profile", "unet", "sampling", "ops", "published", "tuned"}  # all else is stopped
+QUIET = {
+    "machine",
+    "step",
+    "profile",
+    "unet",
+    "sampling",
+    "ops",
+    "published",
+    "tuned",
+    "switches",
+    "prompts",
+}  # all else is stopped
 SECONDS = {  # of each block at most
     "beside": 100, "machine": 8, "step": 40, "profile": 12, "compiled": 30, "tiles": 150, "tuned": 45, "sampling": 30,
     "whole": 25, "ops": 25, "published": 30, "unet": 15, "shipped": 80, "paper": 600, "doctor": 90,
+    "switches": 90, "prompts": 25,
 }  # fmt: skip
 FIRST_STAGE, TESTS = 55, 100  # seconds of two workers
 TAIL = 3  # seconds kept for packing
@@ -263,8 +275,8 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument(
         "--runs",
-        default="seed0,seed1,seed2",
-        help="of the block `paper`, trained beside each other; default: %(default)s",
+        default="uniform",
+        help="of the block `paper`, trained in turns; default: %(default)s",
     )
     parser.add_argument("--peers", help="these compiled peers alone, such as 'published step,ops'")
     parser.add_argument("--only", help="these blocks, such as right,step")

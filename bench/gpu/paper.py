@@ -1,7 +1,7 @@
 """Block `paper`: the paper's configuration trained on all 480,000 images of the procedural room, against the clock.
 
-Several runs at once, each on a CUDA stream of its own, step by step in turns: kernels of one step leave most of the
-device idle. The images are coloured on the device from 480 traced views, and checked to be the renderer's own, byte for
+One run, or several step by step in turns, each on a CUDA stream of its own; they take as long as one after the other.
+The images are coloured on the device from 480 traced views, and checked to be the renderer's own, byte for
 byte. Codes of the whole grid are taken at marks; processes of their own score them meanwhile. OUT/paper/RUN has what
 one run left.
 """
@@ -39,8 +39,8 @@ RECIPE = {
     "steps": 10**6, "learning_rate": 7e-4, "warmup": 300, "betas": (0.9, 0.99), "weight_decay": 0.0,
     "gradient_clip": 1.0, "timesteps": "power", "precision": "bf16",
 }  # fmt: skip
-DECAY = 0.6  # the last part of the time, over which the rate falls in a line
-MARKS = (0.4,)  # parts of the time after which codes are taken
+DECAY = 0.3  # the last part of the time, over which the rate falls in a line
+MARKS = (0.15, 0.3, 0.6)  # parts of the time after which codes are taken
 SWAPS = 12  # seconds that the swaps of one run may take
 
 

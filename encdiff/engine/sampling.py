@@ -11,6 +11,7 @@ from encdiff.checked import check_types
 from encdiff.engine.graph import Graph, unowned
 from encdiff.errors import InputError
 from encdiff.models import EncDiff
+from encdiff.models.autoencoder import VQAutoencoder
 from encdiff.models.layers import channels_last
 
 GIVEN = ("scalars", "x_T", "token_bias")  # to each call
@@ -68,12 +69,11 @@ class SamplingEngine:
 
 def _rounded(model: EncDiff) -> EncDiff:
     """A copy with its U-Net and its decoder in bfloat16, channels last; all else is the model's own."""
-    others = [part for name, part in model.first_stage.named_children() if name != "decoder"]
-    kept = [model.cond_stage_model, *others]
-    copied = copy.deepcopy(model, {id(part): part for part in kept})
-    decoders = [part for name, part in copied.first_stage.named_children() if name == "decoder"]
-    for part in (copied.unet, *decoders):
-        channels_last(part.to(torch.bfloat16))
+    kept = [part for name, part in model.first_stage.named_children() if name != "decoder"]
+    copied = copy.deepcopy(model, {id(part): part for part in (model.cond_stage_model, *kept)})
+    channels_last(copied.unet.to(torch.bfloat16))
+    if isinstance(copied.first_stage, VQAutoencoder):
+        channels_last(copied.first_stage.decoder.to(torch.bfloat16))
     return copied
 
 

@@ -19,6 +19,7 @@ from encdiff import ops
 from encdiff.checked import Checked, Codes, Depth, Multiple, Width
 from encdiff.errors import InputError
 from encdiff.files.checkpoint import load_model, save_model
+from encdiff.ops._dispatch import is_transformed
 from encdiff.ops._triton import autocast_off
 
 SEARCH_ROWS = 8192  # latent positions compared with the codebook at a time: 64 MiB of distances for 2048 codes
@@ -327,6 +328,9 @@ def _norm(channels: int) -> nn.GroupNorm:
 
 
 def _normalise(x: Tensor, norm: nn.GroupNorm, silu: bool = False) -> Tensor:
+    """In the features' own layout: the fused op's is channels-last, and exact float32 is faster without it."""
+    if is_transformed(x) or x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last):
+        return F.silu(norm(x)) if silu else norm(x)
     return ops.group_norm(x, norm.weight, norm.bias, norm.num_groups, norm.eps, silu=silu)
 
 

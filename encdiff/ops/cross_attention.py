@@ -231,6 +231,12 @@ def _triton_reasons(
     return reasons or _route(x, context, w_q, heads, b_o, norm_weight, residual, token_bias, maps, gradients)[1]
 
 
+def _triton_doubts(x, context, w_q, *weights, heads, token_bias=None, maps=None, **_) -> list[str]:
+    """Of heads as wide as Stable Diffusion's (docs/results/h200/run4/sd.json)."""
+    stock = x.is_cuda and w_q.shape[0] // heads > 32 and token_bias is None and maps is None
+    return interpreted(x) + ["heads are wider than 32, where PyTorch's fused attention is as fast or faster"] * stock
+
+
 def _transposed_doubts(x, context, w_q, *weights, heads, **_) -> list[str]:
     """It is faster on a CPU where queries are many and heads narrow (bench/bench_cross_attention.py)."""
     width = w_q.shape[0] // heads
@@ -243,7 +249,7 @@ def _transposed_doubts(x, context, w_q, *weights, heads, **_) -> list[str]:
 _op = Op(
     "cross_attention",
     [
-        Implementation("triton", cross_attention_triton, _triton_reasons, interpreted),
+        Implementation("triton", cross_attention_triton, _triton_reasons, _triton_doubts),
         Implementation(
             "native", _between_projections("The CPU's own attention", native_attention), _native_reasons, _native_doubts
         ),

@@ -169,8 +169,8 @@ def projection(
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, gated: bool, residual: Tensor | None) -> None:
     if x.ndim == 0 or weight.ndim != 2 or weight.shape[1] != x.shape[-1] or (gated and len(weight) % 2):
-        fitting = "(2 O, I)" if gated else "(O, I)"
-        raise InputError(f"weight is {tuple(weight.shape)}, must be {fitting} for x {tuple(x.shape)}")
+        wanted = "(2 O, I)" if gated else "(O, I)"
+        raise InputError(f"weight is {tuple(weight.shape)}, must be {wanted} for x {tuple(x.shape)}")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise InputError(f"bias is {tuple(bias.shape)}, must be ({len(weight)},)")
     shape = (*x.shape[:-1], len(weight) // (1 + gated))

@@ -37,7 +37,7 @@ class Training:
             place of autocast; None: on a GPU. Checkpoints are the same. The model's parameters then must stay where
             they are.
         aside: with masters, in a captured step: gradients of weights are computed on a stream beside the backward pass
-            (`encdiff.ops._beside`), to the same bits, which takes a tenth off the paper's step on an H200 and keeps at
+            (`encdiff.ops._beside`), to the same bits, which takes a sixth off the paper's step on an H200 and keeps at
             most half a gigabyte longer. Not with `checkpoint_activations`, which is to save memory.
     """
 
