@@ -111,11 +111,12 @@ def put_together(sinks: Sequence[Sink], write: Callable[[list[Tensor]], object])
 def sinks_of(x: Tensor, *weights: Tensor) -> tuple[Sink, ...] | None:
     """Where the gradients of these weights go in a product with x; None: the usual way, through autograd.
 
-    That is theirs where one has no sink, and where a compiler or torch.func is to see them, or autocast makes copies.
+    That is theirs where one has no sink or asks for no gradient, where a compiler or torch.func is to see them, or
+    where autocast makes copies.
     """
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return None
-    sinks = tuple(sink for w in weights if (sink := sink_of(w)) is not None)
+    sinks = tuple(sink for w in weights if w.requires_grad and (sink := sink_of(w)) is not None)
     if len(sinks) < len(weights) or is_transformed(x, *weights) or autocast_dtype(x) is not None:
         return None
     return sinks
