@@ -85,6 +85,10 @@ class Sink(NamedTuple):
         self.beside.written |= places
         (more if before else first)(self.gradient)
 
+    def take(self, gradient: Tensor) -> None:
+        """One that is at hand."""
+        self.put(lambda into: into.copy_(gradient), lambda into: into.add_(gradient))
+
     def as_matrix(self) -> "Sink":
         """Of a weight (O, I, 1, 1) that takes part as (O, I)."""
         return self._replace(gradient=self.gradient.view(self.gradient.shape[:2]))
@@ -101,7 +105,7 @@ def put_together(sinks: Sequence[Sink], write: Callable[[list[Tensor]], object])
     fresh = [torch.empty_like(sink.gradient) for sink in sinks]
     write(fresh)
     for sink, gradient in zip(sinks, fresh, strict=True):
-        sink.put(lambda into, g=gradient: into.copy_(g), lambda into, g=gradient: into.add_(g))
+        sink.take(gradient)
 
 
 def sinks_of(x: Tensor, *weights: Tensor) -> tuple[Sink, ...] | None:

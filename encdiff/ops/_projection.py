@@ -29,7 +29,9 @@ def kernel_reasons(
     tensors["residual"] = residual
     if x.dtype not in FUSED_TYPES:
         reasons.append(f"x is {x.dtype}, not bfloat16 or float16")
-    reasons += [f"{n} is {t.dtype}, unlike x" for n, t in tensors.items() if t is not None and t.dtype != x.dtype]
+    given = {n: t for n, t in tensors.items() if t is not None}
+    reasons += [f"{n} is {t.dtype}, unlike x" for n, t in given.items() if t.dtype != x.dtype]
+    reasons += [f"{n} is on {t.device}, x on {x.device}" for n, t in given.items() if t.device != x.device]
     if autocast_dtype(x) is not None:
         reasons.append("autocast is on")
     sizes = {"x has": x.shape[-1], "y has": len(weight) // (1 + gated)}

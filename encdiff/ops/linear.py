@@ -108,8 +108,7 @@ class _Conv2d(torch.autograd.Function):
             return dx, dw, ways.sum(rows, ctx.bias_dtype) if rows is not None else db, None, None
         with ways.aside(dy, x):
             if dw_wanted:
-                dw = gradients(False, True, False)[1]
-                ways.weight.put(lambda into: into.copy_(dw), lambda into: into.add_(dw))
+                ways.weight.take(gradients(False, True, False)[1])
             if db_wanted:
                 ways.sum(matrix(dy.permute(0, 2, 3, 1)) if rows is None else rows, ctx.bias_dtype)
         return gradients(dx_wanted, False, False)[0], None, None, None, None
@@ -140,9 +139,10 @@ def linear(
         (..., O).
 
     Raises:
-        InputError: tensors of different types outside autocast, or not of floating point.
+        InputError: tensors of different types outside autocast, or not of floating point; a residual of another shape.
     """
     _check_types(x, weight, bias)
+    _check_residual(x, weight, residual)
     ways = _ways(x, weight, bias, impl)
     if residual is not None and has_gradient(x, weight, bias, residual) and adds(x, weight, bias, residual):
         return _Linear.apply(x, weight, bias, residual, ways)
@@ -185,6 +185,14 @@ def _check_types(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     check_floating(x=x, weight=weight, bias=bias)
     if different := mixed(x, weight, bias):
         raise InputError(f"x, weight and bias have {different[0]}, must be of one type")
+
+
+def _check_residual(x: Tensor, weight: Tensor, residual: Tensor | None) -> None:
+    if residual is None:
+        return
+    check_floating(residual=residual)
+    if (shape := (*x.shape[:-1], len(weight))) != tuple(residual.shape):
+        raise InputError(f"residual is {tuple(residual.shape)}, must be {shape} for x {tuple(x.shape)}")
 
 
 def _pair(n: int | Pair) -> Pair:

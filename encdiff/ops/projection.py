@@ -98,13 +98,17 @@ def projection(
         no gradients, so where these are asked for the single ops run.
 
     Raises:
-        InputError: shapes or dtypes that do not fit, or a forced implementation that cannot serve.
+        InputError: shapes or dtypes that do not fit, other devices, or a forced implementation that cannot serve.
     """
     check_floating(
         x=x, weight=weight, bias=bias, norm_weight=norm_weight, norm_bias=norm_bias, residual=residual
     )  # fmt: skip
     _check(x, weight, bias, gated, residual)
     check_norm(x, norm_weight, norm_bias)
+    given = {"weight": weight, "bias": bias, "norm_weight": norm_weight, "norm_bias": norm_bias, "residual": residual}
+    for name, t in given.items():
+        if t is not None and t.device != x.device:
+            raise InputError(f"{name} is on {t.device}, must be on x's device {x.device}")
     options = {"norm_weight": norm_weight, "norm_bias": norm_bias, "gated": gated, "residual": residual}
     if impl is None and _op._default() == "triton" and _triton_reasons(x, weight, bias, **options):
         impl = "native"  # what is forced for every op is no reason to fail in a training
