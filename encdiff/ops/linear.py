@@ -16,6 +16,7 @@ from torch import Tensor
 from encdiff.errors import InputError
 from encdiff.ops._beside import Sink, sinks_of
 from encdiff.ops._dispatch import is_transformed
+from encdiff.ops._projection import adds, projection_triton
 from encdiff.ops._triton import autocast_dtype, has_gradient
 from encdiff.ops._types import check_floating, mixed
 from encdiff.ops.column_sum import bias_gradient, column_sum_native, is_fused
@@ -64,8 +65,6 @@ class _Linear(torch.autograd.Function):
         ctx.bias_dtype, ctx.ways = None if bias is None else bias.dtype, ways
         if residual is None:
             return F.linear(x, weight, bias)
-        from encdiff.ops.projection import projection_triton
-
         return projection_triton(x, weight, bias, residual=residual)
 
     @staticmethod
@@ -145,20 +144,13 @@ def linear(
     _check_types(x, weight, bias)
     _check_residual(x, weight, residual)
     ways = _ways(x, weight, bias, impl)
-    if residual is not None and has_gradient(x, weight, bias, residual) and _adds(x, weight, bias, residual):
+    if residual is not None and has_gradient(x, weight, bias, residual) and adds(x, weight, bias, residual):
         return _Linear.apply(x, weight, bias, residual, ways)
     if ways.weight is None and not ways.fused:
         y = F.linear(x, weight, bias)
     else:
         y = _Linear.apply(*_cast(x, weight, bias), None, ways)
     return y if residual is None else residual + y
-
-
-def _adds(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> bool:
-    """Whether the product's kernel takes the residual."""
-    from encdiff.ops.projection import adds
-
-    return adds(x, weight, bias, residual)
 
 
 def conv2d(
