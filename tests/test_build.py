@@ -31,7 +31,10 @@ else
     cat *.o > "$2"
 fi
 """
-FIND = "from encdiff.ops import _build; print(_build.find_or_build(False))"
+# by its path, as setup.py: without torch a process is there at once
+BUILD = f"import sys; sys.path.insert(0, {os.path.dirname(_build.__file__)!r}); import _build; "
+BUILD += "_build.installed = lambda: None; "
+FIND = BUILD + "print(_build.find_or_build(False))"
 
 
 @pytest.fixture
@@ -76,8 +79,7 @@ def is_whole(library) -> bool:
 
 
 def test_two_processes_build_once_and_say_so_in_one_line(place):
-    code = FIND.replace("; ", "; _build.installed = lambda: None; ", 1)
-    done = [process.communicate(timeout=60) for process in [run(code), run(code)]]
+    done = [process.communicate(timeout=60) for process in [run(FIND), run(FIND)]]
     paths, notices = zip(*done, strict=True)
     assert paths[0] == paths[1] and str(place) in paths[0]
     assert sorted(len(n.splitlines()) for n in notices) == [0, 1], notices
@@ -199,7 +201,7 @@ def test_a_killed_build_leaves_nothing_half_done(place, compilers_too):
     """Compilers outlive it, in process groups of their own: until they end the next build waits, in the same folder."""
     wait = place / "calls.wait"
     wait.touch()
-    process = run(FIND.replace("; ", "; _build.installed = lambda: None; ", 1))
+    process = run(FIND)
     folder = place / "cache/encdiff" / f"build-{platform.machine()}"
     until(lambda: any(path.read_text() == "half\n" for path in folder.glob("*.o")))
     os.killpg(process.pid, signal.SIGKILL)
@@ -325,11 +327,7 @@ def test_without_a_home_folder_every_op_is_served(home, tmp_path):
 
 
 def test_the_build_says_in_one_line_that_there_is_no_place_for_it():
-    code = (
-        NO_HOME
-        + "from encdiff.ops import _build; _build.installed = lambda: None; sys.argv[1:] = []; sys.exit(_build.main())"
-    )
-    command = [sys.executable, "-c", code]
+    command = [sys.executable, "-c", NO_HOME + BUILD + "sys.argv[1:] = []; sys.exit(_build.main())"]
     environment = without("HOME", "XDG_CACHE_HOME", ENCDIFF_CUDA="0")
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
     said = "encdiff: this user has no home folder for a cache; let XDG_CACHE_HOME name a folder\n"

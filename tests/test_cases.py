@@ -14,22 +14,35 @@ from bench.cases import cases, check, run_of
 ROOT = Path(__file__).parent.parent
 MODELS = {"bench_unet", "bench_train_step", "bench_sampling"}
 OPS = {path.stem for path in (ROOT / "bench").glob("bench_*.py")} - MODELS
-COLLECT = "import sys, torch, pytest; torch.cuda.is_available = lambda: {gpu}; sys.exit(pytest.main(sys.argv[1:]))"
+KINDS = {"CPU": (False,), "GPU": (True,), "CPU, all": (False, "--all")}  # whether there is a GPU, options of pytest
+# a process for each, forked once what takes seconds to import is there
+COLLECT = f"""
+import diffusers, os, pytest, sys, torch
+for gpu, *options in {list(KINDS.values())}:
+    if not os.fork():
+        torch.cuda.is_available = lambda: gpu
+        code = pytest.main(["bench", "--collect-only", "-q", "-p", "no:cacheprovider", *options])
+        sys.stdout.flush()
+        os._exit(code)
+    if os.wait()[1]:
+        sys.exit(1)
+    print("end of one", flush=True)
+"""
 
 
 @cache
-def collected(gpu: bool, *options: str) -> list[str]:
-    """Names of the benchmarks as pytest collects them where there is a GPU, or is none."""
-    arguments = ["bench", "--collect-only", "-q", "-p", "no:cacheprovider", *options]
-    command = [sys.executable, "-c", COLLECT.format(gpu=gpu), *arguments]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+def collected() -> dict[str, list[str]]:
+    """Names of the benchmarks as pytest collects them in each of the kinds."""
+    done = subprocess.run([sys.executable, "-c", COLLECT], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
-    return [line.removeprefix("bench/") for line in done.stdout.splitlines() if "::" in line]
+    parts = done.stdout.split("end of one\n")[:-1]
+    names = [[line.removeprefix("bench/") for line in part.splitlines() if "::" in line] for part in parts]
+    return dict(zip(KINDS, names, strict=True))
 
 
 @pytest.mark.parametrize("gpu", [False, True], ids=["CPU", "GPU"])
 def test_by_default_only_what_decides_runs(gpu):
-    default = collected(gpu)
+    default = collected()["GPU" if gpu else "CPU"]
     files = Counter(name.split(".py::")[0] for name in default)
     assert files.keys() == OPS | MODELS  # of each at least one
     assert 40 <= sum(files[op] for op in OPS) <= 72 and sum(files[model] for model in MODELS) <= 24
@@ -43,7 +56,7 @@ def test_by_default_only_what_decides_runs(gpu):
 
 
 def test_all_of_them_are_many_more():
-    default, everything = collected(False), collected(False, "--all")
+    default, everything = collected()["CPU"], collected()["CPU, all"]
     assert set(default) < set(everything) and len(everything) > 3 * len(default)
 
 

@@ -9,6 +9,9 @@ from encdiff.experiments.demo import demo
 def test_the_whole_way(tmp_path, capsys):
     run = tmp_path / "runs" / "demo"
     options = dict(data="procedural:2,2,2,2,2,2", protocol="quick", steps=2, batch_size=8)
+    (run / "pictures").mkdir(parents=True)
+    for earlier in ("../demo.h5", "config.json", "checkpoint.safetensors", "pictures/earlier.png"):
+        (run / earlier).write_text("replaced")
     results = demo(run, 0, "cpu", **options)
     assert results.keys() == {"trained", "untrained"}
     assert json.loads((run / "metrics.json").read_text())["untrained"] == results["untrained"]
@@ -17,7 +20,7 @@ def test_the_whole_way(tmp_path, capsys):
         assert (run / name).is_file()
     said = "".join(capsys.readouterr().out.split())
     assert all(name in said for name in ("swap.png", "traverse.png", "attend.png", "importance.png", "FactorVAEscore"))
-    demo(run, 0, "cpu", **options)  # replaces itself
+    assert not (run / "pictures/earlier.png").exists() and "replaced" not in (run / "config.json").read_text()
     (run / "thesis.tex").write_text("precious")
     with pytest.raises(InputError, match="will not overwrite a folder that also holds thesis.tex"):
         demo(run, 0, "cpu")
