@@ -22,6 +22,7 @@ from ._group_norm_tile import BLOCK_D, COLUMNS, WIDTHS, Tile
 from ._rows import gate_cases as sums_gate_cases
 from ._rows import sum_rows
 from ._second import refuse_second
+from ._with_input import with_input
 
 VECTOR = tl.constexpr(4)  # neighbours of one thread; of 8, each column's figures take more registers than there are
 # What the kernels do not specialise: all but the pointers to features, which `_aligned` sees to. So the code depends on
@@ -339,22 +340,7 @@ def _autograd(ctx, dy, *_, skip=None, sums=sum_rows):
 group_norm.register_autograd(_autograd, setup_context=_setup_context)
 refuse_second(group_norm_backward)
 
-
-class GroupNormAndInput(torch.autograd.Function):
-    """`group_norm`'s y, and x once more: what comes back through it is added to dx where that is written.
-
-    `sums(rows, parameters)` gives the parameters' gradients, or None for each where it puts them elsewhere.
-    """
-
-    @staticmethod
-    def forward(ctx, sums, *inputs):
-        ctx.sums, (y, mean, rstd) = sums, group_norm(*inputs)
-        _setup_context(ctx, inputs, (y, mean, rstd))
-        return y, inputs[0].view_as(inputs[0]), mean, rstd
-
-    @staticmethod
-    def backward(ctx, dy, skip, *_):
-        return None, *_autograd(ctx, dy, skip=skip, sums=ctx.sums)
+GroupNormAndInput = with_input(group_norm, _setup_context, _autograd)
 
 
 def gate_cases() -> Iterator[GateCase]:

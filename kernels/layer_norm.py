@@ -16,6 +16,7 @@ from torch import Tensor
 from ._gate import GateCase, gate_signature
 from ._rows import sum_rows
 from ._second import refuse_second
+from ._with_input import with_input
 
 BLOCKS = (16, 64, 128, 256, 512, 1024, 4096)  # columns of a program: all of a row
 VECTOR = tl.constexpr(8)  # neighbours of one thread: 16 bytes of bfloat16
@@ -198,19 +199,7 @@ def _autograd(ctx, dy, *_, skip=None, sums=sum_rows):
 layer_norm.register_autograd(_autograd, setup_context=_setup_context)
 refuse_second(layer_norm_backward)
 
-
-class LayerNormAndInput(torch.autograd.Function):
-    """`layer_norm`'s y, and x once more: as `GroupNormAndInput`."""
-
-    @staticmethod
-    def forward(ctx, sums, *inputs):
-        ctx.sums, (y, mean, rstd) = sums, layer_norm(*inputs)
-        _setup_context(ctx, inputs, (y, mean, rstd))
-        return y, inputs[0].view_as(inputs[0]), mean, rstd
-
-    @staticmethod
-    def backward(ctx, dy, skip, *_):
-        return None, *_autograd(ctx, dy, skip=skip, sums=ctx.sums)
+LayerNormAndInput = with_input(layer_norm, _setup_context, _autograd)
 
 
 def gate_cases() -> Iterator[GateCase]:
