@@ -2,7 +2,7 @@
 
 `bytes` counts what any form must move: forward both halves in, the product out; with gradients both halves and the
 upstream gradient in and two gradients out too. At batch 128 and 16x16 in bfloat16 that is 50 MB forward, 12 us at
-4.3 TB/s, 134 MB with gradients, 31 us: predicted, not measured.
+4.3 TB/s, 134 MB with gradients, 31 us. On an H200 ours takes 17.8 and 41.3 us (docs/results/h200/run1/ops.json).
 """
 
 from itertools import product

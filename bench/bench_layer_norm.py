@@ -1,8 +1,8 @@
 """LayerNorm at the paper's sizes: PyTorch's own, the same compiled, ours.
 
 `bytes` counts what any form must move: forward the features in and out, with gradients features and upstream gradient
-in and one gradient out, too. At batch 128 and 16x16 in bfloat16 that is 8 MB forward, 2.9 us at 2.9 TB/s, 21 MB with
-gradients, 7.2 us: predicted, not measured.
+in and one gradient out, too. At batch 128 and 16x16 in bfloat16 that is 8 MB forward, 2.0 us at 4.2 TB/s, 21 MB with
+gradients, 5.0 us. On an H200 ours takes 4.1 and 13.6 us (docs/results/h200/run4/ops.json).
 """
 
 from itertools import product

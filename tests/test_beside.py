@@ -205,6 +205,26 @@ def test_only_what_asks_for_a_gradient_is_written():
     assert beside.written == {weight.data_ptr()}
 
 
+def test_a_norm_writes_nothing_for_parameters_that_learn_nothing():
+    norm = torch.nn.LayerNorm(8).to(DEVICE)
+    x, beside = torch.randn(3, 5, 8, device=DEVICE), beside_here()
+
+    def run(x):
+        with ops.use_impl("triton"):
+            return ops.layer_norm(x, norm.weight, norm.bias)
+
+    dx, usual, upstream = gradients(run, norm, x)
+    places = sunk(norm, beside)
+    norm.bias.requires_grad_(False)
+    for learning in (norm.weight, None):
+        mine, (of_weight, of_bias), _ = gradients(run, norm, x, upstream)
+        torch.testing.assert_close(mine, dx)
+        assert of_bias is None and not beside.written and all(place.isnan().all() for place in places)
+        if learning is not None:
+            torch.testing.assert_close(of_weight, usual[0])
+        norm.weight.requires_grad_(False)
+
+
 def test_where_sinks_do_not_serve_gradients_go_the_usual_way():
     layer, x = layer_and_input("linear")
     beside = beside_here()

@@ -252,6 +252,12 @@ def test_references_take_no_sum_by_the_kernel(op):
 def test_bad_input():
     with pytest.raises(InputError, match=r"x is \(3, 4, 4\), must be \(B, I, H, W\)"):
         conv2d(torch.zeros(3, 4, 4), torch.zeros(8, 3, 3, 3))
+    x, weight = torch.zeros(4, 16, dtype=torch.bfloat16, requires_grad=True), torch.zeros(32, 16, dtype=torch.bfloat16)
+    for impl in ("auto", "triton"):  # the kernel would read past the end of a residual that broadcasts
+        with ops.use_impl(impl), pytest.raises(InputError, match=r"residual is \(32,\), must be \(4, 32\)"):
+            linear(x, weight, residual=weight[:, 0])
+    with pytest.raises(InputError, match="residual is torch.int64"):
+        linear(x, weight, residual=torch.zeros(4, 32, dtype=torch.int64))
 
 
 @pytest.mark.parametrize("options", [{"groups": 2}, {"dilation": 2}, {"padding_mode": "reflect", "padding": 1}])
@@ -292,8 +298,7 @@ def test_where_the_kernel_does_not_serve_a_residual_is_added_after_the_product()
 
 @contextmanager
 def counted_projections():
-    module, ran = sys.modules["encdiff.ops.projection"], []
-    taken = module.projection_triton
+    ran, taken = [], linear_module.projection_triton
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "projection_triton", lambda *a, **o: ran.append(1) or taken(*a, **o))
+        patch.setattr(linear_module, "projection_triton", lambda *a, **o: ran.append(1) or taken(*a, **o))
         yield ran

@@ -170,6 +170,7 @@ BAD = {
     "weight is .*, must be \\(2 O, I\\)": {"weight": torch.ones(31, 16), "gated": True},
     "bias is .*, must be \\(32,\\)": {"bias": torch.ones(16)},
     "residual is .*, must be \\(2, 32\\)": {"residual": torch.ones(2, 16)},
+    "weight is on meta, must be on x's device": {"weight": torch.ones(32, 16, device="meta")},
     "norm_bias is None, must be \\(16,\\)": {"norm_weight": torch.ones(16)},
     "norm_weight is \\(8,\\), must be": {"norm_weight": torch.ones(8), "norm_bias": torch.ones(16)},
     "bias is torch.int64": {"bias": torch.ones(32, dtype=torch.int64)},

@@ -72,13 +72,13 @@ def test_a_right_kernel_serves_and_is_checked_once(card, tmp_path, capsys, monke
     ops.layer_norm(*layer(grad=False), impl="triton")  # a check with gradients is one without
     assert card == {"layer_norm": 1} and capsys.readouterr().err == ""
     kept = json.loads(only_file(tmp_path).read_text())
-    assert kept["card"] == CARD and kept["checks"] == {"layer_norm float32 float32 64 True gradients": []}
+    assert kept["card"] == CARD and kept["checks"] == {"layer_norm float32 float32 64 True False gradients": []}
 
 
 def test_a_wrong_kernel_is_a_reason_with_its_figure(card, wrong_layer_norm, capsys, monkeypatch):
     with pytest.raises(InputError, match="cannot serve this input: it failed its check on this card: dx is off by"):
         ops.layer_norm(*layer(), impl="triton")
-    assert "layer_norm float32 float32 64 True gradients is wrong on Fake 9000" in capsys.readouterr().err
+    assert "layer_norm float32 float32 64 True False gradients is wrong on Fake 9000" in capsys.readouterr().err
     # as on a GPU, where there is no doubt
     monkeypatch.setattr(sys.modules["encdiff.ops.layer_norm"], "interpreted", lambda x: [])
     with ops.record_impls() as ran:
@@ -155,7 +155,7 @@ def test_a_bias_gradient_whose_kernel_fails_is_pytorchs(card, monkeypatch):
 def test_the_callers_modes_do_not_reach_the_check(card):
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16), torch.device("meta"):
         state = torch.get_rng_state()
-        assert _self_check._reasons("layer_norm", ("float32", "float32", 64, True), True, 0) == []
+        assert _self_check._reasons("layer_norm", ("float32", "float32", 64, True, False), True, 0) == []
         assert _self_check._reasons("mlp_bank", ("float32", "float32", 64, 16, "elu"), True, 0) == []
         assert torch.equal(state, torch.get_rng_state()), "random numbers are the caller's"
 
@@ -238,7 +238,7 @@ def test_a_damaged_file_is_said_and_made_anew(card, tmp_path, capsys, monkeypatc
     ops.layer_norm(*layer(), impl="triton")
     assert card == {"layer_norm": 2}
     assert f"{path} cannot be used" in capsys.readouterr().err.splitlines()[0]
-    assert list(json.loads(path.read_text())["checks"]) == ["layer_norm float32 float32 64 True gradients"]
+    assert list(json.loads(path.read_text())["checks"]) == ["layer_norm float32 float32 64 True False gradients"]
 
 
 def test_verdicts_are_of_every_source(monkeypatch, tmp_path):

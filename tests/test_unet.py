@@ -12,6 +12,7 @@ from encdiff import EncDiff, ops
 from encdiff.errors import InputError
 from encdiff.models import attention
 from encdiff.models import unet as unet_module
+from encdiff.models.attention import TransformerBlock
 from encdiff.models.unet import ResBlock, UNet, timestep_embedding
 
 PREFIX = "model.diffusion_model."
@@ -240,6 +241,11 @@ def test_a_residual_block_leaves_its_biases_to_kernels(c_out, sample, scale_shif
         assert biases.seen == ([not scale_shift, False] if impl == "triton" else [True, True])
         results.append([y, *torch.autograd.grad(y.square().sum(), (leaf, *block.parameters()))])
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+    for layers in (block.in_layers, block.out_layers):
+        layers[-1].register_forward_hook(lambda layer, args, y: None)
+    with ops.use_impl("triton"), Biases() as biases:
+        block(x, emb)
+    assert biases.seen == [True, True], "a hook sees all that its convolution makes"
     with torch.no_grad(), Biases() as biases:
         torch.testing.assert_close(block(x, emb), results[1][0])
     assert biases.seen == [True, True], "without a kernel the convolution adds it for nothing"
@@ -266,3 +272,23 @@ def test_a_layer_may_be_replaced_by_one_of_another_class():
         block.in_layers[-1], block.emb_layers[1] = Wrapped(block.in_layers[-1]), Wrapped(block.emb_layers[1])
     model.encoder[0] = Wrapped(model.encoder[0])
     torch.testing.assert_close(model.loss(images, seed=3), expected)
+
+
+def test_a_feed_forward_layer_is_what_stands_in_its_place():
+    torch.manual_seed(0)
+    block, x = TransformerBlock(16, 4, 2, True, 2), torch.randn(2, 5, 16)
+    h = block.norm3(x)
+    whole = block._feed(x)
+    torch.testing.assert_close(whole, x + block.ff(h))
+    seen = []
+    handles = [m.register_forward_hook(lambda m, args, y: seen.append(m)) for m in block.ff.modules()]
+    torch.testing.assert_close(block._feed(x), whole)
+    assert set(map(id, seen)) == set(map(id, block.ff.modules()))
+    for handle in handles:
+        handle.remove()
+    for place, other in ((1, torch.nn.Dropout(1.0)), (0, torch.nn.Linear(16, 32)), (2, Wrapped(block.ff.net[2]))):
+        own, block.ff.net[place] = block.ff.net[place], other
+        torch.testing.assert_close(block._feed(x), x + block.ff(h))
+        block.ff.net[place] = own
+    block.ff = torch.nn.Linear(16, 16)
+    torch.testing.assert_close(block._feed(x), x + block.ff(h))

@@ -182,8 +182,11 @@ def train(lab: Lab, runs: list[Run], seconds: float) -> None:
 @torch.no_grad()
 @float32_precision(tf32=True)
 def encoded(model: EncDiff, pixels: Tensor, rows: int = 2048) -> Tensor:
-    """Latents float32 of every image."""
-    return torch.cat([model.to_latents(to_float(part)) for part in pixels.split(rows)])
+    """Latents float32 of every image, there for whatever stream reads them."""
+    latents = torch.cat([model.to_latents(to_float(part)) for part in pixels.split(rows)])
+    if latents.is_cuda:
+        torch.cuda.synchronize()
+    return latents
 
 
 @torch.no_grad()

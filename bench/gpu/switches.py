@@ -48,7 +48,7 @@ STEP: dict[str, Switch] = {
         patch.object(unet, name, never) for name in ("norm_takes_bias", "sum_takes_bias")
     ],
     "resampling by PyTorch": lambda: [patch.object(ops, "resample", partial(ops.resample, impl="native"))],
-    "residuals of products by PyTorch": lambda: [patch.object(linear, "_adds", never)],
+    "residuals of products by PyTorch": lambda: [patch.object(linear, "adds", never)],
     "cross-attention folded everywhere": partial(route, "folded"),
     "cross-attention by heads everywhere": partial(route, "heads"),
     "as many inputs kept as there is work aside": lambda: [

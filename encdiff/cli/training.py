@@ -44,6 +44,12 @@ class Engine(StrEnum):
     graph = "graph"
 
 
+class Timesteps(StrEnum):
+    uniform = "uniform"
+    logit_normal = "logit-normal"
+    power = "power"
+
+
 def train(
     run: Annotated[Path, typer.Option(help="The folder of the run: checkpoint, log, pictures, model.")],
     data: NewData = None,
@@ -57,6 +63,9 @@ def train(
     steps: Annotated[int | None, typer.Option(help="Default: the preset's.", min=1)] = None,
     batch_size: Annotated[int | None, typer.Option(help="Default: the preset's.", min=1)] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Default: the preset's, by the batch size.")] = None,
+    timesteps: Annotated[
+        Timesteps | None, typer.Option(help="How noise levels are drawn; power: more noise. Default: the preset's.")
+    ] = None,
     precision: Annotated[Precision | None, typer.Option(help="Default: float32; on a GPU bf16 is much faster.")] = None,
     engine: Annotated[
         Engine | None, typer.Option(help="How a step runs. Default: auto, graph on a GPU, else eager.")
@@ -81,8 +90,9 @@ def train(
     from encdiff.training.autoencoder import load_first_stage
 
     given = given_options(
-        steps=steps, batch_size=batch_size, learning_rate=learning_rate, precision=precision and precision.value,
-        engine=engine and engine.value, checkpoint_activations=checkpoint_activations,
+        steps=steps, batch_size=batch_size, learning_rate=learning_rate, timesteps=timesteps and timesteps.value,
+        precision=precision and precision.value, engine=engine and engine.value,
+        checkpoint_activations=checkpoint_activations,
         checkpoint_every=checkpoint_every, picture_every=picture_every, seed=seed,
     )  # fmt: skip
     if resume:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from encdiff import ops
 from encdiff.diffusion.gate import Mode
-from encdiff.models.layers import Conv2d, Linear, part, zero_init
+from encdiff.models.layers import Conv2d, Linear, is_stock, part, zero_init
 from encdiff.ops._beside import adjoined, give, sink_of
 from encdiff.ops._dispatch import is_transformed
 from encdiff.ops.cross_attention_folded import Folded, cross_attention_folded, fold, fold_pays
@@ -107,6 +107,18 @@ class FeedForward(nn.Module):
         return self.net(x)
 
 
+def stock_layers(ff: nn.Module) -> tuple[Linear, Linear] | None:
+    """The two of a feed-forward layer whose parts are those that it was made of, without hooks; else None.
+
+    Not where an adapter such as LoRA's or a dropout stands in the place of a part.
+    """
+    if type(ff) is not FeedForward or type(ff.net) is not nn.Sequential:
+        return None
+    *_, last, first = parts = [ff, ff.net, *ff.net, *ff.net[0].children()]
+    kinds = [FeedForward, nn.Sequential, GEGLU, nn.Identity, Linear, Linear]
+    return (first, last) if len(parts) == len(kinds) and all(map(is_stock, parts, kinds)) else None
+
+
 class TransformerBlock(nn.Module):
     """[x += SelfAttn(LN(x));] [x += CrossAttn(LN(x), S);] x += FF(LN(x)); without `context_width` no CrossAttn."""
 
@@ -133,13 +145,15 @@ class TransformerBlock(nn.Module):
 
     def _feed(self, x: Tensor) -> Tensor:
         """x + FF(LN(x)), in two launches where no gradients are asked for."""
-        first, last = part(self.ff.net, 0, GEGLU).proj, part(self.ff.net, 2, Linear)
-        stock = type(first) is type(last) is Linear  # not what an adapter such as LoRA put in their place
-        if stock and projects(x, first.weight, first.bias, gated=True, **_norm(self.norm3)):
-            h = ops.projection(x, first.weight, first.bias, gated=True, **_norm(self.norm3))
+        stock, norm = stock_layers(self.ff), _norm(self.norm3)
+        if stock is not None and projects(x, stock[0].weight, stock[0].bias, gated=True, **norm):
+            first, last = stock
+            h = ops.projection(x, first.weight, first.bias, gated=True, **norm)
             return ops.projection(h, last.weight, last.bias, residual=x)
         h, x = ops.layer_norm(x, self.norm3.weight, self.norm3.bias, self.norm3.eps, with_input=True)
-        return ops.linear(self.ff.net[0](h), last.weight, last.bias, residual=x) if stock else x + self.ff(h)
+        if stock is None:
+            return x + self.ff(h)
+        return ops.linear(self.ff.net[0](h), stock[1].weight, stock[1].bias, residual=x)
 
     def _gated(self, kind: str, mode: Mode, x: Tensor, cond: Conditioning, attend: Callable[..., Tensor]) -> Tensor:
         """x + attention: computed, and kept where asked for, or what was kept."""

@@ -1,6 +1,6 @@
 """PyTorch's linear layer and convolution by way of `ops`, which has faster gradients of their biases on a GPU."""
 
-from typing import TypeVar, cast
+from typing import TypeGuard, TypeVar, cast
 
 import torch
 import torch.nn as nn
@@ -30,6 +30,13 @@ class Conv2d(nn.Conv2d):
 def channels_last(module: M) -> M:
     """The module with its convolutions in that layout: the faster one, on a CPU and a GPU."""
     return module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # which PyTorch's hints leave out
+
+
+def is_stock(module: nn.Module, kind: type[M]) -> TypeGuard[M]:
+    """Whether a module is of that very class and has no hook: only then may another place do what it does."""
+    m: nn.Module = module
+    hooks = m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
+    return type(m) is kind and not hooks
 
 
 def zero_init(module: M) -> M:

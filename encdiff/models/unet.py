@@ -21,7 +21,7 @@ from encdiff.models.attention import (
     pointwise,
     project_tokens,
 )
-from encdiff.models.layers import Conv2d, Linear, channels_last, part, zero_init
+from encdiff.models.layers import Conv2d, Linear, channels_last, is_stock, part, zero_init
 from encdiff.ops._dispatch import carried
 from encdiff.ops.group_norm import norm_takes_bias
 from encdiff.ops.residual_add import sum_takes_bias
@@ -230,14 +230,14 @@ class ResBlock(nn.Module):
 def convolve_normalise(x: Tensor, conv: nn.Module, norm: nn.GroupNorm, **options: Any) -> Tensor:
     """`normalise` of a convolution of x, whose bias it adds where that saves a launch."""
     affine = norm.weight, norm.bias, norm.num_groups, norm.eps
-    if isinstance(conv, Conv2d) and conv.bias is not None and norm_takes_bias(x, *affine, **options):
+    if is_stock(conv, Conv2d) and conv.bias is not None and norm_takes_bias(x, *affine, **options):
         return normalise(conv(x, with_bias=False), norm, **options, x_bias=conv.bias)
     return normalise(conv(x), norm, **options)
 
 
 def convolve_add(x: Tensor, h: Tensor, conv: nn.Module) -> Tensor:
     """x and a convolution of h, added with its bias at once where that saves a launch."""
-    if isinstance(conv, Conv2d) and conv.bias is not None and sum_takes_bias(x, conv.bias):
+    if is_stock(conv, Conv2d) and conv.bias is not None and sum_takes_bias(x, conv.bias):
         return ops.residual_add(x, conv(h, with_bias=False), conv.bias)
     return x + conv(h)
 

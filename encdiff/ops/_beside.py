@@ -85,6 +85,10 @@ class Sink(NamedTuple):
         self.beside.written |= places
         (more if before else first)(self.gradient)
 
+    def take(self, gradient: Tensor) -> None:
+        """One that is at hand."""
+        self.put(lambda into: into.copy_(gradient), lambda into: into.add_(gradient))
+
     def as_matrix(self) -> "Sink":
         """Of a weight (O, I, 1, 1) that takes part as (O, I)."""
         return self._replace(gradient=self.gradient.view(self.gradient.shape[:2]))
@@ -101,17 +105,18 @@ def put_together(sinks: Sequence[Sink], write: Callable[[list[Tensor]], object])
     fresh = [torch.empty_like(sink.gradient) for sink in sinks]
     write(fresh)
     for sink, gradient in zip(sinks, fresh, strict=True):
-        sink.put(lambda into, g=gradient: into.copy_(g), lambda into, g=gradient: into.add_(g))
+        sink.take(gradient)
 
 
 def sinks_of(x: Tensor, *weights: Tensor) -> tuple[Sink, ...] | None:
     """Where the gradients of these weights go in a product with x; None: the usual way, through autograd.
 
-    That is theirs where one has no sink, and where a compiler or torch.func is to see them, or autocast makes copies.
+    That is theirs where one has no sink or asks for no gradient, where a compiler or torch.func is to see them, or
+    where autocast makes copies.
     """
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return None
-    sinks = tuple(sink for w in weights if (sink := sink_of(w)) is not None)
+    sinks = tuple(sink for w in weights if w.requires_grad and (sink := sink_of(w)) is not None)
     if len(sinks) < len(weights) or is_transformed(x, *weights) or autocast_dtype(x) is not None:
         return None
     return sinks

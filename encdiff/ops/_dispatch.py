@@ -81,6 +81,15 @@ def _is_in_torch_func() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
+def forced_here() -> str | None:
+    """The implementation that `use_impl` or ENCDIFF_IMPL names for every op that has it."""
+    name = _here.forced or os.environ.get("ENCDIFF_IMPL") or "auto"
+    if name == "auto":
+        return None
+    _check_known(name)
+    return name
+
+
 class Op:
     """An op and its implementations, in order of preference; calling it runs the one that `choose` picks."""
 
@@ -141,10 +150,7 @@ class Op:
         return impl
 
     def _default(self) -> str | None:
-        name = _here.forced or os.environ.get("ENCDIFF_IMPL") or "auto"
-        if name == "auto":
-            return None
-        _check_known(name)
+        name = forced_here()
         return name if any(i.name == name for i in self.implementations) else None
 
     def _get_forced(self, name: str, *args, **kwargs) -> Implementation:

@@ -16,6 +16,7 @@ from torch import Tensor
 from encdiff.errors import InputError
 from encdiff.ops._beside import Sink, sinks_of
 from encdiff.ops._dispatch import is_transformed
+from encdiff.ops._projection import adds, projection_triton
 from encdiff.ops._triton import autocast_dtype, has_gradient
 from encdiff.ops._types import check_floating, mixed
 from encdiff.ops.column_sum import bias_gradient, column_sum_native, is_fused
@@ -64,8 +65,6 @@ class _Linear(torch.autograd.Function):
         ctx.bias_dtype, ctx.ways = None if bias is None else bias.dtype, ways
         if residual is None:
             return F.linear(x, weight, bias)
-        from encdiff.ops.projection import projection_triton
-
         return projection_triton(x, weight, bias, residual=residual)
 
     @staticmethod
@@ -109,8 +108,7 @@ class _Conv2d(torch.autograd.Function):
             return dx, dw, ways.sum(rows, ctx.bias_dtype) if rows is not None else db, None, None
         with ways.aside(dy, x):
             if dw_wanted:
-                dw = gradients(False, True, False)[1]
-                ways.weight.put(lambda into: into.copy_(dw), lambda into: into.add_(dw))
+                ways.weight.take(gradients(False, True, False)[1])
             if db_wanted:
                 ways.sum(matrix(dy.permute(0, 2, 3, 1)) if rows is None else rows, ctx.bias_dtype)
         return gradients(dx_wanted, False, False)[0], None, None, None, None
@@ -141,24 +139,18 @@ def linear(
         (..., O).
 
     Raises:
-        InputError: tensors of different types outside autocast, or not of floating point.
+        InputError: tensors of different types outside autocast, or not of floating point; a residual of another shape.
     """
     _check_types(x, weight, bias)
+    _check_residual(x, weight, residual)
     ways = _ways(x, weight, bias, impl)
-    if residual is not None and has_gradient(x, weight, bias, residual) and _adds(x, weight, bias, residual):
+    if residual is not None and has_gradient(x, weight, bias, residual) and adds(x, weight, bias, residual):
         return _Linear.apply(x, weight, bias, residual, ways)
     if ways.weight is None and not ways.fused:
         y = F.linear(x, weight, bias)
     else:
         y = _Linear.apply(*_cast(x, weight, bias), None, ways)
     return y if residual is None else residual + y
-
-
-def _adds(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> bool:
-    """Whether the product's kernel takes the residual."""
-    from encdiff.ops.projection import adds
-
-    return adds(x, weight, bias, residual)
 
 
 def conv2d(
@@ -193,6 +185,14 @@ def _check_types(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     check_floating(x=x, weight=weight, bias=bias)
     if different := mixed(x, weight, bias):
         raise InputError(f"x, weight and bias have {different[0]}, must be of one type")
+
+
+def _check_residual(x: Tensor, weight: Tensor, residual: Tensor | None) -> None:
+    if residual is None:
+        return
+    check_floating(residual=residual)
+    if (shape := (*x.shape[:-1], len(weight))) != tuple(residual.shape):
+        raise InputError(f"residual is {tuple(residual.shape)}, must be {shape} for x {tuple(x.shape)}")
 
 
 def _pair(n: int | Pair) -> Pair:

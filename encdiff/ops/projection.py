@@ -1,20 +1,16 @@
 """A linear layer with what stands around it in a transformer: y = [GEGLU](LN(x) W^T + b) [+ residual]."""
 
-import torch
 from torch import Tensor
 
 from encdiff.errors import InputError
-from encdiff.ops import _self_check
 from encdiff.ops._attention import check_norm, exact
-from encdiff.ops._dispatch import Implementation, Op, always, is_transformed
-from encdiff.ops._triton import NAMES, autocast_dtype, has_gradient, interpreted, unavailable
+from encdiff.ops._dispatch import Implementation, Op, always
+from encdiff.ops._projection import kernel_reasons, projection_triton
+from encdiff.ops._triton import has_gradient, interpreted
 from encdiff.ops._types import check_floating, mixed
 from encdiff.ops.geglu import geglu, geglu_reference
 from encdiff.ops.layer_norm import layer_norm, layer_norm_reference
 from encdiff.ops.linear import linear
-
-FUSED_TYPES = (torch.bfloat16, torch.float16)
-FUSED_WIDTH, STEP = 256, 16  # the last of WIDTHS in kernels/projection.py, and what sizes are multiples of
 
 
 def projection_reference(
@@ -42,15 +38,6 @@ def projection_native(
     return y if residual is None else residual + y
 
 
-def projection_triton(
-    x, weight, bias=None, *, norm_weight=None, norm_bias=None, norm_eps=1e-5, gated=False, residual=None
-):
-    """One kernel, without gradients."""
-    from encdiff.kernels.projection import projection as fused
-
-    return fused(x, weight, bias, norm_weight, norm_bias, norm_eps, gated, residual)
-
-
 def _native_reasons(x, weight, bias=None, *, residual=None, **_) -> list[str]:
     return mixed(x, weight, bias, residual)
 
@@ -58,27 +45,7 @@ def _native_reasons(x, weight, bias=None, *, residual=None, **_) -> list[str]:
 def _triton_reasons(x, weight, bias=None, *, norm_weight=None, norm_bias=None, residual=None, **options) -> list[str]:
     asked = has_gradient(x, weight, bias, norm_weight, norm_bias, residual)
     given = {"norm_weight": norm_weight, "norm_bias": norm_bias, "residual": residual}
-    return ["a gradient is asked for"] * asked or _kernel_reasons(x, weight, bias, **given, **options)
-
-
-def _kernel_reasons(
-    x, weight, bias=None, *, norm_weight=None, norm_bias=None, norm_eps=1e-5, gated=False, residual=None
-) -> list[str]:
-    """Without a word about gradients."""
-    reasons = unavailable(x)
-    tensors = {"x": x, "weight": weight, "bias": bias, "norm_weight": norm_weight, "norm_bias": norm_bias}
-    tensors["residual"] = residual
-    if x.dtype not in FUSED_TYPES:
-        reasons.append(f"x is {x.dtype}, not bfloat16 or float16")
-    reasons += [f"{n} is {t.dtype}, unlike x" for n, t in tensors.items() if t is not None and t.dtype != x.dtype]
-    if autocast_dtype(x) is not None:
-        reasons.append("autocast is on")
-    sizes = {"x has": x.shape[-1], "y has": len(weight) // (1 + gated)}
-    reasons += [f"{what} {n} columns, not a multiple of {STEP}" for what, n in sizes.items() if n % STEP]
-    if norm_weight is not None and x.shape[-1] > FUSED_WIDTH:
-        reasons.append(f"x has {x.shape[-1]} columns to normalise, at most {FUSED_WIDTH}")
-    flags = norm_weight is not None, gated, bias is not None, residual is not None
-    return reasons or _self_check.reasons("projection", x, _variant, x, flags)
+    return ["a gradient is asked for"] * asked or kernel_reasons(x, weight, bias, **given, **options)
 
 
 def _triton_doubts(x, *_, norm_weight=None, gated=False, residual=None, **__) -> list[str]:
@@ -91,23 +58,6 @@ def projects(x: Tensor, weight: Tensor, *args, **options) -> bool:
     is forced that serves that op and not this part of it.
     """
     return _op.fuses(x, weight, *args, **options)
-
-
-def adds(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> bool:
-    """Whether a linear layer whose gradients are asked for should add its residual by this kernel.
-
-    A compiler would fuse the sum with what follows it.
-    """
-    forced = _op._default()
-    if torch.compiler.is_compiling() or is_transformed(x, weight, residual) or forced not in (None, "triton"):
-        return False
-    return not _kernel_reasons(x, weight, bias, residual=residual) and (forced == "triton" or not interpreted(x))
-
-
-def _variant(x, flags) -> tuple:
-    from encdiff.kernels.projection import Tile
-
-    return NAMES[x.dtype], Tile.of(x.shape[-1], flags[0]).depth, *flags
 
 
 _op = Op(
@@ -148,13 +98,17 @@ def projection(
         no gradients, so where these are asked for the single ops run.
 
     Raises:
-        InputError: shapes or dtypes that do not fit, or a forced implementation that cannot serve.
+        InputError: shapes or dtypes that do not fit, other devices, or a forced implementation that cannot serve.
     """
     check_floating(
         x=x, weight=weight, bias=bias, norm_weight=norm_weight, norm_bias=norm_bias, residual=residual
     )  # fmt: skip
     _check(x, weight, bias, gated, residual)
     check_norm(x, norm_weight, norm_bias)
+    given = {"weight": weight, "bias": bias, "norm_weight": norm_weight, "norm_bias": norm_bias, "residual": residual}
+    for name, t in given.items():
+        if t is not None and t.device != x.device:
+            raise InputError(f"{name} is on {t.device}, must be on x's device {x.device}")
     options = {"norm_weight": norm_weight, "norm_bias": norm_bias, "gated": gated, "residual": residual}
     if impl is None and _op._default() == "triton" and _triton_reasons(x, weight, bias, **options):
         impl = "native"  # what is forced for every op is no reason to fail in a training

@@ -54,10 +54,9 @@ QUICKSTART = TrainConfig(  # docs/recipes.md
     weight_decay=0.0,
     betas=(0.9, 0.99),
     gradient_clip=1.0,
-    timesteps="power",
     picture_every=1000,
 )
-ROOM32 = replace(QUICKSTART, steps=4000, learning_rate=1.5e-3)
+ROOM32 = replace(QUICKSTART, steps=4000, learning_rate=1.5e-3, timesteps="power")
 ROOM64 = replace(ROOM32, steps=5000, batch_size=128, ema=0.999)
 RECIPES: dict[str, TrainConfig] = {
     "shapes3d": PAPER,
