@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._gate import GateCase, gate_signature
-from ._group_norm_tile import BLOCK_D, Tile, gate_tiles
+from ._group_norm_tile import Tile, gate_tiles
 from ._rows import gate_cases as sums_gate_cases
 from ._rows import sum_rows
 from ._second import refuse_second
