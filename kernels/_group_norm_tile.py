@@ -1,5 +1,7 @@
 """What one program of the GroupNorm kernels takes, by the sizes alone."""
 
+from collections.abc import Iterator
+from itertools import groupby
 from typing import NamedTuple
 
 import triton
@@ -48,3 +50,18 @@ class Tile(NamedTuple):
         blocks = {"BLOCK_L": self.rows, "BLOCK_C": self.columns, "BLOCK_D": self.group, "WIDTH": self.width}
         options = {"HAS_SCALE": scale, "HAS_SHIFT": shift, "SILU": silu, "HAS_X_BIAS": x_bias}
         return blocks | {"SINGLE": self.single} | options
+
+
+def gate_tiles() -> Iterator[Tile]:
+    """Of the tiles that differ by their group's width alone the narrowest and the widest."""
+    lengths = (*COLUMNS, max(COLUMNS) + 1)
+    tiles = {Tile.of(L, 8 * D, 8) for D in WIDTHS for L in lengths}
+    tiles |= {Tile.of(L, D - 1, 1) for D in BLOCK_D for L in lengths}  # of other widths
+    for _, alike in groupby(sorted(tiles, key=_but_width), _but_width):
+        by_width = sorted(alike, key=lambda tile: tile.group)
+        yield from dict.fromkeys((by_width[0], by_width[-1]))
+
+
+def _but_width(tile: Tile) -> tuple:
+    """What of a tile decides its code: positions, columns, whether it is read once, whether it has gaps."""
+    return tile.rows, tile.columns, tile.single, tile.width > 0, tile.width == tile.group

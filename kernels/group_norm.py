@@ -10,7 +10,6 @@ VECTOR elements at a time; three quarters of one leave gaps, then 2 or 4. 0: any
 """
 
 from collections.abc import Iterator
-from itertools import groupby
 
 import torch
 import triton
@@ -18,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._gate import GateCase, gate_signature
-from ._group_norm_tile import BLOCK_D, COLUMNS, WIDTHS, Tile
+from ._group_norm_tile import Tile, gate_tiles
 from ._rows import gate_cases as sums_gate_cases
 from ._rows import sum_rows
 from ._second import refuse_second
@@ -344,11 +343,11 @@ GroupNormAndInput = with_input(group_norm, _setup_context, _autograd)
 
 
 def gate_cases() -> Iterator[GateCase]:
-    """`_tiles` with the longest code, all options on; those of the paper's narrowest group in float32 too.
+    """`gate_tiles` with the longest code, all options on; those of the paper's narrowest group in float32 too.
 
     Backward either with a gradient to add or with a bias of x.
     """
-    tiles = [tile for alike in _tiles() for tile in alike]
+    tiles = list(gate_tiles())
     for kernel in (group_norm_fwd_kernel, group_norm_bwd_kernel):
         last = ("x_bias",) if kernel is group_norm_fwd_kernel else ("x_bias", "skip")
         for tile in tiles:
@@ -359,21 +358,6 @@ def gate_cases() -> Iterator[GateCase]:
                 yield _case(kernel, Tile.of(L, 64, 32), "fp32", "scale", "shift", "silu", option)
         yield _case(kernel, Tile.of(256, 64, 32), "fp32")
     yield from sums_gate_cases()
-
-
-def _tiles() -> Iterator[tuple[Tile, ...]]:
-    """Of the tiles that differ by their group's width alone the narrowest and the widest."""
-    lengths = (*COLUMNS, max(COLUMNS) + 1)
-    tiles = {Tile.of(L, 8 * D, 8) for D in WIDTHS for L in lengths}
-    tiles |= {Tile.of(L, D - 1, 1) for D in BLOCK_D for L in lengths}  # of other widths
-    for _, alike in groupby(sorted(tiles, key=_but_width), _but_width):
-        by_width = sorted(alike, key=lambda tile: tile.group)
-        yield tuple(dict.fromkeys((by_width[0], by_width[-1])))
-
-
-def _but_width(tile: Tile) -> tuple:
-    """What of a tile decides its code: positions, columns, whether it is read once, whether it has gaps."""
-    return tile.rows, tile.columns, tile.single, tile.width > 0, tile.width == tile.group
 
 
 def _case(kernel, tile: Tile, kind: str, *options: str) -> GateCase:

@@ -235,7 +235,8 @@ def test_dispatch_says_why(monkeypatch):
 
 def test_gate_covers_what_dispatch_can_choose():
     """Each tile, or two of the same code whose groups are narrower and wider."""
-    from encdiff.kernels.group_norm import BLOCK_D, Tile, gate_cases
+    from encdiff.kernels._group_norm_tile import BLOCK_D, Tile
+    from encdiff.kernels.group_norm import gate_cases
 
     assert BLOCK_D[-1] == FUSED_CHANNELS
     gated = {}

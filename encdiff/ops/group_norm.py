@@ -22,7 +22,7 @@ CENTRED_POSITIONS = 64  # from here on PyTorch's own is slower for channels-last
 @cache
 def representatives() -> dict:
     """Tile of kernels/group_norm.py -> one (positions, channels, groups) for all that take it, the narrowest first."""
-    from encdiff.kernels.group_norm import BLOCK_D, COLUMNS, WIDTHS, Tile
+    from encdiff.kernels._group_norm_tile import BLOCK_D, COLUMNS, WIDTHS, Tile
 
     lengths = (*COLUMNS, max(COLUMNS) + 1)
     found: dict = {}
