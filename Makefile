@@ -36,8 +36,8 @@ lint: .venv/.installed-dev  ## check style, formatting and types
 docs: .venv/.installed-dev  ## build the documentation: build/docs/index.html
 	.venv/bin/python -m sphinx -E -W --keep-going -n -q docs build/docs
 
-gate: .venv/.installed-dev  ## compile every kernel for three generations of GPU and check its machine code
-	.venv/bin/python -W ignore -m encdiff.kernels._gate
+gate: .venv/.installed-dev  ## compile every kernel for three generations of GPU and check its machine code; GATE=--hopper: fewer for the others
+	.venv/bin/python -W ignore -m encdiff.kernels._gate $(GATE)
 	.venv/bin/python -P encdiff/ops/_build.py --check
 
 sanitize: .venv/.installed-dev  ## the native library's tests under the address and undefined-behaviour sanitizers

@@ -1,13 +1,13 @@
 """Compile the configurations that dispatch can choose, for three generations of GPU, without one.
 
-    python -m encdiff.kernels._gate [--brief] [module ...]
+    python -m encdiff.kernels._gate [--brief | --hopper] [module ...]
 
 A kernel module, `kernels/X.py` or a folder, lists its configurations in `gate_cases()`: every tile that a preset's
 layers take, and of tiles that differ from their neighbours by a width alone the narrowest and the widest. Each is
 compiled ahead of time for each of `TARGETS`; the machine code must use no local memory and no stack (that is, spill no
 register, unless a tile that spills some was measured to be faster: `GateCase.spills`) and stay within the shared memory
 of one block; a kernel of matrix products must contain tensor-core instructions. Exits 1 on a failure. `--brief`: the
-first case of each kernel, for sm_90 alone.
+first case of each kernel, for sm_90 alone. `--hopper`: every case for sm_90, of the others the first of each kernel.
 """
 
 import importlib
@@ -150,13 +150,14 @@ def _examine_nth(module: str, n: int, targets: tuple[int, ...]) -> list[Row]:
     return [examine(case, target) for target in targets]
 
 
-def rows(names: Iterable[str], brief: bool = False) -> Iterator[Row]:
+def rows(names: Iterable[str], brief: bool = False, hopper: bool = False) -> Iterator[Row]:
     """Every case of these modules on every target, one process per core; Triton's own cache keeps what is unchanged."""
     targets, work, met = (90,) if brief else tuple(TARGETS), [], set()
     for name in names:
         for n, case in enumerate(cases(name)):
-            if not brief or case.kernel.__name__ not in met:
-                work.append((name, n, targets))
+            known = case.kernel.__name__ in met
+            if not brief or not known:
+                work.append((name, n, (90,) if hopper and known else targets))
             met.add(case.kernel.__name__)
     with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
         for found in pool.map(_examine_nth, *zip(*work, strict=True)) if work else ():
@@ -165,10 +166,11 @@ def rows(names: Iterable[str], brief: bool = False) -> Iterator[Row]:
 
 def main(names: list[str]) -> int:
     os.environ.pop("TRITON_INTERPRET", None)  # an interpreted kernel cannot be compiled
-    start, failed, count, brief = time.monotonic(), 0, 0, "--brief" in names
-    names = [name for name in names if name != "--brief"]
+    start, failed, count = time.monotonic(), 0, 0
+    flags = {flag: f"--{flag}" in names for flag in ("brief", "hopper")}
+    names = [name for name in names if not name.startswith("--")]
     print(HEADER)
-    for row in rows(names or modules(), brief):
+    for row in rows(names or modules(), **flags):
         print(row, flush=True)
         count += 1
         failed += bool(row.failure)
