@@ -168,7 +168,10 @@ def main(names: list[str]) -> int:
     os.environ.pop("TRITON_INTERPRET", None)  # an interpreted kernel cannot be compiled
     start, failed, count = time.monotonic(), 0, 0
     flags = {flag: f"--{flag}" in names for flag in ("brief", "hopper")}
-    names = [name for name in names if not name.startswith("--")]
+    names = [name for name in names if name.removeprefix("--") not in flags]
+    if unknown := sorted(set(names) - set(modules())):
+        print(f"gate: no module {unknown[0]!r}, must be among {', '.join(modules())}", file=sys.stderr)
+        return 2
     print(HEADER)
     for row in rows(names or modules(), **flags):
         print(row, flush=True)

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from encdiff.kernels import _gate
@@ -81,3 +82,38 @@ def test_every_kernel_module_lists_its_configurations():
         cases = list(_gate.cases(module))
         assert cases, module
         assert len({case.name for case in cases}) == len(cases), f"{module}: two cases of one name"
+
+
+@pytest.mark.parametrize(
+    "flags, expected",
+    [
+        ({}, [(0, (80, 90, 100)), (1, (80, 90, 100)), (2, (80, 90, 100))]),
+        ({"brief": True}, [(0, (90,)), (2, (90,))]),
+        ({"hopper": True}, [(0, (80, 90, 100)), (1, (90,)), (2, (80, 90, 100))]),
+    ],
+)
+def test_which_cases_are_compiled_for_which_cards(monkeypatch, flags, expected):
+    """Two cases of one kernel and one of another; brief: the first of each, hopper: all of them for sm_90."""
+
+    class Here:
+        """A pool whose work is done where it is asked for."""
+
+        def __init__(self, *_):
+            pass
+
+        __enter__, __exit__ = lambda self: self, lambda *_: None
+        map = staticmethod(map)
+
+    kernels = [SimpleNamespace(__name__=name) for name in "aab"]
+    monkeypatch.setattr(_gate, "cases", lambda _: iter([_gate.GateCase(k.__name__, k, {}, {}) for k in kernels]))
+    monkeypatch.setattr(_gate, "ProcessPoolExecutor", Here)
+    monkeypatch.setattr(_gate, "_examine_nth", lambda module, n, targets: [(n, targets)])
+    assert list(_gate.rows(["any"], **flags)) == expected
+
+
+@pytest.mark.parametrize("name", ["--hoper", "gelu"])
+def test_what_is_no_module_and_no_option_is_refused(capsys, monkeypatch, name):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # which it takes away from its process
+    assert _gate.main([name]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"gate: no module {name!r}, must be among adamw, ") and said.count("\n") == 1

@@ -71,6 +71,15 @@ def test_an_unknown_choice_is_refused_in_one_line(arguments, message, tmp_path, 
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("option, known", [("--peers", "published step, "), ("--runs", "seed0, ")])
+def test_a_peer_or_run_that_is_none_is_refused_in_one_line(option, known, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(gpu.Session, "run", lambda session: pytest.fail("not refused"))
+    assert gpu.main([str(tmp_path / "out"), "--cpu", option, "nobody"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"bench.gpu: {option}: no 'nobody', must be among {known}") and said.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
 def test_every_block_of_a_call_has_its_time_and_its_code():
     for call in gpu.CALLS.values():
         assert set(call.split(",")) <= gpu.SECONDS.keys()

@@ -182,7 +182,7 @@ def test_the_gate_in_brief(monkeypatch):
 
     asked = []
     monkeypatch.setenv("TRITON_INTERPRET", "1")  # which it takes away from its process
-    monkeypatch.setattr(_gate, "rows", lambda names, brief: asked.append((list(names), brief)) or iter(()))
+    monkeypatch.setattr(_gate, "rows", lambda names, **flags: asked.append((list(names), flags)) or iter(()))
     monkeypatch.setattr(sys, "stdout", io.StringIO())
     assert _gate.main(["--brief", "geglu"]) == 0
-    assert asked == [(["geglu"], True)]
+    assert asked == [(["geglu"], {"brief": True, "hopper": False})]

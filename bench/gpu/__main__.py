@@ -22,18 +22,8 @@ CALLS = {  # the blocks of each, what is wanted most first
     3: "beside,machine,tiles,tuned,profile,ops,unet,sampling,switches,prompts",
 }
 ASIDE = ("whole", "doctor")  # of a call with a training: in a process of their own, beside it
-QUIET = {
-    "machine",
-    "step",
-    "profile",
-    "unet",
-    "sampling",
-    "ops",
-    "published",
-    "tuned",
-    "switches",
-    "prompts",
-}  # all else is stopped
+# all else is stopped
+QUIET = {"machine", "step", "profile", "unet", "sampling", "ops", "published", "tuned", "switches", "prompts"}
 SECONDS = {  # of each block at most
     "beside": 100, "machine": 8, "step": 40, "profile": 12, "compiled": 30, "tiles": 150, "tuned": 45, "sampling": 30,
     "whole": 25, "ops": 25, "published": 30, "unet": 15, "shipped": 80, "paper": 600, "doctor": 90,
@@ -45,6 +35,9 @@ AFTER_TRAINING = 8  # seconds in which what ran beside it must end
 LEARNING = 40  # seconds of a training at least, from its images on
 READING = 25  # seconds after a training for its codes and what is read off them
 LINES = 120  # of the summary at most
+PACKED = (
+    "*.json", "*.png", "summary.md", "tables.txt", "parts/*.log", "parts/*.json", "paper/*/*.json", "paper/*/*.png"
+)  # fmt: skip
 
 
 def link_kernels() -> None:
@@ -259,7 +252,8 @@ def pack(folder: Path, archive: Path, *names: str) -> None:
                 tar.add(path, arcname=path.relative_to(folder))
 
 
-def main(arguments: list[str] | None = None) -> int:
+def asked(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    """What the command line says, and the blocks that it means."""
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=package.__doc__.splitlines()[0])
     parser.add_argument("out", type=Path, help="folder for the results")
     parser.add_argument(
@@ -274,9 +268,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--train", type=float, default=375, help="seconds of the block `paper`, from its first stage on"
     )
     parser.add_argument(
-        "--runs",
-        default="uniform",
-        help="of the block `paper`, trained in turns; default: %(default)s",
+        "--runs", default="uniform", help="of the block `paper`, trained in turns; default: %(default)s"
     )
     parser.add_argument("--peers", help="these compiled peers alone, such as 'published step,ops'")
     parser.add_argument("--only", help="these blocks, such as right,step")
@@ -289,6 +281,11 @@ def main(arguments: list[str] | None = None) -> int:
     blocks = (given.only or CALLS[given.call]).split(",")
     if unknown := sorted(set(blocks) - SECONDS.keys()):
         parser.error(f"--only: no block {unknown[0]!r}, must be among {', '.join(SECONDS)}")
+    return given, blocks
+
+
+def main(arguments: list[str] | None = None) -> int:
+    given, blocks = asked(arguments)
     out = given.out.resolve()
     caches = (given.caches or out / "caches").resolve()
     os.environ["TRITON_CACHE_DIR"], os.environ["TORCHINDUCTOR_CACHE_DIR"] = (
@@ -305,9 +302,14 @@ def main(arguments: list[str] | None = None) -> int:
     if not given.cpu and not torch.cuda.is_available():
         print("bench.gpu: no GPU that PyTorch can use; --cpu goes through the same code without one", file=sys.stderr)
         return 2
-    from bench.gpu import workers
+    from bench.gpu import compiled, paper, workers
     from bench.gpu.lab import Lab
 
+    peers, runs = (tuple(names.split(",")) if names else () for names in (given.peers, given.runs))
+    for option, names, known in (("--peers", peers, compiled.PEERS), ("--runs", runs, paper.VARIANTS)):
+        if unknown := [name for name in names if name not in known]:
+            print(f"bench.gpu: {option}: no {unknown[0]!r}, must be among {', '.join(known)}", file=sys.stderr)
+            return 2
     out.mkdir(parents=True, exist_ok=True)
     SECONDS["paper"] = given.train
     minutes = given.minutes or (8.6 if given.call == 2 else 5.5)
@@ -320,20 +322,9 @@ def main(arguments: list[str] | None = None) -> int:
         for name in ("said", "right", "tests", *SECONDS):
             (out / f"{name}.json").unlink(missing_ok=True)
         (out / "tables.txt").unlink(missing_ok=True)
-    session = Session(lab, blocks, *(tuple(names.split(",")) if names else () for names in (given.peers, given.runs)))
+    session = Session(lab, blocks, peers, runs)
     session.run()
-    pack(
-        out,
-        out / "results.tgz",
-        "*.json",
-        "*.png",
-        "summary.md",
-        "tables.txt",
-        "parts/*.log",
-        "parts/*.json",
-        "paper/*/*.json",
-        "paper/*/*.png",
-    )
+    pack(out, out / "results.tgz", *PACKED)
     print((out / "summary.md").read_text())
     failed = (lab.load("tests") or {}).get("FAILED", 0)
     return int(failed > 0 or any(not r["ok"] for r in lab.load("right") or []))

@@ -48,111 +48,108 @@ class Row:
         self.name, self.forms, self.inputs, self.learnt, self.bytes = name, forms, inputs, list(learnt), bytes
 
 
-def rows(lab: Lab, forms: tuple[str, ...] = ("ours", "published", "sdpa")) -> Iterator[Row]:
-    c, B, on, half = lab.config, lab.batch, lab.device, torch.bfloat16
-    for L, C in layers(c):
-        H = c.heads
+def rows(lab: Lab) -> Iterator[Row]:
+    """Every op at the paper's layers."""
+    for L, C in layers(lab.config):
+        yield from _attention(lab, L, C)
+        yield from _maps(lab, L, C)
+        yield from _sequences(lab, L, C)
+    yield _bank(lab)
 
-        def features(L=L, C=C) -> Tensor:
-            return torch.randn(B, L, C, device=on, dtype=half)
 
-        for kind, width in (("cross_attention", c.token_width), ("self_attention", None)):
-            module = CrossAttention(C, width, H, "einsum").to(on, half)
-            fused = CrossAttention(C, width, H, "sdpa").to(on, half)
-            fused.load_state_dict(module.state_dict())
-            op = getattr(ops, kind)
+def _draw(lab: Lab, *shape: int) -> Tensor:
+    return torch.randn(shape, device=lab.device, dtype=torch.bfloat16)
 
-            def ours(x, *context, op=op, module=module, H=H):
-                return op(x, *context, **module.weights(), heads=H, residual=True)
 
-            def inputs(width=width, features=features):
-                return [features()] + ([torch.randn(B, c.concepts, width, device=on, dtype=half)] if width else [])
+def _attention(lab: Lab, L: int, C: int) -> Iterator[Row]:
+    c, B = lab.config, lab.batch
+    for kind, width in (("cross_attention", c.token_width), ("self_attention", None)):
+        op = getattr(ops, kind)
+        module = CrossAttention(C, width, c.heads, "einsum").to(lab.device, torch.bfloat16)
+        fused = CrossAttention(C, width, c.heads, "sdpa").to(lab.device, torch.bfloat16)
+        fused.load_state_dict(module.state_dict())
 
-            every = {"ours": ours, "published": module, "sdpa": fused}
-            yield Row(f"{kind} {L}x{C}", every, inputs, module.parameters(), 2 * B * L * C * 2)
-        side, groups = int(L**0.5), c.groups
-        norm = nn.GroupNorm(groups, C).to(on, half)
+        def ours(x, *context, op=op, module=module):
+            return op(x, *context, **module.weights(), heads=c.heads, residual=True)
 
-        def maps(C=C, side=side) -> list[Tensor]:
-            x = torch.randn(B, C, side, side, device=on, dtype=half).to(memory_format=torch.channels_last)
-            return [x, *torch.randn(2, B, C, device=on, dtype=half)]
+        def inputs(width=width):
+            return [_draw(lab, B, L, C)] + ([_draw(lab, B, c.concepts, width)] if width else [])
 
-        def ours_norm(x, scale, shift, norm=norm):
-            return ops.group_norm(x, norm.weight, norm.bias, norm.num_groups, scale=scale, shift=shift, silu=True)
+        every = {"ours": ours, "published": module, "sdpa": fused}
+        yield Row(f"{kind} {L}x{C}", every, inputs, module.parameters(), 2 * B * L * C * 2)
 
-        def stock_norm(x, scale, shift, norm=norm):
-            return F.silu(norm(x) * (1 + scale[..., None, None]) + shift[..., None, None])
 
-        yield Row(f"group_norm {side}x{side}x{C}", {"ours": ours_norm, "published": stock_norm}, maps,
-                  norm.parameters(), 2 * B * L * C * 2)  # fmt: skip
-        bias = torch.randn(C, device=on, dtype=half, requires_grad=True)
+def _maps(lab: Lab, L: int, C: int) -> Iterator[Row]:
+    """What takes (B, C, H, W)."""
+    B, side = lab.batch, int(L**0.5)
+    norm = nn.GroupNorm(lab.config.groups, C).to(lab.device, torch.bfloat16)
+    bias, size = _draw(lab, C).requires_grad_(), 2 * B * L * C
 
-        def ours_sum(x, h, bias=bias):
-            return ops.residual_add(x, h, bias)
+    def one() -> Tensor:
+        return _draw(lab, B, C, side, side).to(memory_format=torch.channels_last)
 
-        def stock_sum(x, h, bias=bias):
-            return x + (h + bias[:, None, None])
+    def ours_norm(x, scale, shift):
+        return ops.group_norm(x, norm.weight, norm.bias, norm.num_groups, scale=scale, shift=shift, silu=True)
 
-        yield Row(f"residual_add {side}x{side}x{C}", {"ours": ours_sum, "published": stock_sum},
-                  lambda maps=maps: [maps()[0], maps()[0]], [bias], 3 * B * L * C * 2)  # fmt: skip
-        layer = nn.LayerNorm(C).to(on, half)
+    def stock_norm(x, scale, shift):
+        return F.silu(norm(x) * (1 + scale[..., None, None]) + shift[..., None, None])
 
-        def ours_layer_norm(x, layer=layer):
-            return ops.layer_norm(x, layer.weight, layer.bias, layer.eps)
+    at = f"{side}x{side}x{C}"
+    yield Row(f"group_norm {at}", {"ours": ours_norm, "published": stock_norm},
+              lambda: [one(), *_draw(lab, 2, B, C)], norm.parameters(), 2 * size)  # fmt: skip
+    sums = {"ours": lambda x, h: ops.residual_add(x, h, bias), "published": lambda x, h: x + (h + bias[:, None, None])}
+    yield Row(f"residual_add {at}", sums, lambda: [one(), one()], [bias], 3 * size)
+    for kind, stock in (("down", lambda x: F.avg_pool2d(x, 2)), ("up", lambda x: F.interpolate(x, scale_factor=2))):
+        every = {"ours": lambda x, kind=kind: ops.resample(x, kind), "published": stock}
+        yield Row(f"resample {kind} {at}", every, lambda: [one()], (), 5 * size // (4 if kind == "down" else 1))
 
-        yield Row(f"layer_norm {L}x{C}", {"ours": ours_layer_norm, "published": layer}, lambda f=features: [f()],
-                  layer.parameters(), 2 * B * L * C * 2)  # fmt: skip
-        inner = c.feedforward * C
 
-        def stock_geglu(x):
-            h, g = x.chunk(2, dim=-1)
-            return h * F.gelu(g)
+def _sequences(lab: Lab, L: int, C: int) -> Iterator[Row]:
+    """What takes (B, L, C), or a matrix."""
+    B, inner = lab.batch, lab.config.feedforward * C
+    layer = nn.LayerNorm(C).to(lab.device, torch.bfloat16)
+    first, second = (nn.Linear(*io).to(lab.device, torch.bfloat16) for io in ((C, 2 * inner), (inner, C)))
 
-        yield Row(
-            f"geglu {L}x{inner}",
-            {"ours": ops.geglu, "published": stock_geglu},
-            lambda L=L, inner=inner: [torch.randn(B, L, 2 * inner, device=on, dtype=half)],
-            (),
-            3 * B * L * inner * 2,
-        )
-        for kind, stock in (("down", lambda x: F.avg_pool2d(x, 2)), ("up", lambda x: F.interpolate(x, scale_factor=2))):
-            yield Row(
-                f"resample {kind} {side}x{side}x{C}",
-                {"ours": lambda x, kind=kind: ops.resample(x, kind), "published": stock},
-                lambda maps=maps: maps()[:1],
-                (),
-                (5 * B * L * C * 2) // (4 if kind == "down" else 1),
-            )
-        first, second = nn.Linear(C, 2 * inner).to(on, half), nn.Linear(inner, C).to(on, half)
+    def stock_geglu(x):
+        h, g = x.chunk(2, dim=-1)
+        return h * F.gelu(g)
 
-        def ours_feed_forward(x, first=first, second=second, layer=layer):
-            norm = {"norm_weight": layer.weight, "norm_bias": layer.bias}
-            h = ops.projection(x, first.weight, first.bias, gated=True, **norm)
-            return ops.projection(h, second.weight, second.bias, residual=x)
+    def ours_layer_norm(x):
+        return ops.layer_norm(x, layer.weight, layer.bias, layer.eps)
 
-        def stock_feed_forward(x, first=first, second=second, layer=layer):
-            return x + second(stock_geglu(first(layer(x))))
+    def ours_feed_forward(x):
+        norm = {"norm_weight": layer.weight, "norm_bias": layer.bias}
+        h = ops.projection(x, first.weight, first.bias, gated=True, **norm)
+        return ops.projection(h, second.weight, second.bias, residual=x)
 
-        def single_feed_forward(x, first=first, second=second, layer=layer):
-            return x + second(ops.geglu(first(ops.layer_norm(x, layer.weight, layer.bias))))
+    def inputs() -> list[Tensor]:
+        return [_draw(lab, B, L, C)]
 
-        every = {"ours": ours_feed_forward, "published": stock_feed_forward, "single ops": single_feed_forward}
-        yield Row(f"feed-forward {L}x{C}", every, lambda f=features: [f()],
-                  (*first.parameters(), *second.parameters()), 2 * B * L * C * 2)  # fmt: skip
-        yield Row(
-            f"column_sum {B * L}x{C}",
-            {"ours": ops.column_sum, "published": lambda x: x.sum(0)},
-            lambda L=L, C=C: [torch.randn(B * L, C, device=on, dtype=half)],
-            (),
-            B * L * C * 2,
-        )
-    bank = published.Bank(c).to(on, half)
+    feed_forward = {
+        "ours": ours_feed_forward,
+        "published": lambda x: x + second(stock_geglu(first(layer(x)))),
+        "single ops": lambda x: x + second(ops.geglu(first(ours_layer_norm(x)))),
+    }
+    learnt, size = (*first.parameters(), *second.parameters()), 2 * B * L * C
+    yield Row(
+        f"layer_norm {L}x{C}", {"ours": ours_layer_norm, "published": layer}, inputs, layer.parameters(), 2 * size
+    )
+    yield Row(f"geglu {L}x{inner}", {"ours": ops.geglu, "published": stock_geglu},
+              lambda: [_draw(lab, B, L, 2 * inner)], (), 3 * B * L * inner * 2)  # fmt: skip
+    yield Row(f"feed-forward {L}x{C}", feed_forward, inputs, learnt, 2 * size)
+    yield Row(f"column_sum {B * L}x{C}", {"ours": ops.column_sum, "published": lambda x: x.sum(0)},
+              lambda: [_draw(lab, B * L, C)], (), size)  # fmt: skip
+
+
+def _bank(lab: Lab) -> Row:
+    c, B = lab.config, lab.batch
+    bank = published.Bank(c).to(lab.device, torch.bfloat16)
     stacked = [[torch.stack([getattr(m[i], n).detach() for m in bank]).requires_grad_() for i in (0, 2, 4)]
                for n in ("weight", "bias")]  # fmt: skip
     size = sum(t.numel() for t in (*stacked[0], *stacked[1]))
-    yield Row("mlp_bank", {"ours": lambda s: ops.mlp_bank(s, *stacked), "published": bank},
-              lambda: [torch.randn(B, c.concepts, device=on, dtype=half)], (*stacked[0], *stacked[1]),
-              2 * (size + B * c.concepts * (1 + c.token_width)))  # fmt: skip
+    return Row("mlp_bank", {"ours": lambda s: ops.mlp_bank(s, *stacked), "published": bank},
+               lambda: [_draw(lab, B, c.concepts)], (*stacked[0], *stacked[1]),
+               2 * (size + B * c.concepts * (1 + c.token_width)))  # fmt: skip
 
 
 def time_row(lab: Lab, row: Row, form: Form) -> dict[str, float]:

@@ -146,10 +146,10 @@ def measure(lab: Lab, names: tuple[str, ...], end: float, until: float, ready: C
         run.begin(latents, scaling_factor)
     ready()
     seconds = max(3.0, end - time.monotonic())
-    train(lab, runs, seconds)
+    trained = train(lab, runs, seconds)
     for run in runs:
-        run.found |= {"seconds": seconds, "steps": run.training.step}
-        run.found["images_per_s"] = run.training.step * run.training.config.batch_size / seconds
+        run.found |= {"seconds": trained, "steps": run.training.step}
+        run.found["images_per_s"] = run.training.step * run.training.config.batch_size / trained
         run.save()
         run.score("final", jobs=4)
     found["runs"] = {run.name: run.found for run in runs}
@@ -163,8 +163,8 @@ def measure(lab: Lab, names: tuple[str, ...], end: float, until: float, ready: C
     return found
 
 
-def train(lab: Lab, runs: list[Run], seconds: float) -> None:
-    """All of them in turns for so many seconds, without those in which codes are taken."""
+def train(lab: Lab, runs: list[Run], seconds: float) -> float:
+    """All of them in turns for so many seconds, without those in which codes are taken; how many it were."""
     marks = [0.5] if lab.cpu else list(MARKS)
     began, now = time.monotonic(), 0.0
     while now < seconds and all(run.finite for run in runs):
@@ -177,6 +177,7 @@ def train(lab: Lab, runs: list[Run], seconds: float) -> None:
                 run.save()
             began += time.monotonic() - before
         now = time.monotonic() - began
+    return now
 
 
 @torch.no_grad()

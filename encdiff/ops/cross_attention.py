@@ -234,7 +234,7 @@ def _triton_reasons(
 def _triton_doubts(x, context, w_q, *weights, heads, token_bias=None, maps=None, **_) -> list[str]:
     """Of heads as wide as Stable Diffusion's (docs/results/h200/run4/prompts.json)."""
     stock = x.is_cuda and w_q.shape[0] // heads > 32 and token_bias is None and maps is None
-    return interpreted(x) + ["heads are wider than 32, where PyTorch's fused attention is as fast or faster"] * stock
+    return interpreted(x) + ["heads are wider than 32, where PyTorch's fused attention is mostly faster"] * stock
 
 
 def _transposed_doubts(x, context, w_q, *weights, heads, **_) -> list[str]:
