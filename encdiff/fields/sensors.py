@@ -1,0 +1,106 @@
+"""What was measured: where, which channels, how exactly, and when."""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from encdiff.errors import InputError
+from encdiff.fields.grid import Grid
+
+
+@dataclass(frozen=True)
+class Sensors:
+    """S measurements of a field's C channels.
+
+    Attributes:
+        points: float64 (S, 2), x and y in the units of the grid's domain.
+        values: float64 (S, C) in the field's units; NaN: this channel is not measured there.
+        sigma: float64 (S, C), the standard deviation of each value's noise; 0: exact.
+        times: float64 (S,), when each was measured; None: all at the time of the field.
+        lines: int64 (S,), the line of the file that each is from, for errors.
+        source: the file's name, for errors.
+    """
+
+    points: np.ndarray
+    values: np.ndarray
+    sigma: np.ndarray
+    times: np.ndarray | None = None
+    lines: np.ndarray | None = None
+    source: str = "sensors"
+
+    @classmethod
+    def of(cls, points, values, sigma=0.0, times=None) -> "Sensors":
+        """From arrays, or what becomes one: points (S, 2), values (S,) or (S, C), sigma and times of a shape that fits.
+
+        Raises InputError for shapes that do not fit.
+        """
+        points, values = (np.asarray(a, dtype=np.float64) for a in (points, values))
+        values = values[:, None] if values.ndim == 1 else values
+        if points.ndim != 2 or points.shape[1] != 2 or values.ndim != 2 or len(values) != len(points):
+            raise InputError(f"points {points.shape} and values {values.shape} must be (S, 2) and (S, C)")
+        try:
+            sigma = np.broadcast_to(np.asarray(sigma, dtype=np.float64), values.shape).copy()
+            times = None if times is None else np.broadcast_to(np.asarray(times, float), len(points)).copy()
+        except ValueError:
+            raise InputError(f"sigma and times must be numbers, or fit values {values.shape}") from None
+        return cls(points, values, sigma, times)
+
+    def __len__(self) -> int:
+        return len(self.points)
+
+    def select(self, which: np.ndarray) -> "Sensors":
+        """Those of a mask or of indices (S',)."""
+        parts = {name: getattr(self, name) for name in ("points", "values", "sigma", "times", "lines")}
+        return replace(self, **{name: None if part is None else part[which] for name, part in parts.items()})
+
+    def until(self, time: float) -> "Sensors":
+        """Those measured at that time or before; InputError where there are none."""
+        if self.times is None:
+            return self
+        if not (found := self.times <= time).any():
+            raise InputError(f"time is {time:g}, before the first of {self.source} at {self.times.min():g}")
+        return self.select(found)
+
+    def check(self, grid: Grid) -> None:
+        """InputError, naming the first at fault, unless these are measurements of a field on this grid."""
+        channels = len(grid.channels)
+        if not len(self):
+            raise InputError(f"{self.source}: holds no sensors, must hold at least one")
+        if self.values.shape[1] != channels:
+            raise InputError(
+                f"{self.source}: has values of {self.values.shape[1]} channels, must be {channels}: "
+                + ", ".join(grid.channels)
+            )
+        x0, x1, y0, y1 = grid.domain
+        for axis, name, low, high in ((0, "x", x0, x1), (1, "y", y0, y1)):
+            at = self.points[:, axis]
+            why = f"must lie in {low:g} to {high:g}; are the units those of the model's domain?"
+            self._refuse(
+                ~((at >= low) & (at <= high)), lambda s, at=at, name=name, why=why: f"{name} is {at[s]:g}, {why}"
+            )
+        measured = ~np.isnan(self.values)
+        self._refuse(~measured.any(1), lambda s: "has no value, must have one of at least one channel")
+        self._refuse(np.isinf(self.values).any(1), lambda s: "has an infinite value, must be finite")
+        wrong = measured & ~((self.sigma >= 0) & np.isfinite(self.sigma))
+        self._refuse(wrong.any(1), lambda s: f"sigma is {self.sigma[s][wrong[s]][0]:g}, must be 0 or more")
+        if self.times is not None:
+            self._refuse(~np.isfinite(self.times), lambda s: f"t is {self.times[s]:g}, must be finite")
+        self._refuse_contradictions(measured)
+
+    def _refuse_contradictions(self, measured: np.ndarray) -> None:
+        """Two exact values of one channel at one place and time must be one."""
+        times = np.zeros(len(self)) if self.times is None else self.times
+        for c in range(self.values.shape[1]):
+            exact = np.flatnonzero(measured[:, c] & (self.sigma[:, c] == 0))
+            order = exact[np.lexsort((times[exact], *self.points[exact].T))]
+            here, there = order[:-1], order[1:]
+            same = (self.points[here] == self.points[there]).all(1) & (times[here] == times[there])
+            bad = np.zeros(len(self), dtype=bool)
+            bad[there[same & (self.values[here, c] != self.values[there, c])]] = True
+            self._refuse(bad, lambda s, c=c: f"{self.values[s, c]:g} differs from another exact value at its place")
+
+    def _refuse(self, wrong: np.ndarray, said) -> None:
+        if wrong.any():
+            s = int(np.argmax(wrong))
+            place = f"line {self.lines[s]}" if self.lines is not None else f"sensor {s}"
+            raise InputError(f"{self.source}, {place}: {said(s)}")
