@@ -62,11 +62,14 @@ def gaussian_field(rng: np.random.Generator, size: int, alpha: float, tau: float
 def solve(permeability: np.ndarray, source: float | np.ndarray = 1.0) -> np.ndarray:
     """The pressure, float64 (H, W), that a source, one number or (H, W), gives with a permeability (H, W).
 
-    InputError for a permeability that is not above 0 and finite everywhere.
+    InputError for a permeability that is not above 0 and finite everywhere, of less than 2 x 2 pixels, or of another
+    shape than the source.
     """
     a = np.asarray(permeability, dtype=np.float64)
-    if a.ndim != 2 or not a.size or not (np.isfinite(a) & (a > 0)).all():
-        raise InputError(f"permeability {a.shape} must be (H, W) of finite numbers above 0")
+    if a.ndim != 2 or min(a.shape) < 2 or not (np.isfinite(a) & (a > 0)).all():
+        raise InputError(f"permeability {a.shape} must be (H, W), 2 or more each, of finite numbers above 0")
+    if np.shape(source) not in ((), a.shape) or not np.isfinite(source).all():
+        raise InputError(f"source {np.shape(source)} must be finite, one number or {a.shape}")
     height, width = a.shape
     # through a face flows its conductance times the difference of pressures: a (length of face) / (distance)
     across, up = a * width / height, a * height / width

@@ -76,7 +76,7 @@ class FieldData(ABC):
         order, inverse = np.unique(self._check_indices(indices), return_inverse=True)
         with np.errstate(over="ignore"):
             fields = np.asarray(self._read(order), dtype=np.float32)
-        bad = ~np.isfinite(fields).reshape(len(order), -1).all(1)
+        bad = ~np.isfinite(fields).all(axis=tuple(range(1, fields.ndim)))
         if bad.any():
             raise InputError(f"{self.name}: sample {order[bad][0]} holds NaN or infinity, must hold finite numbers")
         return fields[inverse]
