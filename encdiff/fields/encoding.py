@@ -21,7 +21,9 @@ class ConditionEncoder(nn.Module):
         width: D.
     """
 
-    def __init__(self, fields: int, masks: int, rows: int, columns: int, patch: int, width: int, depth: int, heads: int):
+    def __init__(
+        self, fields: int, masks: int, rows: int, columns: int, patch: int, width: int, depth: int, heads: int
+    ):
         super().__init__()
         self.fields = Conv2d(fields, width, patch, stride=patch)
         self.masks = zero_init(Conv2d(masks, 2 * width, patch, stride=patch))

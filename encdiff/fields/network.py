@@ -39,9 +39,11 @@ class FieldNetwork(nn.Module):
         here = told if c.condition == "input" else count * (c.condition == "tokens")
         entering = (here if c.objective == "regression" else count + here) * c.patch**2
         import os
+
         self.pos = int(os.environ.get("POS", "0"))
         if self.pos:
             from encdiff.fields.encoding import sine_positions
+
             n = c.height // c.patch
             self.register_buffer("p", sine_positions(n, n, self.pos).T.reshape(1, self.pos, n, n), persistent=False)
         entering += self.pos

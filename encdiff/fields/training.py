@@ -23,6 +23,8 @@ from encdiff.ops.philox import normal
 from encdiff.training.descent import Descent
 from encdiff.training.loop import fit
 
+SENSORS = 1 << 62  # in the key of the sensors' noise, which is another than the field's
+
 
 class Drawn(NamedTuple):
     """Where the sensors of a batch lie and what they measure, before any value is read."""
@@ -106,7 +108,7 @@ class FieldTraining(Descent):
         b, t, c, h, w = fields.shape
         place = (drawn.frame[:, None] - drawn.age) * (h * w) + drawn.nearest  # (B, H W), in time and space
         read = fields.transpose(1, 2).reshape(b, c, t * h * w).gather(2, place[:, None].expand(-1, c, -1))
-        noise = normal((b, c, h * w), seed, sample_ids, draw, stream=2)
+        noise = normal((b, c, h * w), seed ^ SENSORS, sample_ids, draw)
         noise = noise.gather(2, drawn.nearest[:, None].expand(-1, c, -1))
         level, told = drawn.noise[:, None, None], drawn.measured[:, :, None].expand(-1, -1, h * w)
         own = (drawn.nearest == torch.arange(h * w, device=fields.device)) & (drawn.age == 0)

@@ -117,7 +117,9 @@ class UNet(nn.Module):
                     layers.append(resampled(c, "up"))
                 self.output_blocks.append(Stage(layers))
 
-        self.out = nn.Sequential(nn.GroupNorm(groups, c), nn.SiLU(), zero_init(Conv2d(c, out_channels or channels, 3, padding=1)))
+        self.out = nn.Sequential(
+            nn.GroupNorm(groups, c), nn.SiLU(), zero_init(Conv2d(c, out_channels or channels, 3, padding=1))
+        )
         # plain lists, not modules of a second name
         self.res_blocks = [module for module in self.modules() if isinstance(module, ResBlock)]
         self.attending = [module for module in self.modules() if isinstance(module, TransformerBlock)]

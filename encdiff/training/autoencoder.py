@@ -106,7 +106,9 @@ class AutoencoderTraining:
     def begin(self, images: Tensor) -> None:
         """Draw the codes from the latents of uint8 images (B,S,S,3), if `fit_codebook`."""
         if self.config.fit_codebook:
-            self.model.quantize.fit(self.model.encode(to_float(images).to(self.device)), step_generator(self.config.seed, 0))
+            self.model.quantize.fit(
+                self.model.encode(to_float(images).to(self.device)), step_generator(self.config.seed, 0)
+            )
 
     def prepare(self, batches: Batches) -> None:
         pass
