@@ -63,10 +63,11 @@ def render(
 
 def info(data: Fields) -> None:
     """What a file of fields is. Grid, times, the channels' ranges, and the fingerprint that runs store."""
+    from encdiff.data import describe
     from encdiff.fields.formats import open_fields
 
     fields = open_fields(data)
-    found, grid = fields.describe(), fields.grid
+    found, grid = describe(fields), fields.grid
     several = "" if fields.times is None else f" of {len(fields.times)} frames"
     x0, x1, y0, y1 = grid.domain
     say(f"{found['name']}: {len(fields):,} samples{several} of {grid.height}x{grid.width}")

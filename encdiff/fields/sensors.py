@@ -34,12 +34,13 @@ class Sensors:
 
         Raises InputError for shapes that do not fit.
         """
-        points, values = (np.asarray(a, dtype=np.float64) for a in (points, values))
-        values = values[:, None] if values.ndim == 1 else values
+        points, values, sigma = (np.asarray(a, dtype=np.float64) for a in (points, values, sigma))
+        if values.ndim == 1:
+            values, sigma = values[:, None], sigma[..., None]
         if points.ndim != 2 or points.shape[1] != 2 or values.ndim != 2 or len(values) != len(points):
             raise InputError(f"points {points.shape} and values {values.shape} must be (S, 2) and (S, C)")
         try:
-            sigma = np.broadcast_to(np.asarray(sigma, dtype=np.float64), values.shape).copy()
+            sigma = np.broadcast_to(sigma, values.shape).copy()
             times = None if times is None else np.broadcast_to(np.asarray(times, float), len(points)).copy()
         except ValueError:
             raise InputError(f"sigma and times must be numbers, or fit values {values.shape}") from None

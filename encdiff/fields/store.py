@@ -7,17 +7,17 @@ kind, channels, domain, periodic, times, seed and settings.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import h5py
 import numpy as np
+import torch
 
 from encdiff.data.hdf5 import open_h5, own_array
 from encdiff.errors import InputError
@@ -26,7 +26,7 @@ from encdiff.files.reading import damage, parse_json
 
 FORMAT, VERSION = "encdiff-fields", 1
 FIELDS, DONE, ABOUT = "fields", "done", "about"
-PROBES, MOST, CHUNK = 8, 2000, 2**26  # samples of a fingerprint, of statistics; bytes read at once for these
+MOST, CHUNK = 2000, 2**26  # samples of statistics; bytes read at once for these
 Indices = Sequence[int] | np.ndarray  # (n,) integers
 
 
@@ -50,6 +50,8 @@ class FieldData(ABC):
     name: str
     spec: str | None = None  # what `open_fields` opens it by, from any folder
     times: np.ndarray | None = None  # float64 (T,); None: samples are single fields
+    images_per_chunk = 1
+    sample_dtype: ClassVar[torch.dtype] = torch.float32
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -108,18 +110,14 @@ class FieldData(ABC):
             count, low, high = count + new, np.minimum(low, fields.min(1)), np.maximum(high, fields.max(1))
         return Summary(mean, np.sqrt(square / count), low, high, len(chosen))
 
-    def describe(self) -> dict[str, Any]:
-        """What tells whether two data sets are one: name, grid, count, a SHA-256 over 8 evenly spaced samples."""
-        probes = self.read(np.linspace(0, len(self) - 1, PROBES).astype(np.int64))
+    def about(self) -> dict[str, Any]:
+        """The grid and the times: what `encdiff.data.describe` says beside name, number and content."""
         return {
-            "name": self.name,
-            "samples": len(self),
             "channels": list(self.grid.channels),
             "size": [self.grid.height, self.grid.width],
             "domain": list(self.grid.domain),
             "periodic": self.grid.periodic,
             "times": None if self.times is None else self.times.tolist(),
-            "sha256": hashlib.sha256(np.ascontiguousarray(probes).astype("<f4").tobytes()).hexdigest(),
         }
 
     def _check_indices(self, indices: Indices) -> np.ndarray:
