@@ -5,6 +5,7 @@ import pytest
 from typer.testing import CliRunner
 
 from encdiff.cli.fields import fields_app
+from encdiff.data import describe
 from encdiff.errors import InputError
 from encdiff.fields.equations import samples
 from encdiff.fields.formats import open_fields
@@ -26,7 +27,7 @@ def test_render_and_info(tmp_path):
     mean, std = fields[:, 1].astype(float).mean(), fields[:, 1].astype(float).std()
     least, greatest = fields[:, 1].min(), fields[:, 1].max()
     assert ["pressure", *(f"{value:.4g}" for value in (mean, std, least, greatest))] in rows
-    assert open_fields(path).describe()["sha256"] in text and "drawn at random" not in text
+    assert describe(open_fields(path))["sha256"] in text and "drawn at random" not in text
 
 
 def test_options_of_the_flow(tmp_path):

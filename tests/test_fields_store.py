@@ -8,6 +8,7 @@ import h5py
 import numpy as np
 import pytest
 
+from encdiff.data import describe
 from encdiff.errors import InputError, Stopped
 from encdiff.fields import equations, rendering
 from encdiff.fields.darcy import Darcy
@@ -123,6 +124,17 @@ def test_a_partial_file_that_is_none_of_ours(tmp_path):
     assert (tmp_path / "darcy.h5.partial").read_text() == "mine"
 
 
+@pytest.mark.parametrize(
+    "change", [{"fields": None}, {"done": None}, {"done": np.zeros(1)}, {"done": np.int64(10)}, {"done": np.int64(-1)}]
+)
+def test_a_partial_file_that_is_damaged(tmp_path, small, change):
+    with pytest.raises(Stopped):
+        render(tmp_path / "darcy.h5", "darcy", 8, 9, processes=1, progress=stop_after(3))
+    rewrite(tmp_path / "darcy.h5.partial", **change)
+    with pytest.raises(InputError, match="darcy.h5.partial: is damaged; delete it to begin anew"):
+        render(tmp_path / "darcy.h5", "darcy", 8, 9, processes=1)
+
+
 def test_one_process_writes_at_a_time(tmp_path, small):
     with pytest.raises(Stopped):
         render(tmp_path / "darcy.h5", "darcy", 8, 9, processes=1, progress=stop_after(3))
@@ -224,11 +236,11 @@ def test_statistics_of_what_varies_little(tmp_path):
 
 
 def test_fingerprints(darcy, tmp_path):
-    found = open_fields(darcy).describe()
-    assert (found["samples"], found["channels"], found["size"]) == (9, ["permeability", "pressure"], [8, 8])
-    assert found == json.loads(json.dumps(open_fields(darcy).describe()))
+    found = describe(open_fields(darcy))
+    assert (found["images"], found["channels"], found["size"]) == (9, ["permeability", "pressure"], [8, 8])
+    assert found == json.loads(json.dumps(describe(open_fields(darcy))))
     render(tmp_path / "other.h5", "darcy", 8, 9, seed=4, processes=1)
-    assert open_fields(tmp_path / "other.h5").describe()["sha256"] != found["sha256"]
+    assert describe(open_fields(tmp_path / "other.h5"))["sha256"] != found["sha256"]
 
 
 # ---- files that are not what they should be

@@ -21,7 +21,7 @@ from encdiff.data.npz import VERSIONS, Header, open_zip, read_header
 from encdiff.errors import InputError
 from encdiff.fields.grid import Grid
 from encdiff.fields.pdebench import open_pdebench
-from encdiff.fields.store import ArrayFields, FieldData, Source, StoredFields, is_stored
+from encdiff.fields.store import ArrayFields, FieldData, NamedAxes, StoredFields, is_stored
 from encdiff.files.reading import damage, refuse_special
 
 ACCEPTED = (
@@ -113,7 +113,7 @@ def _open_npy(path: Path) -> FieldData:
     if channels > LEVELS:
         raise InputError(f"{path}: has {channels} channels, must have at most {LEVELS}: is it (n, C, H, W)?")
     names = [path.stem] if array.ndim == 3 else [f"channel{c}" for c in range(channels)]
-    return _arrays(path, [Source(array, layout)], names)
+    return _arrays(path, [NamedAxes(array, layout)], names)
 
 
 def _open_folder(path: Path) -> FieldData:
@@ -137,7 +137,7 @@ def _open_npz(path: Path) -> FieldData:
 def _channels(path: Path, arrays: dict[str, np.ndarray], kind: str) -> FieldData:
     """Of one array for each channel."""
     _check_channels(path, {name: array.shape for name, array in arrays.items()}, kind)
-    return _arrays(path, [Source(array, "nyx") for array in arrays.values()], list(arrays))
+    return _arrays(path, [NamedAxes(array, "nyx") for array in arrays.values()], list(arrays))
 
 
 def _check_channels(path: Path, shapes: dict[str, tuple[int, ...]], kind: str) -> None:
@@ -148,7 +148,7 @@ def _check_channels(path: Path, shapes: dict[str, tuple[int, ...]], kind: str) -
         raise InputError(f"{path}: holds {found}; must hold {kind} of one shape (n, H, W), one for each channel")
 
 
-def _arrays(path: Path, sources: list[Source], names: Sequence[str]) -> FieldData:
+def _arrays(path: Path, sources: list[NamedAxes], names: Sequence[str]) -> FieldData:
     first = sources[0]
     try:
         grid = Grid(tuple(names), first.length("y"), first.length("x"))

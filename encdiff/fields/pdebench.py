@@ -19,11 +19,12 @@ from encdiff.checked import LEVELS
 from encdiff.data.hdf5 import open_h5, own_array
 from encdiff.errors import InputError
 from encdiff.fields.grid import Grid
-from encdiff.fields.store import ArrayFields, FieldData, Source, increasing
+from encdiff.fields.store import ArrayFields, FieldData, NamedAxes, increasing
 from encdiff.files.reading import damage
 
 LONGEST = 2**20  # numbers of a coordinate
 MOST_GROUPS = 2**17
+Domain = tuple[float, float, float, float]
 FLOW = ("Vx", "Vy", "density", "pressure")
 MUST = f"must hold nu and tensor, {', '.join(FLOW)}, or groups of samples with data (T, H, W, C)"
 
@@ -97,7 +98,7 @@ class Groups(FieldData):
                 field[:] = source.arranged(source.array[()])
         return fields
 
-    def _sample(self, name: str) -> Source:
+    def _sample(self, name: str) -> NamedAxes:
         self._own_group(name)
         source = _source(self.path, self._file, f"{name}/data", "tyxc")
         if source.array.shape != getattr(self, "_shape", source.array.shape):
@@ -110,22 +111,22 @@ class Groups(FieldData):
                 raise InputError(f"{self.path}: {name} is no group of the file itself, must be one; {MUST}")
 
 
-def _source(path: Path, file: h5py.File, key: str, layout: str) -> Source:
+def _source(path: Path, file: h5py.File, key: str, layout: str) -> NamedAxes:
     array = own_array(path, file, key)
     if array is None or array.ndim != len(layout) or not array.size:
         found = "not there" if array is None else f"{array.dtype} {array.shape}"
         raise InputError(f"{path}: {key} is {found}; must be numbers ({', '.join(layout)})")
-    return Source(array, layout)
+    return NamedAxes(array, layout)
 
 
-def _grid(path: Path, channels: tuple[str, ...], source: Source, domain: tuple[float, ...]) -> Grid:
+def _grid(path: Path, channels: tuple[str, ...], source: NamedAxes, domain: Domain) -> Grid:
     try:
         return Grid(channels, source.length("y"), source.length("x"), domain)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
 
 
-def _domain(path: Path, file: h5py.File, x: str, y: str, width: int, height: int) -> tuple[float, ...]:
+def _domain(path: Path, file: h5py.File, x: str, y: str, width: int, height: int) -> Domain:
     return (*_ends(path, x, _coordinate(path, file, x), width), *_ends(path, y, _coordinate(path, file, y), height))
 
 

@@ -57,8 +57,8 @@ def render(
     if kind not in EQUATIONS:
         raise InputError(f"kind is {kind!r}, must be one of {', '.join(EQUATIONS)}")
     for name, value, low in (("count", count, 1), ("seed", seed, 0), ("processes", processes, 1)):
-        if value is not None and (not isinstance(value, int) or value < low):
-            raise InputError(f"{name} is {value!r}, must be an integer of at least {low}")
+        if not (value is None and name == "processes") and (not isinstance(value, int) or not low <= value < 2**31):
+            raise InputError(f"{name} is {value!r}, must be an integer of at least {low}, below 2^31")
     known = [field.name for field in dataclasses.fields(EQUATIONS[kind])]
     if unknown := [name for name in settings if name not in known]:
         raise InputError(f"{unknown[0]} is no setting of {kind}, must be one of {', '.join(known)}")
@@ -68,11 +68,11 @@ def render(
     if path.exists() and not overwrite:
         raise InputError(f"{path}: exists already; choose another name or overwrite it")
     partial = path.with_name(f"{path.name}.partial")
-    about = described(equation, kind, seed)
+    about, shape = described(equation, kind, seed), (count, *_sample_shape(equation))
     if not partial.exists():
         with atomic_path(partial) as temporary:
-            _create(temporary, about, (count, *_sample_shape(equation)))
-    with _opened(partial, about, count) as begun, errors_of(partial):
+            _create(temporary, about, shape)
+    with _opened(partial, about, shape) as begun, errors_of(partial):
         _fill(begun, equation, seed, processes or cpu_count(), progress)
         os.replace(partial, path)
 
@@ -125,25 +125,30 @@ def _create(path: Path, about: dict[str, Any], shape: tuple[int, ...]) -> None:
 
 
 @contextmanager
-def _opened(path: Path, about: dict[str, Any], count: int) -> Iterator[_Begun]:
+def _opened(path: Path, about: dict[str, Any], shape: tuple[int, ...]) -> Iterator[_Begun]:
     """The unfinished file, for this process alone; InputError where it was begun with other settings."""
     with open_h5(path) as file:
         before = read_about(path, file)
-        fields, done = (own_array(path, file, key) for key in (FIELDS, DONE))
-        if fields is None or done is None:
+        found = [own_array(path, file, key) for key in (FIELDS, DONE)]
+        arrays = [array for array in found if array is not None and not array.chunks]
+        if len(arrays) < 2 or not arrays[0].shape:
             raise InputError(f"{path}: is damaged; delete it to begin anew")
-        _refuse_others(path, before | {"count": len(fields)}, json.loads(json.dumps(about)) | {"count": count})
-        shape, places = fields.shape, (fields.id.get_offset(), done.id.get_offset())
+        _refuse_others(path, before | {"count": len(arrays[0])}, json.loads(json.dumps(about)) | {"count": shape[0]})
+        if [(array.shape, array.dtype.str) for array in arrays] != [(shape, "<f4"), ((), "<i8")]:
+            raise InputError(f"{path}: is damaged; delete it to begin anew")
+        places = [array.id.get_offset() for array in arrays]
     with open(path, "r+b", buffering=0) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise InputError(f"{path}: another process is writing it; wait until that has ended") from None
+        except OSError:  # not every network's file system has locks
+            pass
         yield _Begun(path, file.fileno(), shape, *places)
 
 
 def _refuse_others(path: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
-    flat = [{**about, **about.get("settings", {})} for about in (before, now)]
+    flat = [about | (about["settings"] if isinstance(about.get("settings"), dict) else {}) for about in (before, now)]
     changed = [key for key in flat[1] if key != "settings" and flat[0].get(key) != flat[1][key]]
     if changed:
         key = next((key for key in ("kind", "size", "count", "seed", "frames") if key in changed), changed[0])

@@ -50,7 +50,7 @@ class FieldData(ABC):
     name: str
     spec: str | None = None  # what `open_fields` opens it by, from any folder
     times: np.ndarray | None = None  # float64 (T,); None: samples are single fields
-    images_per_chunk = 1
+    images_per_chunk: int = 1  # how many samples are read, at least, to read one
     sample_dtype: ClassVar[torch.dtype] = torch.float32
 
     @abstractmethod
@@ -101,7 +101,8 @@ class FieldData(ABC):
             chosen = np.sort(np.random.default_rng(seed).choice(len(self), most, replace=False))
         step = max(1, CHUNK // (4 * math.prod(self.sample_shape)))
         parts = (self.read(chosen[start : start + step]) for start in range(0, len(chosen), step))
-        count, mean, square, low, high = 0, np.zeros(len(self.grid.channels)), 0.0, np.inf, -np.inf
+        mean, square, low, high = np.zeros((4, len(self.grid.channels)))
+        count, low, high = 0, low + np.inf, high - np.inf
         for fields in parts:  # deviations from means so far: sums of squares would lose what varies little
             fields = np.moveaxis(fields, -3, 0).reshape(len(mean), -1).astype(np.float64)
             new, here = fields.shape[1], fields.mean(1)
@@ -136,7 +137,12 @@ class Part(FieldData):
         if not 0 <= start < stop <= len(data):
             raise InputError(f"part {start}:{stop} of {data.name}: must lie in 0:{len(data)} and hold a sample")
         self.data, self.start, self.count = data, start, stop - start
-        self.grid, self.name, self.times = data.grid, data.name, data.times
+        self.grid, self.name, self.times, self.images_per_chunk = (
+            data.grid,
+            data.name,
+            data.times,
+            data.images_per_chunk,
+        )
         self.spec = None if data.spec is None else f"{data.spec}:{start}:{stop}"
 
     def __len__(self) -> int:
@@ -146,7 +152,7 @@ class Part(FieldData):
         return self.data._read(order + self.start)
 
 
-class Source(NamedTuple):
+class NamedAxes(NamedTuple):
     """An array of one or all channels, whose axes are named by letters: n, t, c, y, x, in any order that begins with n.
 
     Without n it is one sample.
@@ -173,8 +179,9 @@ class Source(NamedTuple):
 class ArrayFields(FieldData):
     """Fields whose channels lie in one or several arrays."""
 
-    def __init__(self, path: Path, sources: list[Source], grid: Grid, times: np.ndarray | None):
+    def __init__(self, path: Path, sources: list[NamedAxes], grid: Grid, times: np.ndarray | None):
         self.path, self.name, self.grid, self.times, self._sources = path, path.name, grid, times, sources
+        self.images_per_chunk = max((getattr(source.array, "chunks", None) or (1,))[0] for source in sources)
 
     def __len__(self) -> int:
         return self._sources[0].array.shape[0]
@@ -185,16 +192,18 @@ class ArrayFields(FieldData):
 
 
 class StoredFields(FieldData):
-    """A file that `render` wrote. InputError, naming it, where it is damaged, unfinished or of another format."""
+    """A file that `render` wrote. InputError, naming it, where it is damaged, unfinished or of another format.
+
+    `rendered` is what the file says of itself: kind, seed, settings and more.
+    """
 
     def __init__(self, path: Path):
         self.path, self.name, self.spec = path, path.name, str(path.resolve())
         file = open_h5(path)
         try:
-            self.about = read_about(path, file)
-            self.grid, self.times = grid_of(path, self.about)
-            self._fields, done = own_array(path, file, FIELDS), own_array(path, file, DONE)
-            self._check(self._fields, done)
+            self.rendered = read_about(path, file)
+            self.grid, self.times = grid_of(path, self.rendered)
+            self._fields = self._checked(own_array(path, file, FIELDS), own_array(path, file, DONE))
         except BaseException:
             file.close()  # else it stays open as long as the error is kept
             raise
@@ -206,13 +215,14 @@ class StoredFields(FieldData):
         with damage(f"{self.path}: cannot be read"):
             return read_runs(self._fields, order)
 
-    def _check(self, fields: h5py.Dataset | None, done: h5py.Dataset | None) -> None:
+    def _checked(self, fields: h5py.Dataset | None, done: h5py.Dataset | None) -> h5py.Dataset:
         must = "float32 (n, " + ", ".join(map(str, self.sample_shape)) + ")"
         if fields is None or fields.dtype != np.float32 or fields.shape[1:] != self.sample_shape or not len(fields):
             found = "none" if fields is None else f"{fields.dtype} {fields.shape}"
             raise InputError(f"{self.path}: fields are {found}, must be {must}")
         if done is None or done.shape != () or done[()] != len(fields):
             raise InputError(f"{self.path}: is unfinished, must hold {len(fields)} samples; render it again")
+        return fields
 
 
 def is_stored(path: Path) -> bool:
