@@ -5,6 +5,7 @@ import pickle
 import h5py
 import numpy as np
 import pytest
+from scipy.io import savemat
 
 from encdiff.errors import InputError
 from encdiff.fields.formats import open_fields
@@ -273,5 +274,8 @@ def test_other_files(tmp_path):
     (tmp_path / "a.txt").write_text("x,y,value\n")
     with pytest.raises(InputError, match=r"a\.txt: holds no fields .*; must be a file that `encdiff fields render`"):
         open_fields(tmp_path / "a.txt")
+    savemat(tmp_path / "a.mat", {"coeff": NU})
+    with pytest.raises(InputError, match=r"a\.mat: is a MATLAB file, must be .npy"):
+        open_fields(tmp_path / "a.mat")
     with pytest.raises(InputError, match="data 'nowhere': not found here; must be"):
         open_fields("nowhere")

@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+from concurrent.futures import BrokenExecutor
 
 import h5py
 import numpy as np
@@ -95,6 +96,17 @@ def test_what_was_being_written_when_a_process_was_killed_is_made_again(tmp_path
     assert path.read_bytes() == (tmp_path / "whole.h5").read_bytes()
 
 
+def test_a_process_that_is_killed_is_told_of(tmp_path, small, monkeypatch):
+    def killed(equation, seed, start, stop):  # as joblib raises it
+        if start == 4:
+            raise BrokenExecutor("a worker was killed")
+        return samples(equation, seed, start, stop)
+
+    monkeypatch.setattr(rendering, "samples", killed)
+    with pytest.raises(OSError, match=r"darcy.h5.partial: a process was killed, .*; 4 of 9 samples are kept"):
+        render(tmp_path / "darcy.h5", "darcy", 8, 9, processes=1)
+
+
 @pytest.mark.parametrize(
     "change, words",
     [
@@ -152,6 +164,13 @@ def test_a_full_disk_is_met_before_anything_is_solved(tmp_path, monkeypatch):
     monkeypatch.setattr(rendering, "samples", lambda *_: pytest.fail("solved"))
     with pytest.raises(OSError, match=r"No space left on device: '.*darcy.h5.partial'"):
         render(tmp_path / "darcy.h5", "darcy", 8, 1, processes=1)
+    assert not list(tmp_path.iterdir())
+
+
+def test_more_than_the_disk_holds(tmp_path):
+    """HDF5 would end the process."""
+    with pytest.raises(OSError, match=r"needs .* GiB of disk, .* are free: '.*darcy.h5.partial'"):
+        render(tmp_path / "darcy.h5", "darcy", 1024, 2**31 - 1, processes=1)
     assert not list(tmp_path.iterdir())
 
 

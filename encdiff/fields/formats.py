@@ -6,6 +6,7 @@ lie are taken to fill the unit square, and none but ours says whether its domain
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import zipfile
@@ -24,6 +25,7 @@ from encdiff.fields.pdebench import open_pdebench
 from encdiff.fields.store import ArrayFields, FieldData, NamedAxes, StoredFields, is_stored
 from encdiff.files.reading import damage, refuse_special
 
+NPY = b"\x93NUMPY"
 ACCEPTED = (
     "must be a file that `encdiff fields render` wrote; an HDF5 file of PDEBench; an .npy file (n, C, H, W), "
     "(n, T, C, H, W) or (n, H, W); or an .npz file, or a folder of .npy files, of one (n, H, W) for each channel"
@@ -63,11 +65,15 @@ def open_path(path: Path) -> FieldData:
     refuse_special(path)
     if path.is_dir():
         return _open_folder(path)
+    if _begins(path, b"MATLAB"):
+        raise InputError(
+            f"{path}: is a MATLAB file, must be .npy: numpy.save arrays (n, H, W), one file for each channel"
+        )
     if h5py.is_hdf5(path):
         return StoredFields(path) if is_stored(path) else open_pdebench(path)
     if zipfile.is_zipfile(path):
         return _open_npz(path)
-    if _is_npy(path):
+    if _begins(path, NPY):
         return _open_npy(path)
     raise InputError(f"{path}: holds no fields (perhaps truncated); {ACCEPTED}")
 
@@ -78,9 +84,9 @@ def _candidate(name: str) -> Path | None:
     return next((path for path in places if path.exists()), None)
 
 
-def _is_npy(path: Path) -> bool:
+def _begins(path: Path, magic: bytes) -> bool:
     with path.open("rb") as file:
-        return file.read(6) == b"\x93NUMPY"
+        return file.read(len(magic)) == magic
 
 
 def map_npy(path: Path) -> np.ndarray:
@@ -90,8 +96,7 @@ def map_npy(path: Path) -> np.ndarray:
         start, size = file.tell(), path.stat().st_size
     header = Header(shape, dtype, fortran, start)
     _check_header(path, path.name, header)
-    # in whole numbers of Python's, which do not overflow
-    need = start + int(np.prod(np.array(shape, dtype=object))) * dtype.itemsize
+    need = start + math.prod(shape) * dtype.itemsize
     if need != size:
         raise InputError(f"{path}: declares {need} bytes and holds {size}; it is truncated or damaged, copy it again")
     return np.memmap(path, dtype, "r", start, shape, "F" if fortran else "C")
@@ -118,7 +123,7 @@ def _open_npy(path: Path) -> FieldData:
 
 def _open_folder(path: Path) -> FieldData:
     files = sorted(file for file in path.iterdir() if file.is_file() and not file.name.startswith("."))
-    files = [file for file in files if _is_npy(file)]
+    files = [file for file in files if _begins(file, NPY)]
     return _channels(path, {file.stem: map_npy(file) for file in files[: LEVELS + 1]}, ".npy files")
 
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import fcntl
 import json
+import math
 import os
+import shutil
 from collections.abc import Callable, Iterator
+from concurrent.futures import BrokenExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +28,7 @@ from encdiff.fields.vorticity import Vorticity
 from encdiff.files.temporaries import atomic_path, errors_of
 
 BATCH = 2**18  # numbers that a process hands over at once: some tenths of a second of work
+RESERVE = 2**20  # bytes of disk for HDF5's own structures
 Progress = Callable[[int, int], None]  # called with (done, total)
 
 
@@ -51,7 +56,7 @@ def render(
         overwrite: replace an existing file.
 
     Raises InputError for impossible settings, an existing file, and where `path.partial` was begun with other settings
-    or is being written by another process; OSError, naming the file, for a full disk.
+    or is being written by another process; OSError, naming the file, for a full disk and where a process was killed.
     """
     path = Path(path)
     if kind not in EQUATIONS:
@@ -111,6 +116,9 @@ def _create(path: Path, about: dict[str, Any], shape: tuple[int, ...]) -> None:
     They are written beside HDF5, at the place that it gave them: a process that is killed leaves the file as sound as
     it was, and on a full disk there is an error in place of HDF5's end of the process.
     """
+    need, free = 4 * math.prod(shape) + RESERVE, shutil.disk_usage(path.parent).free
+    if need > free:
+        raise OSError(errno.ENOSPC, f"needs {need / 2**30:.1f} GiB of disk, {free / 2**30:.1f} are free")
     with h5py.File(path, "w") as file:
         write_about(file, about)
         layout = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
@@ -160,7 +168,7 @@ def _refuse_others(path: Path, before: dict[str, Any], now: dict[str, Any]) -> N
 
 def _fill(begun: _Begun, equation: Darcy | Vorticity, seed: int, processes: int, progress: Progress | None) -> None:
     """Write the samples that are missing."""
-    total, size = begun.shape[0], int(np.prod(begun.shape[1:]))
+    total, size = begun.shape[0], math.prod(begun.shape[1:])
     done = first = int.from_bytes(os.pread(begun.file, 8, begun.done), "little")
     if not 0 <= done <= total:
         raise InputError(f"{begun.path}: is damaged; delete it to begin anew")
@@ -178,9 +186,13 @@ def _fill(begun: _Begun, equation: Darcy | Vorticity, seed: int, processes: int,
             if progress:
                 progress(done, total)
     except KeyboardInterrupt:
-        raise Stopped(
-            f"{begun.path}: stopped; {done:,} of {total:,} samples are kept, the same command goes on from there"
-        ) from None
+        raise Stopped(f"{begun.path}: stopped; {_kept(done, total)}") from None
+    except BrokenExecutor:
+        raise OSError(f"a process was killed, perhaps for want of memory; {_kept(done, total)}") from None
+
+
+def _kept(done: int, total: int) -> str:
+    return f"{done:,} of {total:,} samples are kept, the same command goes on from there"
 
 
 def _write(file: int, array: np.ndarray, place: int) -> None:

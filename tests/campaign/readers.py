@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import h5py
 import lmdb
 import numpy as np
 import torch
@@ -21,6 +22,8 @@ from encdiff.data.shapes3d import write_shapes3d
 from encdiff.edit import Edit, uce
 from encdiff.evaluation import Direction, evaluate_codes, load_direction
 from encdiff.experiments.phases import seconds_per_step
+from encdiff.fields.formats import open_fields
+from encdiff.fields.rendering import render
 from encdiff.files.checkpoint import load_tensors, save_tensors, step_of
 from encdiff.models.autoencoder import VQAutoencoder
 from encdiff.prior import DiffusionPrior, MixturePrior, load_prior
@@ -101,6 +104,26 @@ def car(packed: bool) -> bytes:
     stream = io.BytesIO()
     savemat(stream, {"im": pixels(4, 4, 3, 24, 4), "z": {"a": [1, "b"]}}, do_compression=packed)
     return stream.getvalue()
+
+
+def make_fields(folder: Path) -> None:
+    render(folder / "own.h5", "vorticity", 8, 3, processes=1, frames=2, duration=0.1)
+    values = pixels(3, 2, 8, 8).astype(np.float32)
+    with h5py.File(folder / "darcy.h5", "w") as file:
+        file["nu"], file["tensor"], file["x-coordinate"] = values[:, 0], values[:, 1:], np.linspace(0, 1, 9)
+    with h5py.File(folder / "groups.h5", "w") as file:
+        for i in range(3):
+            file.create_dataset(f"{i:04}/data", data=values[..., :2], compression="lzf")
+            file[f"{i:04}/grid/t"] = np.arange(3.0)
+    np.save(folder / "frames.npy", values)
+    np.savez_compressed(folder / "pairs.npz", x=values[:, 0], y=values[:, 1])
+
+
+def read_fields(path: Path) -> None:
+    data = open_fields(path)
+    describe(data)
+    assert data.read(np.arange(min(len(data), 64))).dtype == np.float32
+    data.statistics(64)
 
 
 def make_cars(folder: Path) -> None:
@@ -241,6 +264,7 @@ READERS = {
     "lmdb": Reader(make_lmdb, lambda folder: read_all(folder, 8)),
     "hdf5": Reader(make_h5, read_all, "*.h5"),
     "npz": Reader(make_npz, read_all, "*.npz"),
+    "fields": Reader(make_fields, read_fields, "*.*"),
     "cars": Reader(make_cars, read_all),
     "cars, packed": Reader(make_cars_archive, read_all, "*.tar*"),
     "celeba": Reader(make_celeba, read_celeba),
