@@ -57,6 +57,7 @@ setup(
         "encdiff.engine",
         "encdiff.evaluation",
         "encdiff.experiments",
+        "encdiff.fields",
         "encdiff.files",
         "encdiff.health",
         "encdiff.interop",

@@ -48,7 +48,7 @@ _HOMES = {
     "use_impl": "encdiff.ops",
 }
 _ROOMS = (
-    "data", "diffusion", "edit", "engine", "evaluation", "experiments", "interop", "metrics", "models", "ops",
+    "data", "diffusion", "edit", "engine", "evaluation", "experiments", "fields", "interop", "metrics", "models", "ops",
     "pictures", "prior", "training",
 )  # fmt: skip
 

@@ -7,7 +7,7 @@ from _tiny import TINY
 from test_train import CONFIG, rows, stop_after
 
 from encdiff import EncDiff, InputError, ops
-from encdiff.data import open_dataset
+from encdiff.data import open_dataset, to_uint8
 from encdiff.errors import Stopped
 from encdiff.files.checkpoint import load_tensors
 from encdiff.ops._beside import give
@@ -120,7 +120,7 @@ def test_a_learnt_first_stage_is_shared_and_exact():
     ours = training(shape=shape)
     assert ours.computing.first_stage is ours.model.first_stage
     images = torch.rand(2, 3, 16, 16, device=DEVICE) * 2 - 1
-    ours.begin(images)
+    ours.begin(to_uint8(images))
     with torch.no_grad():
         assert ours.model.to_latents(images).std().item() == pytest.approx(1, rel=1e-4)
     before = [p.clone() for p in ours.model.first_stage.parameters()]

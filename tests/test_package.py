@@ -28,7 +28,7 @@ LAYERS = [
     {"engine", "interop", "edit"},
     {"pictures", "evaluation", "prior"},
     {"training"},
-    {"experiments"},
+    {"experiments", "fields"},
     {"cli"},
     {"__init__", "__main__"},
 ]

@@ -13,6 +13,7 @@ from encdiff.cli.doctor import doctor
 from encdiff.cli.edits import direction, interpolate
 from encdiff.cli.evaluation import evaluate
 from encdiff.cli.experiments import ablate, demo, reproduce
+from encdiff.cli.fields import fields_app
 from encdiff.cli.pictures import attend, swap, traverse
 from encdiff.cli.profile import profile
 from encdiff.cli.sample import sample
@@ -31,6 +32,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(data_app, name="data")
+app.add_typer(fields_app, name="fields")
 
 
 def _version(asked: bool) -> None:

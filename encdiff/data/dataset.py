@@ -6,6 +6,7 @@ import hashlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -19,6 +20,23 @@ ACCEPTED = (  # by `open_dataset`, and said where something else is met
     "must be procedural[:5,5,5,4,4,5] or sprites[:3,6,40,32,32]; a 3dshapes .h5 file; an .npz file of Shapes3D "
     "(`images`), MPI3D or dSprites; the files of Cars3D, SmallNORB or CelebA; an LMDB of images; or a folder of images"
 )
+
+
+class Source(Protocol):
+    """What batches are cut from, and a run is begun on: arrays of one shape, by index."""
+
+    name: str
+    sample_dtype: ClassVar[torch.dtype]
+
+    @property
+    def spec(self) -> str | None: ...  # what opens it again, from any folder
+    @property
+    def images_per_chunk(self) -> int: ...
+    @property
+    def sample_shape(self) -> tuple[int, ...]: ...
+    def __len__(self) -> int: ...
+    def read(self, indices: Indices) -> np.ndarray: ...  # (n, *sample_shape)
+    def about(self) -> dict[str, Any]: ...  # of its fingerprint, beside name, length and content
 
 
 class Dataset(ABC):
@@ -40,6 +58,7 @@ class Dataset(ABC):
     instances: int = 1  # images of each combination of factors; consecutive
     cyclic: tuple[str, ...] = ()  # factors whose last value is next to the first: hues, full turns
     categories: tuple[str, ...] = ()  # factors whose values have no order
+    sample_dtype: ClassVar[torch.dtype] = torch.uint8
 
     def __len__(self) -> int:
         return math.prod(self.factor_sizes) * self.instances
@@ -51,6 +70,23 @@ class Dataset(ABC):
     @abstractmethod
     def images(self, indices: Indices) -> np.ndarray:
         """uint8 (n, H, W, 3) for integer indices (n,), in any order, repeats allowed; InputError outside 0..len-1."""
+
+    @property
+    def sample_shape(self) -> tuple[int, ...]:
+        """(H, W, 3) of an image."""
+        return self.image_size, self.image_size, 3
+
+    def read(self, indices: Indices) -> np.ndarray:
+        """The images, as batches are cut from them."""
+        return self.images(indices)
+
+    def about(self) -> dict[str, Any]:
+        """What `describe` says of this kind of data."""
+        return {
+            "image_size": int(self.image_size),
+            "factor_names": list(self.factor_names),
+            "factor_sizes": [int(size) for size in self.factor_sizes],
+        }
 
     def factors(self, indices: Indices) -> np.ndarray:
         """int64 (n, F) factor values, each in 0..size-1, of integer indices (n,)."""
@@ -188,17 +224,11 @@ def check_factors(factors: Factors, sizes: tuple[int, ...]) -> np.ndarray:
     return array.astype(np.int64)
 
 
-def describe(dataset: Dataset, probes: int = 8) -> dict:
+def describe(dataset: Source, probes: int = 8) -> dict:
     """Name, sizes and a SHA-256 over `probes` evenly spaced images: enough to tell whether two data sets are one."""
-    images = dataset.images(np.linspace(0, len(dataset) - 1, probes).astype(np.int64))
-    return {
-        "name": dataset.name,
-        "images": len(dataset),
-        "image_size": int(dataset.image_size),
-        "factor_names": list(dataset.factor_names),
-        "factor_sizes": [int(size) for size in dataset.factor_sizes],
-        "sha256": hashlib.sha256(np.ascontiguousarray(images).tobytes()).hexdigest(),
-    }
+    images = dataset.read(np.linspace(0, len(dataset) - 1, probes).astype(np.int64))
+    digest = hashlib.sha256(np.ascontiguousarray(images).tobytes()).hexdigest()
+    return {"name": dataset.name, "images": len(dataset), **dataset.about(), "sha256": digest}
 
 
 def to_float(images: np.ndarray | torch.Tensor) -> torch.Tensor:

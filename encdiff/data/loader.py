@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import torch
 
-from encdiff.data.dataset import Dataset
+from encdiff.data.dataset import Source
 from encdiff.errors import InputError
 
 log = logging.getLogger("encdiff.data")
@@ -30,7 +31,7 @@ class Batches:
 
     def __init__(
         self,
-        dataset: Dataset,
+        dataset: Source,
         batch_size: int,
         seed: int = 0,
         resident_gib: float | None = None,
@@ -49,7 +50,7 @@ class Batches:
         self._next: tuple[int, Future] | None = None
         self._pool: ThreadPoolExecutor | None = None
         self._data: torch.Tensor | None = None
-        if len(dataset) * dataset.image_size**2 * 3 <= resident_gib * 2**30:
+        if len(dataset) * math.prod(dataset.sample_shape) * dataset.sample_dtype.itemsize <= resident_gib * 2**30:
             self._data = read_all(dataset, progress).to(self.device)
         else:
             if dataset.images_per_chunk > batch_size:
@@ -74,7 +75,10 @@ class Batches:
         return np.concatenate([self._permutation(e)[offsets[epochs == e]] for e in np.unique(epochs).tolist()])
 
     def batch(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The images uint8 (batch_size, H, W, 3) of `batch_indices(step)` and these indices int64, on the device."""
+        """The images uint8 (batch_size, H, W, 3) of `batch_indices(step)` and these indices int64, on the device.
+
+        Of another `Source` what that reads.
+        """
         indices = self._to_device(self._host(self.batch_indices(step)))
         if self._data is not None:
             return self._data[indices], indices
@@ -95,7 +99,7 @@ class Batches:
     def _submit(self, step: int) -> Future:
         assert self._pool is not None, "of a set that is not resident"
         indices = self.batch_indices(step)
-        return self._pool.submit(lambda: self._host(self.dataset.images(indices)))
+        return self._pool.submit(lambda: self._host(self.dataset.read(indices)))
 
     def _host(self, array: np.ndarray) -> torch.Tensor:
         tensor = torch.from_numpy(array)
@@ -116,13 +120,13 @@ def _resident_gib(device: torch.device) -> float:
     return 0.4 * torch.cuda.mem_get_info(device)[0] / 2**30 if device.type == "cuda" else 4.0
 
 
-def read_all(dataset: Dataset, progress: Callable[[int, int], None] | None = None) -> torch.Tensor:
+def read_all(dataset: Source, progress: Callable[[int, int], None] | None = None) -> torch.Tensor:
     """Every image of a data set, uint8 (n, H, W, 3), in order; `progress(done, total)` after each read."""
-    total, size = len(dataset), dataset.image_size
-    out = torch.empty(total, size, size, 3, dtype=torch.uint8)
+    total = len(dataset)
+    out = torch.empty(total, *dataset.sample_shape, dtype=dataset.sample_dtype)
     for start in range(0, total, READ):
         stop = min(start + READ, total)
-        out[start:stop] = torch.from_numpy(dataset.images(np.arange(start, stop)))
+        out[start:stop] = torch.from_numpy(dataset.read(np.arange(start, stop)))
         if progress:
             progress(stop, total)
     return out

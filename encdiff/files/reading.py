@@ -56,12 +56,16 @@ def read_text(path: str | Path, most: int) -> str:
 
 
 def read_json(path: str | Path) -> Any:
-    """What a JSON file holds.
+    """What a JSON file holds; errors as `parse_json`."""
+    return parse_json(read_bytes(path, JSON_BYTES), path)
 
-    InputError, in one line with the file's name, for any other text, NaN and infinities, integers of more than 20
+
+def parse_json(content: bytes, source: str | Path) -> Any:
+    """What a JSON text holds.
+
+    InputError, in one line that names `source`, for any other text, NaN and infinities, integers of more than 20
     digits, a name twice in one object, and nesting beyond 32.
     """
-    content = read_bytes(path, JSON_BYTES)
     try:
         text = content.decode("utf-8-sig")
         _check_depth(text)
@@ -69,7 +73,7 @@ def read_json(path: str | Path) -> Any:
             text, parse_int=_integer, parse_float=_number, parse_constant=_no_constant, object_pairs_hook=_unique
         )
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not JSON ({error})") from None
+        raise InputError(f"{source}: not JSON ({error})") from None
 
 
 def whole_number(text: Any, most: int = 2**53) -> int | None:

@@ -32,7 +32,7 @@ class UNet(nn.Module):
 
     Args:
         channels: of the latent, in and out.
-        context_width: D, the width of a concept token.
+        context_width: D, the width of a concept token; None: nothing cross-attends.
         width: base channels; level i has width * multipliers[i].
         multipliers: one per level, from the highest resolution down; each further level halves the resolution.
         depth: residual blocks per level on the way down; one more on the way up.
@@ -46,6 +46,7 @@ class UNet(nn.Module):
         groups: of every GroupNorm; divides every channel count.
         adagn_tokens: N where the concepts condition as the timestep does (AdaGN) and nothing cross-attends: their
             tokens side by side, through a linear layer, are added to its embedding. 0: cross-attention, the paper's.
+        out_channels: where they are others than those that come in.
 
     Parameter names are those of the published checkpoints (without prefix).
 
@@ -55,7 +56,7 @@ class UNet(nn.Module):
     def __init__(
         self,
         channels: int = 3,
-        context_width: int = 16,
+        context_width: int | None = 16,
         width: int = 64,
         multipliers: Sequence[int] = (1, 2, 4, 4),
         depth: int = 2,
@@ -68,6 +69,7 @@ class UNet(nn.Module):
         resample: str = "residual",
         groups: int = 32,
         adagn_tokens: int = 0,
+        out_channels: int | None = None,
     ):
         super().__init__()
         _check(width, multipliers, attention_levels, heads, resample, groups)
@@ -75,7 +77,7 @@ class UNet(nn.Module):
         self.checkpoint_activations = False  # in training: keep each stage's input only, and compute it anew
         emb = 4 * width
         self.time_embed = nn.Sequential(Linear(width, emb), nn.SiLU(), Linear(emb, emb))
-        self.concept_embed = Linear(adagn_tokens * context_width, emb) if adagn_tokens else None
+        self.concept_embed = Linear(adagn_tokens * (context_width or 0), emb) if adagn_tokens else None
         context = None if adagn_tokens else context_width
 
         def res(c_in: int, c_out: int, sample: str | None = None) -> ResBlock:
@@ -115,7 +117,9 @@ class UNet(nn.Module):
                     layers.append(resampled(c, "up"))
                 self.output_blocks.append(Stage(layers))
 
-        self.out = nn.Sequential(nn.GroupNorm(groups, c), nn.SiLU(), zero_init(Conv2d(c, channels, 3, padding=1)))
+        self.out = nn.Sequential(
+            nn.GroupNorm(groups, c), nn.SiLU(), zero_init(Conv2d(c, out_channels or channels, 3, padding=1))
+        )
         # plain lists, not modules of a second name
         self.res_blocks = [module for module in self.modules() if isinstance(module, ResBlock)]
         self.attending = [module for module in self.modules() if isinstance(module, TransformerBlock)]

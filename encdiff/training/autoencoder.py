@@ -104,9 +104,11 @@ class AutoencoderTraining:
 
     @torch.no_grad()
     def begin(self, images: Tensor) -> None:
-        """Draw the codes from the latents of float images (B,3,S,S), if `fit_codebook`."""
+        """Draw the codes from the latents of uint8 images (B,S,S,3), if `fit_codebook`."""
         if self.config.fit_codebook:
-            self.model.quantize.fit(self.model.encode(images.to(self.device)), step_generator(self.config.seed, 0))
+            self.model.quantize.fit(
+                self.model.encode(to_float(images).to(self.device)), step_generator(self.config.seed, 0)
+            )
 
     def prepare(self, batches: Batches) -> None:
         pass
@@ -177,7 +179,8 @@ class AutoencoderTraining:
 
     @torch.no_grad()
     def picture(self, images: Tensor, samples: Path) -> Path:
-        """Images (n,3,S,S) above their reconstructions."""
+        """Images uint8 (n,S,S,3) above their reconstructions."""
+        images = to_float(images)
         rows = torch.stack([images, self.model(images)[0]])
         pixels = to_uint8(rearrange(rows, "r n c h w -> 1 c (r h) (n w)"))[0]
         path = samples / f"reconstruction-{self.step:07d}.png"

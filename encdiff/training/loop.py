@@ -16,7 +16,8 @@ from PIL import Image
 from torch import Tensor
 
 from encdiff import __version__
-from encdiff.data import Dataset, describe, to_float
+from encdiff.data import describe
+from encdiff.data.dataset import Source
 from encdiff.data.loader import Batches
 from encdiff.errors import InputError, Stopped
 from encdiff.files.checkpoint import load_tensors, save_tensors, step_of
@@ -35,11 +36,11 @@ class Trainable(Protocol):
     device: torch.device
     step: int
 
-    def begin(self, images: Tensor) -> None: ...  # whatever needs the first batch, float (B, 3, S, S), before step 0
+    def begin(self, images: Tensor) -> None: ...  # whatever needs the first batch before step 0
     def prepare(self, batches: Batches) -> None: ...  # whatever is computed once for the data set, before any step
     def advance(
         self, images: Tensor, indices: Tensor
-    ) -> Mapping[str, Tensor | float]: ...  # one step on uint8 (B, S, S, 3)
+    ) -> Mapping[str, Tensor | float]: ...  # one step on what the data reads, such as images uint8 (B, S, S, 3)
     def model_config(self) -> dict: ...
     def tensors(self) -> dict[str, Tensor]: ...  # all that `load` needs
     def load(self, tensors: dict[str, Tensor], metadata: dict[str, str], source: Path) -> None: ...
@@ -49,7 +50,7 @@ class Trainable(Protocol):
 
 def fit(
     training: T,
-    dataset: Dataset,
+    dataset: Source,
     run_dir: str | Path,
     *,
     resume: bool = False,
@@ -65,7 +66,7 @@ def fit(
         if resume:
             _resume(training, dataset, folder)
         else:
-            training.begin(to_float(batches.images(0)))
+            training.begin(batches.images(0))
         training.prepare(batches)
         begun = training.step
         folder.begin()
@@ -97,13 +98,13 @@ def _loop(training, batches, folder, recorder, interrupt, on_step) -> None:
             recorder(terms)
         recorder.tell(terms)
         if step % config.picture_every == 0 or step == config.steps:  # before this step counts as done
-            recorder.show(training.picture(to_float(dataset.images(shown)).to(training.device), folder.samples))
+            recorder.show(training.picture(torch.from_numpy(dataset.read(shown)).to(training.device), folder.samples))
         if step % config.checkpoint_every == 0:
             folder.forget_shown()
             _save(training, folder)
 
 
-def _described(training: Trainable, dataset: Dataset) -> dict:
+def _described(training: Trainable, dataset: Source) -> dict:
     """What a run is: written at its beginning, compared when it is resumed."""
     return {
         "model": training.model_config(),
@@ -114,7 +115,7 @@ def _described(training: Trainable, dataset: Dataset) -> dict:
     }
 
 
-def _resume(training: Trainable, dataset: Dataset, folder: RunFolder) -> None:
+def _resume(training: Trainable, dataset: Source, folder: RunFolder) -> None:
     folder.check_same_run(_described(training, dataset))
     tensors, metadata = load_tensors(folder.checkpoint)
     step = step_of(metadata, folder.checkpoint)

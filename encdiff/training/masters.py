@@ -16,8 +16,6 @@ from torch import Tensor, nn
 
 from encdiff import ops
 from encdiff.errors import InputError
-from encdiff.models import EncDiff
-from encdiff.models.unet import UNet
 from encdiff.ops._beside import Beside, Sink, give
 from encdiff.training.runs import optimizer_state
 
@@ -75,26 +73,35 @@ class Segment:
 class Masters:
     """The trainable weights of a model in float32, packed, and `compute`, the model to take the loss of.
 
-    The model keeps its names and meaning: its parameters become views of the flat masters, and those of `ema` of the
-    flat averages. `compute` is a copy of it in bfloat16, for use without autocast. It shares what learns nothing or
-    computes in float32: the first stage, BatchNorm's parameters and running statistics. A parameter without a
+    The model keeps its names and meaning: its parameters become views of the flat masters, and those of `ema`, the
+    average of the part `averaged`, of the flat averages. `compute` is a copy of the model in bfloat16, for use without
+    autocast. It shares what learns nothing or computes in float32: the parts `fixed`, BatchNorm's parameters and running statistics. A parameter without a
     gradient counts as one with a gradient of zero.
 
     Written by hand between two steps, a master reaches `compute` with the next step, or by `refresh`. The parameters
     must stay where they are: `check` says when they did not.
     """
 
-    def __init__(self, model: EncDiff, ema: UNet, betas: tuple[float, float], weight_decay: float, aside: bool = False):
+    def __init__(
+        self,
+        model: nn.Module,
+        averaged: nn.Module,
+        ema: nn.Module,
+        betas: tuple[float, float],
+        weight_decay: float,
+        fixed: Sequence[nn.Module] = (),
+        aside: bool = False,
+    ):
         self.model, self.updates = model, 0
         self.betas, self.weight_decay = betas, weight_decay
-        self.compute, exact = _copy(model)
+        self.compute, exact = _copy(model, fixed)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         if not self.parameters:
             raise InputError("the model has no parameter that learns: all are frozen")
         if others := {p.dtype for p in self.parameters} - {torch.float32}:
             raise InputError(f"a parameter of the model is {others.pop()}, must be float32 for bfloat16 with masters")
         self.schedule = torch.zeros(4, device=self.parameters[0].device, dtype=torch.float32)  # see ops.adamw
-        averages = dict(zip(map(id, model.unet.parameters()), ema.parameters(), strict=True))
+        averages = dict(zip(map(id, averaged.parameters()), ema.parameters(), strict=True))
         order = sorted(range(len(self.parameters)), key=lambda i: id(self.parameters[i]) not in averages)
         parts = [[i for i in order if (id(self.parameters[i]) in exact) == float32] for float32 in (False, True)]
         self.segments: list[tuple[Segment, list[int]]] = []  # and which of the parameters it holds
@@ -226,9 +233,9 @@ def gather(into: list[Tensor], gradients: list[Tensor], written: set[int]) -> No
         torch._foreach_copy_(into, gradients)
 
 
-def _copy(model: EncDiff) -> tuple[EncDiff, set[int]]:
-    """A copy that shares the first stage, all buffers and BatchNorm's parameters; the latter's ids."""
+def _copy(model: nn.Module, fixed: Sequence[nn.Module]) -> tuple[nn.Module, set[int]]:
+    """A copy that shares these parts, all buffers and BatchNorm's parameters; the latter's ids."""
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     exact = [p for norm in norms for p in norm.parameters(recurse=False)]
-    shared = [model.first_stage, *model.buffers(), *exact]
+    shared = [*fixed, *model.buffers(), *exact]
     return copy.deepcopy(model, {id(one): one for one in shared}), {id(p) for p in exact}

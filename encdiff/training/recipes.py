@@ -10,8 +10,8 @@ Beta = Annotated[float, Range(0, 0.999999)]
 
 
 @dataclass(frozen=True)
-class TrainConfig(Checked):
-    """How to train; the defaults are the paper's recipe in its public configuration."""
+class DescentConfig(Checked):
+    """How a network descends, whatever it learns; the defaults are those of EncDiff's public configuration."""
 
     steps: Count = 100_000
     batch_size: Batch = 128
@@ -21,8 +21,7 @@ class TrainConfig(Checked):
     weight_decay: NotNegative = 0.01
     betas: tuple[Beta, Beta] = (0.9, 0.999)
     gradient_clip: NotNegative = 0.0  # greatest norm of all gradients; 0: none
-    ema: Fraction = 0.9999  # the U-Net's average decays by min(ema, (1 + n) / (10 + n))
-    timesteps: Literal["uniform", "logit-normal", "power"] = "uniform"  # their distribution: ops.timesteps
+    ema: Fraction = 0.9999  # the average decays by min(ema, (1 + n) / (10 + n))
     precision: Literal["float32", "tf32", "bf16"] = "float32"  # tf32: on a GPU; bf16: on a GPU with masters
     engine: Literal["auto", "eager", "compile", "graph"] = "auto"  # how a step runs: encdiff.engine
     checkpoint_activations: bool = False  # compute residual blocks anew in the backward pass: less memory, more time
@@ -30,6 +29,13 @@ class TrainConfig(Checked):
     log_every: Count = 50
     checkpoint_every: Count = 1000
     picture_every: Count = 5000
+
+
+@dataclass(frozen=True)
+class TrainConfig(DescentConfig):
+    """How to train; the defaults are the paper's recipe in its public configuration."""
+
+    timesteps: Literal["uniform", "logit-normal", "power"] = "uniform"  # their distribution: ops.timesteps
 
     @classmethod
     def from_preset(cls, name: str, **changes: Any) -> "TrainConfig":

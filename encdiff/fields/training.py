@@ -1,0 +1,174 @@
+"""Training a field model: sensors drawn for every sample, EDM's loss or the mean square, the loop of every training."""
+
+import copy
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from encdiff.checked import check_types
+from encdiff.errors import InputError
+from encdiff.fields.condition import nearest
+from encdiff.fields.config import FieldConfig
+from encdiff.fields.model import FieldModel
+from encdiff.fields.network import Condition
+from encdiff.fields.recipes import FieldTrainConfig
+from encdiff.fields.store import FieldData, Part
+from encdiff.ops.philox import normal
+from encdiff.training.descent import Descent
+from encdiff.training.loop import fit
+
+SENSORS = 1 << 62  # in the key of the sensors' noise, which is another than the field's
+
+
+class Drawn(NamedTuple):
+    """Where the sensors of a batch lie and what they measure, before any value is read."""
+
+    nearest: np.ndarray  # int64 (B, H W): the pixel of each pixel's nearest sensor
+    age: np.ndarray  # int64 (B, H W): how many frames before the field's that sensor measured
+    frame: np.ndarray  # int64 (B,): of the field
+    noise: np.ndarray  # float32 (B,): deviation of the sensors' noise
+    measured: np.ndarray  # float32 (B, C): 1 for channels that are measured
+
+
+def draw_sensors(
+    model: FieldConfig, config: FieldTrainConfig, times: np.ndarray | None, sample: tuple[int, int]
+) -> tuple[np.ndarray, ...]:
+    """One sample's row of `Drawn`, a function of the seed and the sample's id in the stream."""
+    rng, grid = np.random.default_rng(sample), model.grid
+    pixels, channels = grid.height * grid.width, len(model.channels)
+    count = round(pixels * np.exp(rng.uniform(*np.log(config.observed))))
+    points = rng.choice(pixels, min(max(count, 1), pixels), replace=False)
+    noise = 0.0 if rng.random() < config.exact else rng.uniform(0, config.noise)
+    measured = np.ones(channels)
+    if rng.random() < config.partial and channels > 1:
+        measured = np.zeros(channels)
+        measured[rng.permutation(channels)[: rng.integers(1, channels)]] = 1
+    frame, age = 0, np.zeros(len(points), dtype=np.int64)
+    if times is not None:
+        frame = int(rng.integers(len(times)))
+        most = np.searchsorted(times[: frame + 1], times[frame] - model.memory)  # the first frame that still counts
+        age = rng.integers(0, frame - most + 1, len(points)) if model.timed else age
+    seconds = None if times is None else times[frame] - times[frame - age]
+    found = nearest(grid, grid.centres[points], seconds, model.speed)
+    return points[found], age[found], np.int64(frame), np.float32(noise), measured.astype(np.float32)
+
+
+class FieldTraining(Descent):
+    """`Descent` of a field model's loss; the sensors of the next step are drawn by threads beside this one."""
+
+    model: FieldModel
+    config: FieldTrainConfig
+
+    def __init__(
+        self, model: FieldModel, config: FieldTrainConfig, times: np.ndarray | None = None, masters: bool | None = None
+    ):
+        model.network.unet.checkpoint_activations = config.checkpoint_activations
+        super().__init__(model, model.network, config, masters=masters)
+        self.times = times
+        self._pool = ThreadPoolExecutor(4 if self.device.type == "cuda" else 1, thread_name_prefix="encdiff-sensors")
+        self._next: tuple[int, list[Future]] | None = None
+
+    def _drawn(self) -> Drawn:
+        """The sensors of this step; those of the next are begun."""
+        ready, self._next = self._next, None
+        rows = ready[1] if ready and ready[0] == self.step else self._submit(self.step)
+        self._next = self.step + 1, self._submit(self.step + 1)
+        return Drawn(*map(np.stack, zip(*(row.result() for row in rows), strict=True)))
+
+    def _submit(self, step: int) -> list[Future]:
+        size, known = self.config.batch_size, (self.model.config, self.config, self.times)
+        ids = range(step * size, (step + 1) * size)
+        return [self._pool.submit(draw_sensors, *known, (self.config.seed, i)) for i in ids]
+
+    def advance(self, images: Tensor, indices: Tensor) -> dict[str, Tensor | float]:
+        """One step on fields float32 (B, C, H, W), or (B, T, C, H, W), in their own units; returns TERMS."""
+        drawn = {k: torch.from_numpy(v).to(self.device, non_blocking=True) for k, v in self._drawn()._asdict().items()}
+        return self.descend(fields=images, **drawn)
+
+    def _loss(  # type: ignore[override]  # what `advance` gives
+        self, fields: Tensor, nearest: Tensor, age: Tensor, frame: Tensor, noise: Tensor, measured: Tensor,
+        sample_ids: Tensor, draw: Tensor,
+    ) -> Tensor:  # fmt: skip
+        fields = self.model.standardised(fields)
+        fields = fields[:, None] if fields.ndim == 4 else fields
+        seed = self.config.seed
+        target = fields[torch.arange(len(fields), device=fields.device), frame]
+        condition = self.measure(fields, Drawn(nearest, age, frame, noise, measured), seed, sample_ids, draw)
+        with self._autocast():
+            return self.computing.loss(target, condition, seed=seed, sample_ids=sample_ids, draw=draw)
+
+    def measure(self, fields: Tensor, drawn: Drawn, seed: int, sample_ids: Tensor, draw: Tensor) -> Condition:
+        """The condition of standardised fields (B, T, C, H, W), whose sensors' noise is keyed."""
+        b, t, c, h, w = fields.shape
+        place = (drawn.frame[:, None] - drawn.age) * (h * w) + drawn.nearest  # (B, H W), in time and space
+        read = fields.transpose(1, 2).reshape(b, c, t * h * w).gather(2, place[:, None].expand(-1, c, -1))
+        noise = normal((b, c, h * w), seed ^ SENSORS, sample_ids, draw)
+        noise = noise.gather(2, drawn.nearest[:, None].expand(-1, c, -1))
+        level, told = drawn.noise[:, None, None], drawn.measured[:, :, None].expand(-1, -1, h * w)
+        own = (drawn.nearest == torch.arange(h * w, device=fields.device)) & (drawn.age == 0)
+        age = None
+        if self.model.config.timed:
+            assert self.times is not None
+            times = torch.as_tensor(self.times, dtype=torch.float32, device=fields.device)
+            seconds = times[drawn.frame][:, None] - times[drawn.frame[:, None] - drawn.age]
+            age = ((seconds / self.model.config.memory)[:, None] * told).view(b, c, h, w)
+        parts = ((read + level * noise) * told, own[:, None] * told, level * told)
+        return Condition(*(part.view(b, c, h, w) for part in parts), age)
+
+    def model_config(self) -> dict:
+        return asdict(self.model.config)
+
+    def averaged_model(self) -> FieldModel:
+        """A copy to sample from, of the averaged weights; eval mode."""
+        model = copy.deepcopy(self.model)
+        model.network.load_state_dict(self.ema.state_dict())
+        return model.eval()
+
+    def save_model(self, folder: Path) -> None:
+        self.averaged_model().save_pretrained(folder)
+
+    def picture(self, images: Tensor, samples: Path) -> Path | None:
+        return None
+
+
+def fitted_config(config: FieldConfig, data: FieldData) -> FieldConfig:
+    """The configuration with the data's grid and statistics; of fields in time with a memory of half of it."""
+    mean, std = data.statistics()
+    grid, duration = data.grid, 0.0 if data.times is None else float(data.times[-1] - data.times[0])
+    memory = config.memory or duration / 2
+    return replace(
+        config, channels=grid.channels, height=grid.height, width=grid.width, domain=grid.domain,
+        periodic=grid.periodic, mean=tuple(map(float, mean)), std=tuple(map(float, std)),
+        memory=memory, speed=config.speed or (1 / memory if memory else 0.0),
+    )  # fmt: skip
+
+
+def train_fields(
+    model: FieldModel,
+    data: FieldData,
+    run_dir: str | Path,
+    config: FieldTrainConfig,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    tensorboard: bool = False,
+    on_step: Callable[[FieldTraining], None] | None = None,
+) -> FieldModel:
+    """Train `model` in place on all fields but the last `held_out` of the data; returns its averaged copy.
+
+    Args, the run's folder, stops and errors as in `encdiff.train`.
+    """
+    check_types(model=(model, FieldModel, ""), config=(config, FieldTrainConfig, "field_recipe"))
+    if data.grid != model.config.grid:
+        raise InputError(f"{data.name}: its grid is {data.grid}, the model's is {model.config.grid}")
+    used = len(data) - round(len(data) * config.held_out)
+    training = FieldTraining(model, config, data.times)
+    part = Part(data, 0, used)
+    fit(training, part, run_dir, resume=resume, overwrite=overwrite, tensorboard=tensorboard, on_step=on_step)
+    return training.averaged_model()

@@ -1,0 +1,177 @@
+"""The step that every training of one network shares: loss, gradients, clipping, AdamW, an average, one engine."""
+
+import copy
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW
+
+from encdiff.data.loader import Batches
+from encdiff.engine import Graph, choose, float32_precision
+from encdiff.engine.graph import unowned
+from encdiff.errors import InputError
+from encdiff.files.checkpoint import load_state
+from encdiff.models.layers import channels_last
+from encdiff.profiling import phase
+from encdiff.training.masters import Masters
+from encdiff.training.recipes import DescentConfig
+from encdiff.training.runs import load_optimizer, optimizer_tensors
+
+
+class Descent:
+    """Everything that changes from step to step: model, average, optimiser, step count. A subclass gives `_loss`.
+
+    Args:
+        averaged: the part of the model whose average is kept.
+        fixed: parts that learn nothing and compute in float32 beside masters, too.
+        masters: for precision "bf16": float32 masters beside a bfloat16 copy that computes (`training.masters`), in
+            place of autocast; None: on a GPU. Checkpoints are the same. The model's parameters then must stay where
+            they are.
+        aside: with masters, in a captured step: gradients of weights are computed on a stream beside the backward pass
+            (`encdiff.ops._beside`), to the same bits, which takes a sixth off the paper's step on an H200 and keeps at
+            most half a gigabyte longer. Not with `checkpoint_activations`, which is to save memory.
+    """
+
+    TERMS: ClassVar[tuple[str, ...]] = ("loss", "gradient_norm", "learning_rate")
+
+    def __init__(
+        self,
+        model: nn.Module,
+        averaged: nn.Module,
+        config: DescentConfig,
+        fixed: Sequence[nn.Module] = (),
+        masters: bool | None = None,
+        aside: bool = True,
+    ):
+        if masters and config.precision != "bf16":
+            raise InputError(f"masters is True, needs precision 'bf16', but it is {config.precision!r}")
+        self.model: Any = channels_last(model.train())
+        self.averaged, self.config, self.step = averaged, config, 0
+        self.device = next(model.parameters()).device
+        self.ema = copy.deepcopy(averaged).requires_grad_(False)
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.masters: Masters | None = None  # or `optimizer`, one of them
+        self.optimizer: AdamW | None = None
+        engine, on_gpu = choose(config.engine, self.device), self.device.type == "cuda"
+        if masters or (masters is None and config.precision == "bf16" and on_gpu):
+            aside = aside and engine == "graph" and not config.checkpoint_activations  # which is to save memory
+            self.masters = Masters(model, averaged, self.ema, config.betas, config.weight_decay, fixed, aside)
+        else:
+            self.optimizer = self._adamw()
+        self.computing: Any = model if self.masters is None else self.masters.compute  # whose loss it is
+        # one graph for each shape; on a GPU inside the CUDA graph, since compiled parts alone wait for the host
+        compute: Callable[..., Tensor] = type(self)._loss
+        self._compute = torch.compile(compute, dynamic=False) if engine == "compile" else compute
+        work = unowned(self._work)
+        self._run = Graph(work) if engine == "graph" or (engine == "compile" and on_gpu) else work
+
+    def _loss(self, **inputs: Tensor) -> Tensor:
+        """Of what `advance` was given, on the device, by `computing`."""
+        raise NotImplementedError
+
+    def _adamw(self) -> AdamW:
+        return AdamW(
+            self.parameters,
+            torch.tensor(self.config.learning_rate, device=self.device),  # a tensor: a captured graph reads it anew
+            self.config.betas,
+            weight_decay=self.config.weight_decay,
+            fused=True,
+            capturable=self.device.type == "cuda",
+        )
+
+    def begin(self, samples: Tensor) -> None:
+        pass
+
+    def prepare(self, batches: Batches) -> None:
+        pass
+
+    def rate(self) -> float:
+        """The learning rate of this step."""
+        c = self.config
+        rising = (self.step + 1) / max(1, c.warmup)
+        falling = (c.steps - self.step) / (c.decay * c.steps) if c.decay else 1.0
+        return c.learning_rate * min(1.0, rising, falling)
+
+    def descend(self, **inputs: Tensor) -> dict[str, Tensor | float]:
+        """One step on what `_loss` takes, beside the sample ids and the draw of this step; returns TERMS."""
+        # the key of a sample is its place in the endless stream of shuffled samples, whatever the batches it is cut into
+        draw, first = divmod(self.step * self.config.batch_size, 2**32)
+        count = len(next(iter(inputs.values())))
+        inputs["sample_ids"] = first + torch.arange(count, device=self.device)
+        rate, n = self.rate(), self.step + 1
+        follow = 1 - min(self.config.ema, (1 + n) / (10 + n))
+        inputs["draw"] = torch.full((), draw, device=self.device)
+        if self.masters is None:
+            cast(AdamW, self.optimizer).param_groups[0]["lr"].fill_(rate)
+            inputs["follow"] = torch.full((), follow, device=self.device)
+        else:
+            self.masters.check()
+            self.masters.prepare(rate, follow)
+        with float32_precision(self.config.precision != "float32"):  # bf16: of the first stage
+            loss, norm = self._run(**inputs)
+        self.step += 1
+        if self.masters is not None:
+            self.masters.updates += 1
+        return {"loss": loss, "gradient_norm": norm, "learning_rate": rate}
+
+    def _work(self, follow: Tensor | None = None, **inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """The whole step on the device, nothing read back: loss, gradients, clipping, AdamW, EMA."""
+        (self.masters or cast(AdamW, self.optimizer)).zero_grad()
+        with phase("forward"):
+            loss = self._compute(self, **inputs)
+        with phase("backward"):
+            try:
+                loss.backward()
+            finally:  # also after an error: a capture must not end before what it began
+                if self.masters is not None:
+                    self.masters.beside.join()
+        with phase("optimizer"):
+            if self.masters is not None:
+                return loss.detach(), self.masters.step(self.config.gradient_clip)
+            norm = self._clip()
+            cast(AdamW, self.optimizer).step()
+        assert follow is not None, "without masters `advance` gives it"
+        with phase("average"), torch.no_grad():
+            lerp(list(self.ema.parameters()), list(self.averaged.parameters()), follow)
+        return loss.detach(), norm
+
+    def _clip(self) -> Tensor:
+        """The norm of all gradients, which then is at most `gradient_clip`."""
+        if self.config.gradient_clip:
+            return nn.utils.clip_grad_norm_(self.parameters, self.config.gradient_clip)
+        return nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+
+    def _autocast(self) -> torch.autocast:
+        """Where bfloat16 computes without masters."""
+        autocast = self.config.precision == "bf16" and self.masters is None
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=autocast)
+
+    def tensors(self) -> dict[str, Tensor]:
+        model = {f"model.{k}": v for k, v in self.model.state_dict().items()}
+        ema = {f"ema.{k}": v for k, v in self.ema.state_dict().items()}
+        return (
+            model | ema | (self.masters.tensors() if self.masters else optimizer_tensors(cast(AdamW, self.optimizer)))
+        )
+
+    def load(self, tensors: dict[str, Tensor], metadata: dict[str, str], source: Path) -> None:
+        """Continue from `tensors`; InputError, naming `source`, if they are of another configuration."""
+        for prefix, module in (("model.", self.model), ("ema.", self.ema)):
+            own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+            load_state(module, own, source)
+        if self.masters is None:
+            load_optimizer(cast(AdamW, self.optimizer), tensors, source)
+        else:
+            self.masters.load(tensors, source)
+
+
+def lerp(into: list[Tensor], of: list[Tensor], weight: Tensor) -> None:
+    """into += weight (of - into) for each pair, weight a number on their device, float32."""
+    if into[0].is_cuda:  # there `_foreach_lerp_` takes such a weight one tensor at a time
+        difference = torch._foreach_sub(of, into)
+        torch._foreach_mul_(difference, weight)
+        torch._foreach_add_(into, difference)
+    else:
+        torch._foreach_lerp_(into, of, [weight] * len(into))
