@@ -55,7 +55,8 @@ class Sensors:
     def select(self, which: np.ndarray) -> "Sensors":
         """Those of a mask or of indices (S',)."""
         parts: dict[str, Any] = {name: getattr(self, name) for name in ("points", "values", "sigma", "times", "lines")}
-        return replace(self, **{name: None if part is None else part[which] for name, part in parts.items()})
+        parts = {name: None if part is None else part[which] for name, part in parts.items()}
+        return replace(self, **parts)
 
     def until(self, time: float) -> "Sensors":
         """Those measured at that time or before; InputError where there are none."""
