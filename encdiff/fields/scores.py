@@ -82,7 +82,7 @@ def coverage(
     are `drawn`, as the truth is, from one distribution; (k - 1/2) / E where they are its quantiles at (e + 1/2) / E.
     Between two whole k the shares of both bands are mixed in proportion, so the expected share is exact whatever the
     distribution: for 25 members and 90 %, k = 1.3. No band is wider than all members, so k >= 1. The ends belong to the
-    band: with ties, as in a field of two values, more than the nominal share is covered.
+    band: with ties, as in a field of two values, more than the nominal share is covered. One member has no band: NaN.
     """
     return coverage_curve(members, truth, (level,), where, drawn=drawn)[0]
 
@@ -98,6 +98,8 @@ def coverage_curve(
     """`coverage` at several levels, float64 (levels, n, C): the reliability curve, calibrated on the diagonal."""
     members, truth = _checked(members, truth)
     count = members.shape[1]
+    if count < 2:
+        return np.full((len(levels), *truth.shape[:2]), np.nan)
     below, ties = _ranks(members, truth)
     depth = np.minimum(below + ties, count - below)  # in the band of k where at least k
     bands = np.append(np.arange(1, count // 2 + 1), (count + 1) / 2)  # the last one is the median alone
@@ -107,7 +109,7 @@ def coverage_curve(
 
 
 def nominal(level: float, count: int, *, drawn: bool = True) -> float:
-    """What `coverage` is expected to be for `count` calibrated members: the level, or what all of them cover.
+    """What `coverage` is expected to be for `count` >= 2 calibrated members: the level, or what all of them cover.
 
     That is (E - 1) / (E + 1) of drawn members, 1 - 1 / E of quantiles.
     """
