@@ -1,6 +1,6 @@
 """Whole fields from sensors without learning: the nearest sensor, linear and cubic interpolation, Kriging.
 
-Every method takes Sensors and their Grid and returns float64 (E, C, H, W): 1 field, of Kriging an ensemble of `members`.
+Every method takes Sensors and their Grid and returns float64 (E, C, H, W): 1 field, Kriging an ensemble of `members`.
 Channels are reconstructed one by one; one that is measured nowhere is NaN throughout. `times` are not looked at. On a
 periodic grid sensors are seen across its edges. Values at one and the same place are averaged by their inverse
 variances; where some are exact, these alone. Errors are those of `Sensors.check`.
@@ -50,14 +50,17 @@ def kriging(sensors: Sensors, grid: Grid, seed: int = 0, members: int = 25) -> n
 
     Member e is, pixel by pixel, the quantile (e + 1/2) / E of the predictive Gaussian of the field without noise: mean,
     spread, band and CRPS are those of its marginals, while one member alone is no plausible field. `fit_process` has
-    the model. A channel whose values are all equal has no scale of its own: its members agree but for the noise given.
+    the model. A channel whose values are all equal says nothing of how it varies: its members agree, but for a part of
+    the noise.
     """
     if members < 1:
         raise InputError(f"members is {members}, must be at least 1")
     quantiles = ndtri((np.arange(members) + 0.5) / members)[:, None]
 
     def predict(points, values, sigma):
-        mean, scale = values.mean(), _scale(values, sigma)
+        mean, scale = values.mean(), values.std() or sigma.max()
+        if not scale:
+            return np.full((members, grid.height, grid.width), mean)
         process = fit_process(points, (values - mean) / scale, sigma / scale, grid)
         with _silenced(UserWarning, "Predicted variances smaller than 0"):  # by rounding, at exact sensors
             at, deviation = process.predict(_embedded(grid.centres - grid.origin, grid), return_std=True)
@@ -84,9 +87,7 @@ def fit_process(points: np.ndarray, values: np.ndarray, sigma: np.ndarray, grid:
     for nu in SMOOTHNESS:
         kernel = ConstantKernel(1.0, AMPLITUDES) * Matern(max(start, low), (low, high), nu=nu)
         process = GaussianProcessRegressor(kernel, alpha=sigma**2 + NUGGET)
-        with _silenced(
-            ConvergenceWarning, "The optimal value found|lbfgs failed to converge"
-        ):  # at a bound, or as flat
+        with _silenced(ConvergenceWarning, "The optimal value found|lbfgs failed to converge"):  # at a bound, or flat
             fitted.append(process.fit(_embedded(points, grid), values))
     return max(fitted, key=lambda process: process.log_marginal_likelihood_value_)
 
@@ -96,11 +97,6 @@ def _embedded(points: np.ndarray, grid: Grid) -> np.ndarray:
         return points
     angle, radius = 2 * np.pi * points / grid.extent, grid.extent / (2 * np.pi)
     return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)], axis=1)
-
-
-def _scale(values: np.ndarray, sigma: np.ndarray) -> float:
-    """What values are divided by to be standardised."""
-    return float(values.std() or sigma.max() or 1.0)
 
 
 def _each_channel(sensors: Sensors, grid: Grid, method: Callable[..., np.ndarray]) -> np.ndarray:
@@ -144,7 +140,7 @@ def _triangles(interpolator: Callable, points: np.ndarray, values: np.ndarray, g
         points, values = (points + shifts).reshape(-1, 2), np.tile(values, 9)
     if len(points) < 3:
         return field
-    mean, scale = values.mean(), _scale(values, np.zeros(1))  # the cubic's tolerance is of values about 1
+    mean, scale = values.mean(), values.std() or 1.0  # the cubic's tolerance is of values about 1
     try:
         with _silenced(Warning, "Gradient estimation did not converge"):
             found = interpolator(points, (values - mean) / scale)(grid.centres - grid.origin)

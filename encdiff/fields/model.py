@@ -65,18 +65,25 @@ class FieldModel(nn.Module):
         return mean, std
 
     def loss(
-        self, fields: Tensor, condition: Condition, *, seed: int, sample_ids: Tensor, draw: int | Tensor = 0
+        self,
+        fields: Tensor,
+        condition: Condition,
+        *,
+        levels: tuple[float, float] = (-1.2, 1.2),
+        seed: int,
+        sample_ids: Tensor,
+        draw: int | Tensor = 0,
     ) -> Tensor:
         """The training loss, a scalar, of standardised fields (B, C, H, W).
 
         A diffusion's is EDM's (arXiv 2206.00364), without noise where the field is known; a regression's the mean
-        square. Noise and its levels are keyed by (seed, sample_ids (B,), draw).
+        square. Noise and its levels, log(sigma) of mean and deviation `levels`, are keyed by (seed, sample_ids (B,), draw).
         """
         tokens = self.network.tokens(condition)
         if self.config.objective == "regression":
             guess = self.network(None, torch.zeros_like(sample_ids), condition, tokens)
             return (guess.float() - fields).square().mean()
-        sigma = edm_sigmas(seed, sample_ids, draw)
+        sigma = edm_sigmas(seed, sample_ids, draw, mean=levels[0], std=levels[1])
         noise = normal(fields.shape, seed, sample_ids, draw)
         if self.config.condition != "none":
             noise = noise * (1 - condition.exact)

@@ -38,15 +38,6 @@ class FieldNetwork(nn.Module):
         count, told = len(c.channels), (3 + c.timed) * len(c.channels)
         here = told if c.condition == "input" else count * (c.condition == "tokens")
         entering = (here if c.objective == "regression" else count + here) * c.patch**2
-        import os
-
-        self.pos = int(os.environ.get("POS", "0"))
-        if self.pos:
-            from encdiff.fields.encoding import sine_positions
-
-            n = c.height // c.patch
-            self.register_buffer("p", sine_positions(n, n, self.pos).T.reshape(1, self.pos, n, n), persistent=False)
-        entering += self.pos
         self.unet = UNet(
             entering, c.token_width if c.condition == "tokens" else None, c.base_width, c.multipliers, c.depth,
             c.attention_levels, c.heads, 1, c.self_attention, 2, True, "residual", c.groups,
@@ -73,7 +64,5 @@ class FieldNetwork(nn.Module):
             entering += [part for part in condition if part is not None]
         p = self.config.patch
         h = rearrange(torch.cat(entering, 1), "b c (h p) (w q) -> b (c p q) h w", p=p, q=p)
-        if self.pos:
-            h = torch.cat([h, self.p.expand(len(h), -1, -1, -1)], 1)
         h = self.unet(h, t, tokens)
         return rearrange(h, "b (c p q) h w -> b c (h p) (w q)", p=p, q=p)

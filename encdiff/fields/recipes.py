@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
-from encdiff.checked import Fraction, NotNegative, Range
+from encdiff.checked import Fraction, NotNegative, Positive, Range
 from encdiff.errors import InputError
 from encdiff.fields.config import FieldConfig
 from encdiff.training.recipes import DescentConfig
@@ -22,6 +22,7 @@ class FieldTrainConfig(DescentConfig):
     noise: NotNegative = 0.25  # greatest deviation of a sensor's noise, in standard deviations of its channel
     exact: Fraction = 0.5  # share of the samples whose sensors have none; of the others it is uniform
     partial: Fraction = 0.2  # share of the samples in which only some channels are measured, where there are several
+    sigma: tuple[float, Positive] = (-1.2, 1.2)  # mean and deviation of log(sigma), the diffusion's noise levels: EDM's
     held_out: Fraction = 0.2  # the last part of the data, which is not trained on
 
     def __post_init__(self) -> None:

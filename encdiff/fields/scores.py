@@ -16,7 +16,7 @@ DRAWS = 2000  # of the bootstrap
 
 
 class Scores(NamedTuple):
-    """Per field and channel, each float64 (n, C); units are the field's, but for nrmse and coverage, which have none."""
+    """Per field and channel, each float64 (n, C); in the field's units, but for nrmse and coverage, which have none."""
 
     nrmse: np.ndarray  # of the members' mean
     nrmse_unobserved: np.ndarray  # at the pixels without a sensor alone
@@ -40,7 +40,7 @@ def score(members: np.ndarray, truth: np.ndarray, observed: np.ndarray | None = 
     )
 
 
-def rmse(mean: np.ndarray, truth: np.ndarray, where: np.ndarray | bool = True) -> np.ndarray:
+def rmse(mean: np.ndarray | float, truth: np.ndarray, where: np.ndarray | bool = True) -> np.ndarray:
     """Root mean square error over pixels, float64 (n, C), of mean (n, C, H, W)."""
     truth = np.asarray(truth, np.float64)
     return np.sqrt(_average((mean - truth) ** 2, where))
@@ -59,9 +59,9 @@ def crps(members: np.ndarray, truth: np.ndarray, where: np.ndarray | bool = True
     """Continuous ranked probability score, its mean over pixels, float64 (n, C); 0 is perfect.
 
     mean_e |x_e - y| - sum_{e,f} |x_e - x_f| / (2 E^2): the score of the members' empirical distribution (Gneiting and
-    Raftery 2007, eq. 21), the mean absolute error for E = 1. It asks more of fewer members: for E drawn from the truth's
-    own distribution it is 1 + 1 / E times that of the distribution. `fair` divides by 2 E (E - 1) instead (Ferro 2014):
-    unbiased for drawn members, wrong for members that are quantiles; needs E >= 2.
+    Raftery 2007, eq. 21), the mean absolute error for E = 1. It asks more of fewer members: of E drawn from the truth's
+    own distribution, 1 + 1 / E times that of the distribution is expected. `fair` divides by 2 E (E - 1) instead (Ferro
+    2014): unbiased for drawn members, wrong for members that are quantiles; needs E >= 2.
     """
     members, truth = _checked(members, truth)
     count = members.shape[1]
@@ -79,10 +79,10 @@ def coverage(
     """Share of pixels inside the members' central band of that level, float64 (n, C); calibrated: `nominal(level, E)`.
 
     The band has its ends at the order statistics k and E + 1 - k, of tails (1 - level) / 2 = k / (E + 1) where members
-    are `drawn`, as the truth is, from one distribution; and (k - 1/2) / E where they are its quantiles at (e + 1/2) / E.
+    are `drawn`, as the truth is, from one distribution; (k - 1/2) / E where they are its quantiles at (e + 1/2) / E.
     Between two whole k the shares of both bands are mixed in proportion, so the expected share is exact whatever the
     distribution: for 25 members and 90 %, k = 1.3. No band is wider than all members, so k >= 1. The ends belong to the
-    band: with ties, as in a field of two values, more than the nominal share is covered.
+    band: with ties, as in a field of two values, more than the nominal share is covered. One member has no band: NaN.
     """
     return coverage_curve(members, truth, (level,), where, drawn=drawn)[0]
 
@@ -98,6 +98,8 @@ def coverage_curve(
     """`coverage` at several levels, float64 (levels, n, C): the reliability curve, calibrated on the diagonal."""
     members, truth = _checked(members, truth)
     count = members.shape[1]
+    if count < 2:
+        return np.full((len(levels), *truth.shape[:2]), np.nan)
     below, ties = _ranks(members, truth)
     depth = np.minimum(below + ties, count - below)  # in the band of k where at least k
     bands = np.append(np.arange(1, count // 2 + 1), (count + 1) / 2)  # the last one is the median alone
@@ -107,7 +109,7 @@ def coverage_curve(
 
 
 def nominal(level: float, count: int, *, drawn: bool = True) -> float:
-    """What `coverage` is expected to be for `count` calibrated members: the level, or what all of them cover.
+    """What `coverage` is expected to be for `count` >= 2 calibrated members: the level, or what all of them cover.
 
     That is (E - 1) / (E + 1) of drawn members, 1 - 1 / E of quantiles.
     """

@@ -1,11 +1,14 @@
 """What was measured: where, which channels, how exactly, and when."""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
 from encdiff.errors import InputError
 from encdiff.fields.grid import Grid
+
+MOST = 1e30  # of values and sigma: what float32 holds, and the square of what float64 does
 
 
 @dataclass(frozen=True)
@@ -51,8 +54,9 @@ class Sensors:
 
     def select(self, which: np.ndarray) -> "Sensors":
         """Those of a mask or of indices (S',)."""
-        parts = {name: getattr(self, name) for name in ("points", "values", "sigma", "times", "lines")}
-        return replace(self, **{name: None if part is None else part[which] for name, part in parts.items()})
+        parts: dict[str, Any] = {name: getattr(self, name) for name in ("points", "values", "sigma", "times", "lines")}
+        parts = {name: None if part is None else part[which] for name, part in parts.items()}
+        return replace(self, **parts)
 
     def until(self, time: float) -> "Sensors":
         """Those measured at that time or before; InputError where there are none."""
@@ -81,9 +85,14 @@ class Sensors:
             )
         measured = ~np.isnan(self.values)
         self._refuse(~measured.any(1), lambda s: "has no value, must have one of at least one channel")
-        self._refuse(np.isinf(self.values).any(1), lambda s: "has an infinite value, must be finite")
-        wrong = measured & ~((self.sigma >= 0) & np.isfinite(self.sigma))
-        self._refuse(wrong.any(1), lambda s: f"sigma is {self.sigma[s][wrong[s]][0]:g}, must be 0 or more")
+        large = np.abs(self.values) > MOST
+        self._refuse(
+            large.any(1), lambda s: f"value is {self.values[s][large[s]][0]:g}, must lie in {-MOST:g} to {MOST:g}"
+        )
+        wrong = measured & ~((self.sigma >= 0) & (self.sigma <= MOST))
+        self._refuse(
+            wrong.any(1), lambda s: f"sigma is {self.sigma[s][wrong[s]][0]:g}, must be 0 or more, at most {MOST:g}"
+        )
         if self.times is not None:
             self._refuse(~np.isfinite(self.times), lambda s: f"t is {self.times[s]:g}, must be finite")
         self._refuse_contradictions(measured)
@@ -96,12 +105,21 @@ class Sensors:
             order = exact[np.lexsort((times[exact], *self.points[exact].T))]
             here, there = order[:-1], order[1:]
             same = (self.points[here] == self.points[there]).all(1) & (times[here] == times[there])
-            bad = np.zeros(len(self), dtype=bool)
-            bad[there[same & (self.values[here, c] != self.values[there, c])]] = True
-            self._refuse(bad, lambda s, c=c: f"{self.values[s, c]:g} differs from another exact value at its place")
+            other = np.full(len(self), -1)
+            bad = same & (self.values[here, c] != self.values[there, c])
+            other[there[bad]] = here[bad]
+            self._refuse(
+                other >= 0,
+                lambda s, c=c, other=other: (
+                    f"value is {self.values[s, c]!s}, on {self._place(other[s])} at the same place and time "
+                    f"{self.values[other[s], c]!s}; both cannot be exact (sigma 0)"
+                ),
+            )
 
     def _refuse(self, wrong: np.ndarray, said) -> None:
         if wrong.any():
             s = int(np.argmax(wrong))
-            place = f"line {self.lines[s]}" if self.lines is not None else f"sensor {s}"
-            raise InputError(f"{self.source}, {place}: {said(s)}")
+            raise InputError(f"{self.source}, {self._place(s)}: {said(s)}")
+
+    def _place(self, s: int) -> str:
+        return f"line {self.lines[s]}" if self.lines is not None else f"sensor {s}"

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -101,7 +101,9 @@ class FieldTraining(Descent):
         target = fields[torch.arange(len(fields), device=fields.device), frame]
         condition = self.measure(fields, Drawn(nearest, age, frame, noise, measured), seed, sample_ids, draw)
         with self._autocast():
-            return self.computing.loss(target, condition, seed=seed, sample_ids=sample_ids, draw=draw)
+            return self.computing.loss(
+                target, condition, levels=self.config.sigma, seed=seed, sample_ids=sample_ids, draw=draw
+            )
 
     def measure(self, fields: Tensor, drawn: Drawn, seed: int, sample_ids: Tensor, draw: Tensor) -> Condition:
         """The condition of standardised fields (B, T, C, H, W), whose sensors' noise is keyed."""
@@ -137,15 +139,15 @@ class FieldTraining(Descent):
         return None
 
 
-def fitted_config(config: FieldConfig, data: FieldData) -> FieldConfig:
-    """The configuration with the data's grid and statistics; of fields in time with a memory of half of it."""
+def fitted_config(config: FieldConfig, data: FieldData, **changes: Any) -> FieldConfig:
+    """The configuration, changed, with the data's grid and statistics; of fields in time with a memory of half that."""
     mean, std = data.statistics()
     grid, duration = data.grid, 0.0 if data.times is None else float(data.times[-1] - data.times[0])
     memory = config.memory or duration / 2
     return replace(
         config, channels=grid.channels, height=grid.height, width=grid.width, domain=grid.domain,
         periodic=grid.periodic, mean=tuple(map(float, mean)), std=tuple(map(float, std)),
-        memory=memory, speed=config.speed or (1 / memory if memory else 0.0),
+        memory=memory, speed=config.speed or (1 / memory if memory else 0.0), **changes,
     )  # fmt: skip
 
 

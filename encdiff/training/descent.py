@@ -97,7 +97,7 @@ class Descent:
 
     def descend(self, **inputs: Tensor) -> dict[str, Tensor | float]:
         """One step on what `_loss` takes, beside the sample ids and the draw of this step; returns TERMS."""
-        # the key of a sample is its place in the endless stream of shuffled samples, whatever the batches it is cut into
+        # the key of a sample is its place in the endless stream of shuffled ones, whatever the batches it is cut into
         draw, first = divmod(self.step * self.config.batch_size, 2**32)
         count = len(next(iter(inputs.values())))
         inputs["sample_ids"] = first + torch.arange(count, device=self.device)

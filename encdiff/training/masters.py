@@ -75,8 +75,8 @@ class Masters:
 
     The model keeps its names and meaning: its parameters become views of the flat masters, and those of `ema`, the
     average of the part `averaged`, of the flat averages. `compute` is a copy of the model in bfloat16, for use without
-    autocast. It shares what learns nothing or computes in float32: the parts `fixed`, BatchNorm's parameters and running statistics. A parameter without a
-    gradient counts as one with a gradient of zero.
+    autocast. It shares what learns nothing or computes in float32: the parts `fixed`, BatchNorm's parameters and
+    running statistics. A parameter without a gradient counts as one with a gradient of zero.
 
     Written by hand between two steps, a master reaches `compute` with the next step, or by `refresh`. The parameters
     must stay where they are: `check` says when they did not.

@@ -23,7 +23,9 @@ from encdiff.edit import Edit, uce
 from encdiff.evaluation import Direction, evaluate_codes, load_direction
 from encdiff.experiments.phases import seconds_per_step
 from encdiff.fields.formats import open_fields
+from encdiff.fields.grid import Grid
 from encdiff.fields.rendering import render
+from encdiff.fields.table import read_sensors
 from encdiff.files.checkpoint import load_tensors, save_tensors, step_of
 from encdiff.models.autoencoder import VQAutoencoder
 from encdiff.prior import DiffusionPrior, MixturePrior, load_prior
@@ -259,6 +261,15 @@ def make_priors(folder: Path) -> None:
     DiffusionPrior.fit(codes, 1).save(folder / "diffusion.safetensors")
 
 
+SENSORS = """# of a Tuesday
+x,y,t,permeability,pressure,sigma_pressure
+0.125,0.5,0,3,-1.25e-3,1e-4
+0.75,1,0.5,,2.5e-2,1e-4
+
+0.25,0.375,1,12,,
+"""
+
+
 READERS = {
     "pictures": Reader(make_pictures, lambda folder: read_all(folder, 8)),
     "lmdb": Reader(make_lmdb, lambda folder: read_all(folder, 8)),
@@ -278,5 +289,10 @@ READERS = {
     "run": Reader(make_run, read_run),
     "direction": Reader(make_direction, lambda path: load_direction(path).ranked(), "*.safetensors"),
     "edit": Reader(make_edit, Edit.load, "*.safetensors"),
+    "sensors": Reader(
+        lambda folder: (folder / "sensors.csv").write_text(SENSORS),
+        lambda path: read_sensors(path, Grid(("permeability", "pressure"), 8, 8)),
+        "*.csv",
+    ),
     "prior": Reader(make_priors, lambda path: load_prior(path).sample(2), "*.safetensors"),
 }

@@ -1,0 +1,130 @@
+"""`encdiff fields reconstruct` and `evaluate`: a trained model of fields at work."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from encdiff.cli.fields_data import FIELDS_HELP
+from encdiff.cli.options import Device, Seed
+from encdiff.cli.support import choose_device, held, writable
+from encdiff.errors import InputError
+from encdiff.terminal import progress_bar, say, say_table
+
+Run = Annotated[
+    Path, typer.Argument(help="A run, a folder that save_pretrained wrote, or darcy64.", show_default=False)
+]
+Members = Annotated[int, typer.Option("--ensemble", help="Reconstructions of each field.", min=1)]
+Steps = Annotated[int, typer.Option(help="Of the sampler.", min=1)]
+
+
+class Sampler(StrEnum):
+    heun = "heun"
+    euler = "euler"
+    dpm_solver_pp = "dpm-solver++"
+    unipc = "unipc"
+
+
+def reconstruct(
+    run: Run,
+    sensors: Annotated[
+        Path,
+        typer.Argument(help="A CSV of x, y, a column for each channel that is measured; t and sigma, if there are."),
+    ],
+    out: Annotated[
+        Path | None, typer.Option(help="Where mean, spread and members go: .npz or .h5. Default: beside the CSV.")
+    ] = None,
+    picture: Annotated[Path | None, typer.Option(help="Default: beside the CSV.")] = None,
+    ensemble: Members = 25,
+    time: Annotated[float | None, typer.Option(help="Of the field. Default: that of the last sensor.")] = None,
+    sampler: Annotated[Sampler, typer.Option(help="How fields are drawn.")] = Sampler.heun,
+    steps: Steps = 10,
+    seed: Seed = 0,
+    device: Device = "auto",
+) -> None:
+    """Whole fields from your own sensors. With the spread of what agrees with them, and a picture."""
+    from encdiff.fields import read_sensors, reconstruction_picture, save_figure
+    from encdiff.fields.output import write_reconstruction
+
+    model = open_field_model(run, device)
+    out = writable(out or sensors.with_name(f"{sensors.stem}-fields.npz"))
+    picture = writable(picture or sensors.with_name(f"{sensors.stem}-fields.png"))
+    measured = read_sensors(sensors, model.config.grid, time)
+    with progress_bar("sampling") as report:
+        found = model.reconstruct(
+            measured, ensemble, time=time, sampler=sampler.value, steps=steps, seed=seed, progress=report
+        )
+    write_reconstruction(out, found, model.config.grid)
+    save_figure(reconstruction_picture(found, model.config.grid, measured, title=sensors.name), picture)
+    say(f"fields: {out}\npicture: {picture}")
+
+
+def evaluate(
+    run: Run,
+    data: Annotated[str | None, typer.Option(help=FIELDS_HELP + " Default: what the run was trained on.")] = None,
+    beside: Annotated[
+        list[Path] | None, typer.Option(help="Another run for the same table; may be given several times.")
+    ] = None,
+    baselines: Annotated[
+        str, typer.Option(help="Methods without training: nearest, linear, cubic, kriging, or none.")
+    ] = "nearest,linear,cubic,kriging",
+    observed: Annotated[str, typer.Option(help="Shares of the pixels with a sensor.")] = "0.003,0.01,0.03,0.1",
+    noise: Annotated[str, typer.Option(help="Of the sensors, in standard deviations of a channel.")] = "0,0.05,0.1,0.2",
+    count: Annotated[int, typer.Option(help="Fields, the last ones of the data.", min=1)] = 32,
+    ensemble: Members = 25,
+    sampler: Annotated[Sampler, typer.Option(help="How fields are drawn.")] = Sampler.heun,
+    steps: Steps = 10,
+    out: Annotated[Path | None, typer.Option(help="The folder for table and pictures. Default: the run's own.")] = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+) -> None:
+    """Score reconstructions of held-out fields. Beside methods without training, as a table and pictures."""
+    from encdiff.fields import BASELINES, evaluate_fields, of_baseline, of_model, open_fields
+    from encdiff.fields.output import report_rows, write_evaluation
+    from encdiff.training.runs import read_config
+
+    runs = {path.name: path for path in (run, *(beside or []))}
+    models = {name: open_field_model(path, device) for name, path in runs.items()}
+    model = models[run.name]
+    if data is None:
+        if not (held(run) / "config.json").is_file() or not (held(run) / "checkpoint.safetensors").is_file():
+            raise InputError(f"--data is missing, and {run} is no run that names its own: " + FIELDS_HELP)
+        data = read_config(held(run))["data"]
+    fields = open_fields(data)
+    for name, one in models.items():
+        if one.config.grid != fields.grid:
+            raise InputError(f"{name}: its grid is {one.config.grid}, that of {fields.name} is {fields.grid}")
+    names = [] if baselines == "none" else [name.strip() for name in baselines.split(",")]
+    if unknown := [name for name in names if name not in BASELINES]:
+        raise InputError(f"--baselines: {unknown[0]!r} is unknown, must be among {', '.join(BASELINES)}, or none")
+    methods = {name: of_model(one, sampler=sampler.value, steps=steps) for name, one in models.items()}
+    methods |= {name: of_baseline(name, fields.grid) for name in names}
+    folder = out or (run if held(run) == run else Path("runs") / "packaged" / run)
+    writable(folder / "fields.json")
+    with progress_bar("evaluating") as report:
+        result = evaluate_fields(
+            methods, fields, observed=_numbers("--observed", observed), noise=_numbers("--noise", noise), count=count,
+            members=ensemble, memory=model.config.memory, seed=seed, progress=report,
+        )  # fmt: skip
+    say_table(*report_rows(result))
+    for path in write_evaluation(folder, result):
+        say(f"written: {path}")
+
+
+def open_field_model(run: Path, device: str):
+    """The trained model of a run or folder, or one that comes with the package."""
+    from encdiff.fields import FieldModel
+
+    folder = held(run)
+    if not folder.is_dir():
+        raise InputError(f"{run}: no such folder; must be a run, a folder that save_pretrained wrote, or darcy64")
+    of_run = (folder / "checkpoint.safetensors").is_file()
+    return FieldModel.from_pretrained(folder / "model" if of_run else folder, device=choose_device(device))
+
+
+def _numbers(option: str, text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise InputError(f"{option} {text!r} must be numbers such as 0.01,0.1") from None

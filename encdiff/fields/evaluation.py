@@ -1,0 +1,142 @@
+"""Reconstructions of held-out fields scored: how many sensors, how noisy, and by which method."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from encdiff.errors import InputError
+from encdiff.fields.baselines import BASELINES
+from encdiff.fields.grid import Grid
+from encdiff.fields.model import FieldModel
+from encdiff.fields.scores import LEVELS, Scores, coverage_curve, interval, score, spread_to_error
+from encdiff.fields.sensors import Sensors
+from encdiff.fields.store import FieldData
+
+OBSERVED, NOISE = (0.003, 0.01, 0.03, 0.1), (0.0, 0.05, 0.1, 0.2)
+Method = Callable[[Sequence[Sensors], int, int], np.ndarray]  # of n fields, members and seed: (n, E, C, H, W)
+Progress = Callable[[int, int], None]
+
+
+def of_model(model: FieldModel, **options: Any) -> Method:
+    """A model's reconstructions; `options` are those of `FieldModel.reconstruct`."""
+    return lambda sensors, members, seed: model.reconstruct(sensors, members, seed=seed, **options).members
+
+
+def of_baseline(name: str, grid: Grid) -> Method:
+    """Those of a method that learns nothing, by its name in `BASELINES`."""
+    if name not in BASELINES:
+        raise InputError(f"method is {name!r}, must be one of {', '.join(BASELINES)}")
+    method = BASELINES[name]
+    return lambda sensors, members, seed: np.stack([method(one, grid, seed, members) for one in sensors])
+
+
+def scattered(
+    fields: np.ndarray,
+    grid: Grid,
+    observed: float,
+    noise: np.ndarray | float = 0.0,
+    times: np.ndarray | None = None,
+    memory: float = 0.0,
+    seed: int = 0,
+    first: int = 0,
+) -> list[Sensors]:
+    """Sensors at random pixels of n fields (n, C, H, W), or (n, T, C, H, W) whose last frame is to be found.
+
+    `observed` is their share of the pixels, `noise` (C,) their deviation in the field's units. With `times` (T,) each
+    measured at one of the frames of the last `memory`. Field i's are a function of (seed, first + i).
+    """
+    found = []
+    for i, field in enumerate(fields.astype(np.float64)):
+        rng = np.random.default_rng((seed, first + i))
+        pixels = rng.choice(grid.height * grid.width, max(1, round(observed * grid.height * grid.width)), replace=False)
+        when = None
+        if times is not None:
+            frames = np.searchsorted(times, times[-1] - memory) if memory else len(times) - 1
+            when = rng.integers(frames, len(times), len(pixels))
+            frames_of = field.reshape(len(times), len(grid.channels), -1)
+            values = frames_of[when, :, pixels]
+        else:
+            values = field.reshape(len(grid.channels), -1)[:, pixels].T
+        sigma = np.broadcast_to(noise, values.shape)
+        values = values + sigma * rng.standard_normal(values.shape)
+        found.append(Sensors.of(grid.centres[pixels], values, sigma, None if when is None else times[when]))
+    return found
+
+
+def evaluate_fields(
+    methods: Mapping[str, Method],
+    data: FieldData,
+    *,
+    observed: Sequence[float] = OBSERVED,
+    noise: Sequence[float] = NOISE,
+    count: int = 32,
+    members: int = 25,
+    memory: float = 0.0,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Every method on the last `count` fields of the data, for each share of pixels observed and each noise.
+
+    Args:
+        methods: by name, see `of_model` and `of_baseline`; all are given the same sensors.
+        data: whose last samples no method was trained on.
+        observed: shares of the pixels with a sensor.
+        noise: the deviation of the sensors' noise, in standard deviations of each channel over the data.
+        members: of an ensemble.
+        memory: of fields in time, how far back measurements may lie; 0: at the field's own time.
+
+    Returns a dict for JSON: the protocol, the data and `rows`, one for each method, share and noise; errors relative to
+    the truth's root mean square, CRPS, spread and error in standard deviations of the channel, means over fields.
+    """
+    if not 1 <= count <= len(data):
+        raise InputError(f"count is {count}, must be 1 to {len(data)}, the fields of {data.name}")
+    grid, (_, std) = data.grid, data.statistics()
+    fields = data.read(np.arange(len(data) - count, len(data)))
+    truth = fields if data.times is None else fields[:, -1]
+    rows: list[dict[str, Any]] = []
+    cells = [(share, level) for share in observed for level in noise]
+    for i, (share, level) in enumerate(cells):
+        sensors = scattered(fields, grid, share, level * std, data.times, memory, seed + i)
+        here = np.zeros((count, 1, grid.height * grid.width), dtype=bool)
+        for b, one in enumerate(sensors):
+            now = slice(None) if one.times is None or data.times is None else one.times == data.times[-1]
+            here[b, :, grid.cells(one.points[now])] = True
+        here = here.reshape(count, 1, grid.height, grid.width)
+        for j, (name, method) in enumerate(methods.items()):
+            began = time.perf_counter()
+            found = method(sensors, members, seed)
+            seconds = (time.perf_counter() - began) / count
+            rows.append(
+                {"method": name, "observed": share, "noise": level, "seconds_per_field": seconds}
+                | scored(found, truth, here, std, grid, drawn=name != "kriging")
+            )
+            if progress:
+                progress(i * len(methods) + j + 1, len(cells) * len(methods))
+    about = {"count": count, "members": members, "memory": memory, "seed": seed}
+    return {"protocol": about, "data": data.name, **data.about(), "rows": rows}
+
+
+def scored(
+    members: np.ndarray, truth: np.ndarray, observed: np.ndarray, std: np.ndarray, grid: Grid, *, drawn: bool = True
+) -> dict[str, Any]:
+    """The scores of one method, means over fields and channels, and of each channel by name."""
+    found = score(members, truth, observed, drawn=drawn)
+    units = Scores(1, 1, std, 1, std, std)
+    scaled = {name: value / unit for name, value, unit in zip(Scores._fields, found, units, strict=True)}
+    ensemble = members.shape[1] > 1
+    result: dict[str, Any] = {}
+    for name, value in scaled.items():
+        if not ensemble and name in ("coverage", "spread"):
+            result[name] = None
+            continue
+        mean, low, high = interval(value.mean(1))
+        by_channel = dict(zip(grid.channels, value.mean(0).tolist(), strict=True))
+        result[name] = {"mean": float(mean), "interval": [float(low), float(high)], "channels": by_channel}
+    if ensemble:
+        ratio = spread_to_error(found.spread, found.error, members.shape[1], drawn=drawn)
+        result["spread_to_error"] = dict(zip(grid.channels, ratio.tolist(), strict=True))
+        curve = coverage_curve(members, truth, LEVELS, drawn=drawn).mean((1, 2))
+        result["curve"] = {f"{level:g}": float(share) for level, share in zip(LEVELS, curve, strict=True)}
+    return result

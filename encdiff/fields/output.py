@@ -1,0 +1,76 @@
+"""Reconstructions and tables as files."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from encdiff.errors import InputError
+from encdiff.fields.grid import Grid
+from encdiff.fields.model import Reconstruction
+from encdiff.fields.pictures import calibration_picture, error_curves, save_figure
+from encdiff.files.temporaries import atomic_path, disk_errors
+
+HEADER = ("method", "observed", "noise", "nRMSE", "unobserved", "CRPS", "90 % band", "spread/error", "s/field")
+
+
+def write_reconstruction(path: str | Path, found: Reconstruction, grid: Grid) -> None:
+    """`mean`, `spread` and `members`, with the grid's `channels` and `domain`, as .npz or .h5, whole or not at all."""
+    path = Path(path)
+    arrays = {"mean": found.mean, "members": found.members} | ({} if found.spread is None else {"spread": found.spread})
+    if path.suffix not in (".npz", ".h5", ".hdf5"):
+        raise InputError(f"{path}: must end in .npz or .h5")
+    with atomic_path(path) as temporary, disk_errors(RuntimeError):
+        if path.suffix == ".npz":
+            with temporary.open("wb") as file:
+                np.savez_compressed(file, channels=np.array(grid.channels), domain=np.array(grid.domain), **arrays)
+            return
+        with h5py.File(temporary, "w") as file:
+            for name, array in arrays.items():
+                file[name] = array
+            file.attrs["channels"], file.attrs["domain"] = list(grid.channels), grid.domain
+
+
+def write_evaluation(folder: str | Path, result: Mapping[str, Any]) -> list[Path]:
+    """`fields.json`, its table `fields.md` and pictures of errors and calibration; returns the paths."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    table, text = folder / "fields.md", folder / "fields.json"
+    with atomic_path(text) as temporary:
+        temporary.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+    with atomic_path(table) as temporary:
+        temporary.write_text(markdown(result), "utf-8")
+    pictures = {"errors.png": error_curves(result), "crps.png": error_curves(result, "crps")}
+    if any("curve" in row for row in result["rows"]):
+        pictures["calibration.png"] = calibration_picture(result)
+    for name, figure in pictures.items():
+        save_figure(figure, folder / name)
+    return [text, table, *(folder / name for name in pictures)]
+
+
+def report_rows(result: Mapping[str, Any]) -> tuple[tuple[str, ...], list[list[str]]]:
+    """Header and rows of a table, a row for each method, share observed and noise."""
+    return HEADER, [_cells(row) for row in result["rows"]]
+
+
+def markdown(result: Mapping[str, Any]) -> str:
+    """The same as a table of Markdown."""
+    header, rows = report_rows(result)
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def _cells(row: Mapping[str, Any]) -> list[str]:
+    def mean(name: str) -> str:
+        return "-" if row[name] is None else f"{row[name]['mean']:.3f}"
+
+    ratio = row.get("spread_to_error")
+    return [
+        row["method"], f"{100 * row['observed']:g} %", f"{100 * row['noise']:g} %", mean("nrmse"),
+        mean("nrmse_unobserved"), mean("crps"), mean("coverage"),
+        "-" if ratio is None else " ".join(f"{value:.2f}" for value in ratio.values()),
+        f"{row['seconds_per_field']:.2g}",
+    ]  # fmt: skip

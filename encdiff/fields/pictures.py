@@ -1,0 +1,151 @@
+"""Pictures of reconstructions: truth, sensors, mean, spread, error and members; and how errors go with the sensors."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from encdiff.errors import InputError
+from encdiff.fields.grid import Grid
+from encdiff.fields.model import Reconstruction
+from encdiff.fields.sensors import Sensors
+from encdiff.files.temporaries import atomic_path
+
+MEMBERS = 3  # shown
+MARKERS = "osD^vP*X"
+
+
+def reconstruction_picture(
+    found: Reconstruction,
+    grid: Grid,
+    sensors: Sensors | None = None,
+    truth: np.ndarray | None = None,
+    title: str = "",
+) -> Figure:
+    """A row for each channel: [truth,] sensors, mean, spread, [error,] and some members.
+
+    Args:
+        found: of one field: mean (C, H, W).
+        sensors: drawn where they are, in the colour of what they measured; fainter the longer ago.
+        truth: (C, H, W), where it is known.
+    """
+    if found.mean.shape != grid.shape:
+        raise InputError(f"mean is {found.mean.shape}, must be {grid.shape}")
+    rows, columns = [], []
+    for c, channel in enumerate(grid.channels):
+        shown = found.mean[c] if truth is None else truth[c]
+        cells: list[tuple[str, np.ndarray | None, str, tuple[float, float]]] = []
+        limits = float(shown.min()), float(shown.max())
+        if truth is not None:
+            cells.append(("truth", truth[c], "viridis", limits))
+        if sensors is not None:
+            count = int((~np.isnan(sensors.values[:, c])).sum())
+            cells.append((f"{count} sensor{'s' * (count != 1)}", None, "viridis", limits))
+        cells.append(("mean" if found.spread is not None else "reconstruction", found.mean[c], "viridis", limits))
+        if found.spread is not None:
+            cells.append(("spread", found.spread[c], "magma", (0.0, float(found.spread[c].max()) or 1.0)))
+        if truth is not None:
+            error = found.mean[c] - truth[c]
+            most = float(abs(error).max()) or 1.0
+            cells.append(("error of the mean", error, "RdBu_r", (-most, most)))
+        if found.spread is not None:
+            cells += [(f"member {e + 1}", found.members[e, c], "viridis", limits) for e in range(MEMBERS)][
+                : len(found.members)
+            ]
+        rows.append((channel, cells))
+        columns.append(len(cells))
+    figure = Figure(figsize=(2.3 * max(columns), 2.35 * len(rows) + 0.5), layout="constrained")
+    axes = figure.subplots(len(rows), max(columns), squeeze=False)
+    for line, (channel, cells) in zip(axes, rows, strict=True):
+        c = grid.channels.index(channel)
+        for axis, (label, field, colours, limits) in zip(line, cells, strict=True):
+            _draw(axis, figure, field, grid, colours, limits)
+            if field is None and sensors is not None:
+                _dots(axis, sensors, c, limits)
+            axis.set_title(label, fontsize=9)
+        line[0].set_ylabel(channel)
+    if title:
+        figure.suptitle(title, fontsize=10)
+    return figure
+
+
+def _draw(
+    axis: Axes, figure: Figure, field: np.ndarray | None, grid: Grid, colours: str, limits: tuple[float, float]
+) -> None:
+    x0, x1, y0, y1 = grid.domain
+    axis.set(xticks=[], yticks=[], xlim=(x0, x1), ylim=(y0, y1), aspect="equal")
+    if field is not None:
+        drawn = axis.imshow(
+            field, origin="lower", extent=grid.domain, cmap=colours, vmin=limits[0], vmax=limits[1],
+            interpolation="nearest",
+        )  # fmt: skip
+        bar = figure.colorbar(drawn, ax=axis, location="bottom", shrink=0.9, pad=0.02)
+        bar.ax.tick_params(labelsize=6)
+        bar.ax.locator_params(nbins=4)
+
+
+def _dots(axis: Axes, sensors: Sensors, channel: int, limits: tuple[float, float]) -> None:
+    measured = ~np.isnan(sensors.values[:, channel])
+    shown = 1.0
+    if sensors.times is not None:
+        age = sensors.times.max() - sensors.times[measured]
+        shown = 1 - 0.8 * age / (age.max() or 1.0)
+    axis.set_facecolor("#eef0f3")
+    axis.scatter(
+        *sensors.points[measured].T, c=sensors.values[measured, channel], cmap="viridis", vmin=limits[0],
+        vmax=limits[1], s=12, alpha=shown, linewidths=0.3, edgecolors="#1f2430",
+    )  # fmt: skip
+
+
+def error_curves(result: Mapping[str, Any], score: str = "nrmse") -> Figure:
+    """A score over the share of pixels observed, a line for each method, a panel for each noise."""
+    rows = result["rows"]
+    levels = sorted({row["noise"] for row in rows})
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    figure = Figure(figsize=(3.2 * len(levels) + 1.2, 3.4), layout="constrained")
+    axes = figure.subplots(1, len(levels), squeeze=False, sharey=True)[0]
+    for axis, level in zip(axes, levels, strict=True):
+        for k, method in enumerate(methods):
+            found = [r for r in rows if r["noise"] == level and r["method"] == method and r[score] is not None]
+            if found:
+                x, y = [100 * r["observed"] for r in found], np.array([r[score]["mean"] for r in found])
+                ends = np.array([r[score]["interval"] for r in found])
+                axis.errorbar(
+                    x, y, abs(ends - y[:, None]).T, label=method, marker=MARKERS[k % len(MARKERS)], markersize=4,
+                    linewidth=1.2, capsize=2, color=f"C{k}",
+                )  # fmt: skip
+        axis.set(xscale="log", xlabel="observed, % of the pixels", title=f"noise {100 * level:g} %")
+        axis.grid(alpha=0.3)
+    axes[0].set(ylabel=score.replace("_", " "), ylim=(0, None))
+    axes[-1].legend(fontsize=7)
+    return figure
+
+
+def calibration_picture(result: Mapping[str, Any]) -> Figure:
+    """What share of the truth lies inside the ensembles' bands, of every method that has one, over all its rows."""
+    curves: dict[str, list[list[float]]] = {}
+    levels: list[float] = []
+    for row in result["rows"]:
+        if "curve" in row:
+            levels = [float(level) for level in row["curve"]]
+            curves.setdefault(row["method"], []).append(list(row["curve"].values()))
+    figure = Figure(figsize=(4.4, 4.2), layout="constrained")
+    axis = figure.subplots()
+    axis.plot([0, 1], [0, 1], color="#6b7280", linewidth=1, linestyle=":", label="calibrated")
+    for k, (method, found) in enumerate(curves.items()):
+        axis.plot(
+            levels, np.mean(found, 0), marker=MARKERS[k % len(MARKERS)], markersize=4, label=method, color=f"C{k}"
+        )
+    axis.set(xlabel="nominal level of the band", ylabel="share of pixels inside", xlim=(0, 1), ylim=(0, 1))
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    return figure
+
+
+def save_figure(figure: Figure, path: str | Path) -> None:
+    """Write a PNG, whole or not at all."""
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
