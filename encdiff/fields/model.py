@@ -113,7 +113,7 @@ class FieldModel(nn.Module):
             ensemble: members of each; a regression has one whatever is asked for.
             time: of the fields, where sensors have times; None: that of the latest sensor.
             sampler, steps: heun, euler, dpm-solver++ or unipc, along EDM's path.
-            seed: of the noise; a member is a function of seed, field and member, whatever the batch.
+            seed: of the noise; member e of field i is a function of seed and i * ensemble + e, whatever the batch.
             batch_size: members computed at once.
             progress: called with (members done, of how many).
 

@@ -30,7 +30,10 @@ class RunFolder:
     folder that is there already: inside `with` the run is this training's alone.
     """
 
-    SHOWN = ("metrics.json", "importance.png", "pictures")  # of one state of the model
+    SHOWN = (  # of one state of the model
+        "metrics.json", "importance.png", "pictures", "fields.json", "fields.md", "errors.png", "crps.png",
+        "calibration.png",
+    )  # fmt: skip
     OWN = ("config.json", "log.csv", "checkpoint.safetensors", "samples", "model", "tensorboard", *SHOWN)
     IGNORED = (".lock", ".DS_Store", "Thumbs.db", "desktop.ini")  # a killed training's, and what desktops leave
 
