@@ -77,7 +77,8 @@ class FieldModel(nn.Module):
         """The training loss, a scalar, of standardised fields (B, C, H, W).
 
         A diffusion's is EDM's (arXiv 2206.00364), without noise where the field is known; a regression's the mean
-        square. Noise and its levels, log(sigma) of mean and deviation `levels`, are keyed by (seed, sample_ids (B,), draw).
+        square. Noise and its levels, log(sigma) of mean and deviation `levels`, are keyed by (seed, sample_ids (B,),
+        draw).
         """
         tokens = self.network.tokens(condition)
         if self.config.objective == "regression":
@@ -188,7 +189,7 @@ class FieldModel(nn.Module):
 
         Raises InputError: no such folder, a file missing or truncated, or of another kind of model.
         """
-        paths = [locate(name, file, {}) for file in ("config.json", "model.safetensors")]
+        paths = [locate(name, file, {}, "fields") for file in ("config.json", "model.safetensors")]
         return load_model(lambda values: cls(_read(values, str(paths[0]))), *paths).to(device).eval()
 
 
