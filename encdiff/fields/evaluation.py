@@ -46,7 +46,13 @@ def scattered(
 
     `observed` is their share of the pixels, `noise` (C,) their deviation in the field's units. With `times` (T,) each
     measured at one of the frames of the last `memory`. Field i's are a function of (seed, first + i).
+
+    InputError for an impossible share or noise.
     """
+    if not 0 < observed <= 1:
+        raise InputError(f"observed is {observed}, must be a share of the pixels, above 0 and at most 1")
+    if not (np.isfinite(noise) & (np.asarray(noise) >= 0)).all():
+        raise InputError(f"noise is {noise}, must be 0 or more")
     found = []
     for i, field in enumerate(fields.astype(np.float64)):
         rng = np.random.default_rng((seed, first + i))
