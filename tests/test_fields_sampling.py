@@ -15,7 +15,7 @@ SIDE = 4
 def covariance() -> torch.Tensor:
     """Of a smooth field of SIDE x SIDE pixels with deviation 0.5, float64."""
     at = torch.cartesian_prod(torch.arange(SIDE), torch.arange(SIDE)).double()
-    return 0.25 * torch.exp(-torch.cdist(at, at) ** 2 / 4) + 1e-3 * torch.eye(SIDE**2, dtype=torch.float64)
+    return 0.25 * torch.exp(-(torch.cdist(at, at) ** 2) / 4) + 1e-3 * torch.eye(SIDE**2, dtype=torch.float64)
 
 
 def posterior(cov: torch.Tensor, known: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -8,7 +8,7 @@ import typer
 
 from encdiff.cli.fields_data import FIELDS_HELP
 from encdiff.cli.options import Device, Seed
-from encdiff.cli.support import choose_device, held, writable
+from encdiff.cli.support import choose_device, held, results, writable
 from encdiff.errors import InputError
 from encdiff.terminal import progress_bar, say, say_table
 
@@ -75,7 +75,7 @@ def evaluate(
     ensemble: Members = 25,
     sampler: Annotated[Sampler, typer.Option(help="How fields are drawn.")] = Sampler.heun,
     steps: Steps = 10,
-    out: Annotated[Path | None, typer.Option(help="The folder for table and pictures. Default: the run's own.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The folder for table and pictures. Default: RUN/fields.")] = None,
     seed: Seed = 0,
     device: Device = "auto",
 ) -> None:
@@ -100,7 +100,7 @@ def evaluate(
         raise InputError(f"--baselines: {unknown[0]!r} is unknown, must be among {', '.join(BASELINES)}, or none")
     methods = {name: of_model(one, sampler=sampler.value, steps=steps) for name, one in models.items()}
     methods |= {name: of_baseline(name, fields.grid) for name in names}
-    folder = out or (run if held(run) == run else Path("runs") / "packaged" / run)
+    folder = out or results(run) / "fields"
     writable(folder / "fields.json")
     with progress_bar("evaluating") as report:
         result = evaluate_fields(

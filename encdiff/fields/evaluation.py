@@ -10,7 +10,7 @@ from encdiff.errors import InputError
 from encdiff.fields.baselines import BASELINES
 from encdiff.fields.grid import Grid
 from encdiff.fields.model import FieldModel
-from encdiff.fields.scores import LEVELS, Scores, coverage_curve, interval, score, spread_to_error
+from encdiff.fields.scores import LEVELS, coverage_curve, interval, score, spread_to_error
 from encdiff.fields.sensors import Sensors
 from encdiff.fields.store import FieldData
 
@@ -51,17 +51,15 @@ def scattered(
     for i, field in enumerate(fields.astype(np.float64)):
         rng = np.random.default_rng((seed, first + i))
         pixels = rng.choice(grid.height * grid.width, max(1, round(observed * grid.height * grid.width)), replace=False)
-        when = None
-        if times is not None:
-            frames = np.searchsorted(times, times[-1] - memory) if memory else len(times) - 1
-            when = rng.integers(frames, len(times), len(pixels))
-            frames_of = field.reshape(len(times), len(grid.channels), -1)
-            values = frames_of[when, :, pixels]
-        else:
-            values = field.reshape(len(grid.channels), -1)[:, pixels].T
+        frames = field.reshape(-1, len(grid.channels), grid.height * grid.width)
+        first_frame = len(frames) - 1
+        if times is not None and memory:
+            first_frame = int(np.searchsorted(times, times[-1] - memory))
+        when = rng.integers(first_frame, len(frames), len(pixels))
+        values = frames[when, :, pixels]
         sigma = np.broadcast_to(noise, values.shape)
         values = values + sigma * rng.standard_normal(values.shape)
-        found.append(Sensors.of(grid.centres[pixels], values, sigma, None if when is None else times[when]))
+        found.append(Sensors.of(grid.centres[pixels], values, sigma, None if times is None else times[when]))
     return found
 
 
@@ -99,11 +97,7 @@ def evaluate_fields(
     cells = [(share, level) for share in observed for level in noise]
     for i, (share, level) in enumerate(cells):
         sensors = scattered(fields, grid, share, level * std, data.times, memory, seed + i)
-        here = np.zeros((count, 1, grid.height * grid.width), dtype=bool)
-        for b, one in enumerate(sensors):
-            now = slice(None) if one.times is None or data.times is None else one.times == data.times[-1]
-            here[b, :, grid.cells(one.points[now])] = True
-        here = here.reshape(count, 1, grid.height, grid.width)
+        here = np.stack([pixels_of(one, grid, data.times) for one in sensors])
         for j, (name, method) in enumerate(methods.items()):
             began = time.perf_counter()
             found = method(sensors, members, seed)
@@ -118,13 +112,21 @@ def evaluate_fields(
     return {"protocol": about, "data": data.name, **data.about(), "rows": rows}
 
 
+def pixels_of(sensors: Sensors, grid: Grid, times: np.ndarray | None) -> np.ndarray:
+    """True where a sensor measured at the last of the times, bool (1, H, W)."""
+    now = sensors if sensors.times is None or times is None else sensors.select(sensors.times == times[-1])
+    found = np.zeros(grid.height * grid.width, dtype=bool)
+    found[grid.cells(now.points)] = True
+    return found.reshape(1, grid.height, grid.width)
+
+
 def scored(
     members: np.ndarray, truth: np.ndarray, observed: np.ndarray, std: np.ndarray, grid: Grid, *, drawn: bool = True
 ) -> dict[str, Any]:
     """The scores of one method, means over fields and channels, and of each channel by name."""
     found = score(members, truth, observed, drawn=drawn)
-    units = Scores(1, 1, std, 1, std, std)
-    scaled = {name: value / unit for name, value, unit in zip(Scores._fields, found, units, strict=True)}
+    in_deviations = ("crps", "spread", "error")
+    scaled = {k: value / std if k in in_deviations else value for k, value in found._asdict().items()}
     ensemble = members.shape[1] > 1
     result: dict[str, Any] = {}
     for name, value in scaled.items():

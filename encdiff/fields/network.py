@@ -23,6 +23,11 @@ class Condition(NamedTuple):
     sigma: Tensor  # of the sensor's noise
     age: Tensor | None = None  # of what it measured, in units of the configuration's memory
 
+    def rows(self, which: Tensor) -> "Condition":
+        """Of these fields, by index."""
+        age = None if self.age is None else self.age[which]
+        return Condition(self.values[which], self.mask[which], self.sigma[which], age)
+
     @property
     def exact(self) -> Tensor:
         """Where the field is known, 1 or 0."""

@@ -20,18 +20,19 @@ HEADER = ("method", "observed", "noise", "nRMSE", "unobserved", "CRPS", "90 % ba
 def write_reconstruction(path: str | Path, found: Reconstruction, grid: Grid) -> None:
     """`mean`, `spread` and `members`, with the grid's `channels` and `domain`, as .npz or .h5, whole or not at all."""
     path = Path(path)
-    arrays = {"mean": found.mean, "members": found.members} | ({} if found.spread is None else {"spread": found.spread})
+    arrays: dict[str, Any] = {"mean": found.mean, "members": found.members}
+    arrays |= {} if found.spread is None else {"spread": found.spread}
+    arrays |= {"channels": list(grid.channels), "domain": grid.domain}
     if path.suffix not in (".npz", ".h5", ".hdf5"):
         raise InputError(f"{path}: must end in .npz or .h5")
     with atomic_path(path) as temporary, disk_errors(RuntimeError):
         if path.suffix == ".npz":
             with temporary.open("wb") as file:
-                np.savez_compressed(file, channels=np.array(grid.channels), domain=np.array(grid.domain), **arrays)
+                np.savez_compressed(file, **arrays)
             return
         with h5py.File(temporary, "w") as file:
             for name, array in arrays.items():
                 file[name] = array
-            file.attrs["channels"], file.attrs["domain"] = list(grid.channels), grid.domain
 
 
 def write_evaluation(folder: str | Path, result: Mapping[str, Any]) -> list[Path]:
