@@ -38,25 +38,35 @@ def reconstruct(
     picture: Annotated[Path | None, typer.Option(help="Default: beside the CSV.")] = None,
     ensemble: Members = 25,
     time: Annotated[float | None, typer.Option(help="Of the field. Default: that of the last sensor.")] = None,
+    more: Annotated[
+        Path | None, typer.Option(help="A CSV of later measurements; the ensemble is corrected by its covariance.")
+    ] = None,
+    localisation: Annotated[
+        float | None, typer.Option(help="Of --more: the length over which covariances fade. Default: they do not.")
+    ] = None,
     sampler: Annotated[Sampler, typer.Option(help="How fields are drawn.")] = Sampler.heun,
     steps: Steps = 10,
     seed: Seed = 0,
     device: Device = "auto",
 ) -> None:
     """Whole fields from your own sensors. With the spread of what agrees with them, and a picture."""
-    from encdiff.fields import read_sensors, reconstruction_picture, save_figure
+    from encdiff.fields import read_sensors, reconstruction_picture, save_figure, update
+    from encdiff.fields.model import summarised
     from encdiff.fields.output import write_reconstruction
 
     model = open_field_model(run, device)
     out = writable(out or sensors.with_name(f"{sensors.stem}-fields.npz"))
     picture = writable(picture or sensors.with_name(f"{sensors.stem}-fields.png"))
-    measured = read_sensors(sensors, model.config.grid, time)
+    grid = model.config.grid
+    measured = read_sensors(sensors, grid, time)
     with progress_bar("sampling") as report:
         found = model.reconstruct(
             measured, ensemble, time=time, sampler=sampler.value, steps=steps, seed=seed, progress=report
         )
-    write_reconstruction(out, found, model.config.grid)
-    save_figure(reconstruction_picture(found, model.config.grid, measured, title=sensors.name), picture)
+    if more is not None:
+        found = summarised(update(found.members, read_sensors(more, grid), grid, localisation=localisation))
+    write_reconstruction(out, found, grid)
+    save_figure(reconstruction_picture(found, grid, measured, title=sensors.name), picture)
     say(f"fields: {out}\npicture: {picture}")
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from encdiff.errors import InputError
 from encdiff.fields.baselines import BASELINES
 from encdiff.fields.grid import Grid
+from encdiff.fields.layouts import scattered
 from encdiff.fields.model import FieldModel
 from encdiff.fields.scores import LEVELS, coverage_curve, interval, score, spread_to_error
 from encdiff.fields.sensors import Sensors
@@ -30,37 +31,6 @@ def of_baseline(name: str, grid: Grid) -> Method:
         raise InputError(f"method is {name!r}, must be one of {', '.join(BASELINES)}")
     method = BASELINES[name]
     return lambda sensors, members, seed: np.stack([method(one, grid, seed, members) for one in sensors])
-
-
-def scattered(
-    fields: np.ndarray,
-    grid: Grid,
-    observed: float,
-    noise: np.ndarray | float = 0.0,
-    times: np.ndarray | None = None,
-    memory: float = 0.0,
-    seed: int = 0,
-    first: int = 0,
-) -> list[Sensors]:
-    """Sensors at random pixels of n fields (n, C, H, W), or (n, T, C, H, W) whose last frame is to be found.
-
-    `observed` is their share of the pixels, `noise` (C,) their deviation in the field's units. With `times` (T,) each
-    measured at one of the frames of the last `memory`. Field i's are a function of (seed, first + i).
-    """
-    found = []
-    for i, field in enumerate(fields.astype(np.float64)):
-        rng = np.random.default_rng((seed, first + i))
-        pixels = rng.choice(grid.height * grid.width, max(1, round(observed * grid.height * grid.width)), replace=False)
-        frames = field.reshape(-1, len(grid.channels), grid.height * grid.width)
-        first_frame = len(frames) - 1
-        if times is not None and memory:
-            first_frame = int(np.searchsorted(times, times[-1] - memory))
-        when = rng.integers(first_frame, len(frames), len(pixels))
-        values = frames[when, :, pixels]
-        sigma = np.broadcast_to(noise, values.shape)
-        values = values + sigma * rng.standard_normal(values.shape)
-        found.append(Sensors.of(grid.centres[pixels], values, sigma, None if times is None else times[when]))
-    return found
 
 
 def evaluate_fields(

@@ -37,6 +37,12 @@ class Reconstruction(NamedTuple):
         )
 
 
+def summarised(members: np.ndarray) -> Reconstruction:
+    """Mean and spread of members (..., E, C, H, W)."""
+    several = members.shape[-4] > 1
+    return Reconstruction(members.mean(-4), members.std(-4, ddof=1) if several else None, members)
+
+
 class FieldModel(nn.Module):
     """A diffusion model of fields that is told what sensors measured; as a regression, the Voronoi U-Net.
 
@@ -131,8 +137,7 @@ class FieldModel(nn.Module):
         times = [time] * len(many) if time is None or isinstance(time, int | float) else list(time)
         members = self.members(make_condition(many, self.config, times, self.device), ensemble, sampler=sampler,
                                steps=steps, seed=seed, batch_size=batch_size, progress=progress)  # fmt: skip
-        spread = members.std(1, ddof=1) if members.shape[1] > 1 else None
-        found = Reconstruction(members.mean(1), spread, members)
+        found = summarised(members)
         return found.of(0) if single else found
 
     @torch.no_grad()

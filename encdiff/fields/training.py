@@ -15,7 +15,7 @@ from encdiff.checked import check_types
 from encdiff.errors import InputError
 from encdiff.fields.condition import nearest
 from encdiff.fields.config import FieldConfig
-from encdiff.fields.evaluation import scattered
+from encdiff.fields.layouts import scattered
 from encdiff.fields.model import FieldModel
 from encdiff.fields.network import Condition
 from encdiff.fields.pictures import reconstruction_picture, save_figure
