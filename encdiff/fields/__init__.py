@@ -25,8 +25,9 @@ from encdiff.fields.table import read_sensors, write_sensors
 from encdiff.fields.training import FieldTraining, fitted_config, train_fields
 
 __all__ = [
-    "BASELINES", "FIELD_PRESETS", "FieldConfig", "FieldData", "FieldModel", "FieldTrainConfig", "FieldTraining", "Grid",
-    "Reconstruction", "Sensors", "calibration_picture", "error_curves", "evaluate_fields", "field_recipe",
-    "fitted_config", "lattice", "measure", "of_baseline", "of_model", "open_fields", "random_pixels", "read_sensors", "reconstruction_picture", "render",
-    "save_figure", "scattered", "tracks", "train_fields", "update", "write_sensors",
+    "BASELINES", "FIELD_PRESETS", "FieldConfig", "FieldData", "FieldModel", "FieldTrainConfig", "FieldTraining",
+    "Grid", "Reconstruction", "Sensors", "calibration_picture", "error_curves", "evaluate_fields", "field_recipe",
+    "fitted_config", "lattice", "measure", "of_baseline", "of_model", "open_fields", "random_pixels", "read_sensors",
+    "reconstruction_picture", "render", "save_figure", "scattered", "tracks", "train_fields", "update",
+    "write_sensors",
 ]  # fmt: skip
