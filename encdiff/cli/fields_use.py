@@ -86,12 +86,13 @@ def evaluate(
     sampler: Annotated[Sampler, typer.Option(help="How fields are drawn.")] = Sampler.heun,
     steps: Steps = 10,
     out: Annotated[Path | None, typer.Option(help="The folder for table and pictures. Default: RUN/fields.")] = None,
+    add: Annotated[bool, typer.Option("--add", help="Keep what the table there has of other methods.")] = False,
     seed: Seed = 0,
     device: Device = "auto",
 ) -> None:
     """Score reconstructions of held-out fields. Beside methods without training, as a table and pictures."""
     from encdiff.fields import BASELINES, evaluate_fields, of_baseline, of_model, open_fields
-    from encdiff.fields.output import report_rows, write_evaluation
+    from encdiff.fields.output import added, report_rows, write_evaluation
     from encdiff.training.runs import read_config
 
     runs = {path.name: path for path in (run, *(beside or []))}
@@ -117,6 +118,7 @@ def evaluate(
             methods, fields, observed=_numbers("--observed", observed), noise=_numbers("--noise", noise), count=count,
             members=ensemble, memory=model.config.memory, seed=seed, progress=report,
         )  # fmt: skip
+    result = added(result, folder) if add else result
     say_table(*report_rows(result))
     for path in write_evaluation(folder, result):
         say(f"written: {path}")

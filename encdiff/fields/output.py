@@ -12,6 +12,7 @@ from encdiff.errors import InputError
 from encdiff.fields.grid import Grid
 from encdiff.fields.model import Reconstruction
 from encdiff.fields.pictures import calibration_picture, error_curves, save_figure
+from encdiff.files.reading import read_json
 from encdiff.files.temporaries import atomic_path, disk_errors
 
 HEADER = ("method", "observed", "noise", "nRMSE", "unobserved", "CRPS", "90 % band", "spread/error", "s/field")
@@ -50,6 +51,26 @@ def write_evaluation(folder: str | Path, result: Mapping[str, Any]) -> list[Path
     for name, figure in pictures.items():
         save_figure(figure, folder / name)
     return [text, table, *(folder / name for name in pictures)]
+
+
+def added(result: Mapping[str, Any], folder: str | Path) -> dict[str, Any]:
+    """The result with the rows of other methods that a folder's `fields.json` holds, in front.
+
+    InputError where that is of other data, sensors or settings, and where it is none of ours; without a file the result.
+    """
+    path = Path(folder) / "fields.json"
+    if not path.is_file():
+        return dict(result)
+    before = read_json(path)
+    if not (isinstance(before, dict) and isinstance(before.get("rows"), list)):
+        raise InputError(f"{path}: holds no rows, must be what `encdiff fields evaluate` wrote")
+    now = json.loads(json.dumps(result))
+    for name in now.keys() - {"rows"}:
+        if before.get(name) != now[name]:
+            raise InputError(f"{path}: was made with {name} {before.get(name)}, not {now[name]}; use another folder")
+    methods = {row["method"] for row in now["rows"]}
+    rows = [row for row in before["rows"] if row["method"] not in methods] + now["rows"]
+    return now | {"rows": rows}
 
 
 def report_rows(result: Mapping[str, Any]) -> tuple[tuple[str, ...], list[list[str]]]:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -65,6 +65,7 @@ def draw_sensors(
 class FieldTraining(Descent):
     """`Descent` of a field model's loss; the sensors of the next step are drawn by threads beside this one."""
 
+    UNIT: ClassVar[str] = "fields"
     model: FieldModel
     config: FieldTrainConfig
 
