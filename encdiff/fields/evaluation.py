@@ -78,7 +78,7 @@ def evaluate_fields(
             )
             if progress:
                 progress(i * len(methods) + j + 1, len(cells) * len(methods))
-    about = {"observed": list(observed), "noise": list(noise)}
+    about: dict[str, Any] = {"observed": list(observed), "noise": list(noise)}
     about |= {"count": count, "members": members, "memory": memory, "seed": seed}
     return {"protocol": about, "data": data.name, **data.about(), "rows": rows}
 

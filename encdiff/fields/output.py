@@ -56,7 +56,7 @@ def write_evaluation(folder: str | Path, result: Mapping[str, Any]) -> list[Path
 def added(result: Mapping[str, Any], folder: str | Path) -> dict[str, Any]:
     """The result with the rows of other methods that a folder's `fields.json` holds, in front.
 
-    InputError where that is of other data, sensors or settings, and where it is none of ours; without a file the result.
+    InputError where that is of other data, sensors or settings, or no table of ours; without a file the result.
     """
     path = Path(folder) / "fields.json"
     if not path.is_file():
