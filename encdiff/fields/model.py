@@ -17,6 +17,7 @@ from encdiff.fields.config import SIGMA_DATA, FieldConfig
 from encdiff.fields.network import Condition, FieldNetwork
 from encdiff.fields.sensors import Sensors
 from encdiff.files.checkpoint import load_model, locate, save_model
+from encdiff.models.attention import Sampling, begin_sampling
 from encdiff.models.mode import evaluating
 from encdiff.ops.philox import normal
 
@@ -103,8 +104,10 @@ class FieldModel(nn.Module):
 
     forward = loss
 
-    def _network(self, condition: Condition, tokens: Tensor | None) -> Callable[[Tensor, Tensor], Tensor]:
-        return lambda x, c_noise: self.network(x, NOISE_SCALE * c_noise, condition, tokens)
+    def _network(
+        self, condition: Condition, tokens: Tensor, sampling: Sampling | None = None
+    ) -> Callable[[Tensor, Tensor], Tensor]:
+        return lambda x, c_noise: self.network(x, NOISE_SCALE * c_noise, condition, tokens, sampling).float()
 
     def reconstruct(
         self,
@@ -171,10 +174,11 @@ class FieldModel(nn.Module):
         """Standardised members of these ids, each of the field `of`; tokens are made once for each field."""
         fields, back = torch.unique(of, return_inverse=True)
         tokens = self.network.tokens(condition.rows(fields))
-        tokens, condition = None if tokens is None else tokens[back], condition.rows(of)
+        tokens, condition = tokens[back], condition.rows(of)
         if self.config.objective == "regression":
             return self.network(None, torch.zeros_like(ids), condition, tokens).float()
-        denoise = edm_denoiser(self._network(condition, tokens), SIGMA_DATA)
+        kept = begin_sampling(tokens, self.network.unet.attending)
+        denoise = edm_denoiser(self._network(condition, tokens, kept), SIGMA_DATA)
         values, known = SIGMA_DATA * condition.values, condition.exact.bool()
         if self.config.condition == "none":
             denoise = sampling.guided(denoise, values, condition.mask, SIGMA_DATA * condition.sigma, SIGMA_DATA)
