@@ -41,25 +41,35 @@ def reconstruct(
     picture: Annotated[Path | None, typer.Option(help="Default: beside the CSV.")] = None,
     ensemble: Members = 25,
     time: Annotated[float | None, typer.Option(help="Of the field. Default: that of the last sensor.")] = None,
+    more: Annotated[
+        Path | None, typer.Option(help="A CSV of later measurements; the ensemble is corrected by its covariance.")
+    ] = None,
+    localisation: Annotated[
+        float | None, typer.Option(help="Of --more: the length over which covariances fade. Default: they do not.")
+    ] = None,
     sampler: Annotated[Sampler, typer.Option(help="How fields are drawn.")] = Sampler.heun,
     steps: Steps = 10,
     seed: Seed = 0,
     device: Device = "auto",
 ) -> None:
     """Whole fields from your own sensors. With the spread of what agrees with them, and a picture."""
-    from encdiff.fields import read_sensors, reconstruction_picture, save_figure
+    from encdiff.fields import read_sensors, reconstruction_picture, save_figure, update
+    from encdiff.fields.model import summarised
     from encdiff.fields.output import check_suffix, write_reconstruction
 
     model = open_field_model(run, device)
     out = writable(check_suffix(out or sensors.with_name(f"{sensors.stem}-fields.npz")))
     picture = writable(picture or sensors.with_name(f"{sensors.stem}-fields.png"))
-    measured = read_sensors(sensors, model.config.grid, time)
+    grid = model.config.grid
+    measured = read_sensors(sensors, grid, time)
     with progress_bar("sampling") as report:
         found = model.reconstruct(
             measured, ensemble, time=time, sampler=sampler.value, steps=steps, seed=seed, progress=report
         )
-    write_reconstruction(out, found, model.config.grid)
-    save_figure(reconstruction_picture(found, model.config.grid, measured, title=sensors.name), picture)
+    if more is not None:
+        found = summarised(update(found.members, read_sensors(more, grid), grid, localisation=localisation))
+    write_reconstruction(out, found, grid)
+    save_figure(reconstruction_picture(found, grid, measured, title=sensors.name), picture)
     say(f"fields: {out}\npicture: {picture}")
 
 
@@ -78,13 +88,14 @@ def evaluate(
     ensemble: Members = 25,
     sampler: Annotated[Sampler, typer.Option(help="How fields are drawn.")] = Sampler.heun,
     steps: Steps = 10,
-    out: Annotated[Path | None, typer.Option(help="The folder for table and pictures. Default: the run's own.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The folder for table and pictures. Default: RUN/fields.")] = None,
+    add: Annotated[bool, typer.Option("--add", help="Keep what the table there has of other methods.")] = False,
     seed: Seed = 0,
     device: Device = "auto",
 ) -> None:
     """Score reconstructions of held-out fields. Beside methods without training, as a table and pictures."""
     from encdiff.fields import evaluate_fields, of_baseline, of_model, open_fields
-    from encdiff.fields.output import report_rows, write_evaluation
+    from encdiff.fields.output import added, report_rows, write_evaluation
 
     shares = parse_numbers("--observed", observed, SHARE, "shares above 0, at most 1, such as 0.01,0.1")
     levels = parse_numbers("--noise", noise, NOISE, "numbers of 0 or more, such as 0,0.1")
@@ -100,13 +111,14 @@ def evaluate(
             raise InputError(f"--count is {count}, must be at most {least}: {name} was trained on the other fields")
     methods = {name: of_model(one, sampler=sampler.value, steps=steps) for name, one in models.items()}
     methods |= {name: of_baseline(name, fields.grid) for name in plain}
-    folder = out or results(run)
+    folder = out or results(run) / "fields"
     writable(folder / "fields.json")
     with progress_bar("evaluating") as report:
         result = evaluate_fields(
             methods, fields, observed=shares, noise=levels, count=count, members=ensemble, memory=model.config.memory,
             seed=seed, progress=report,
         )  # fmt: skip
+    result = added(result, folder) if add else result
     say_table(*report_rows(result))
     for path in write_evaluation(folder, result):
         say(f"written: {path}")

@@ -10,10 +10,11 @@ Import the names below from here; the room stands on models, diffusion and train
 
 from encdiff.fields.baselines import BASELINES
 from encdiff.fields.config import FieldConfig
-from encdiff.fields.evaluation import evaluate_fields, of_baseline, of_model, scattered
+from encdiff.fields.evaluation import evaluate_fields, of_baseline, of_model
 from encdiff.fields.formats import open_fields
 from encdiff.fields.grid import Grid
 from encdiff.fields.kalman import update
+from encdiff.fields.layouts import lattice, measure, random_pixels, scattered, tracks
 from encdiff.fields.model import FieldModel, Reconstruction
 from encdiff.fields.pictures import calibration_picture, error_curves, reconstruction_picture, save_figure
 from encdiff.fields.recipes import FIELD_PRESETS, FieldTrainConfig, field_recipe
@@ -24,8 +25,9 @@ from encdiff.fields.table import read_sensors, write_sensors
 from encdiff.fields.training import FieldTraining, fitted_config, train_fields
 
 __all__ = [
-    "BASELINES", "FIELD_PRESETS", "FieldConfig", "FieldData", "FieldModel", "FieldTrainConfig", "FieldTraining", "Grid",
-    "Reconstruction", "Sensors", "calibration_picture", "error_curves", "evaluate_fields", "field_recipe",
-    "fitted_config", "of_baseline", "of_model", "open_fields", "read_sensors", "reconstruction_picture", "render",
-    "save_figure", "scattered", "train_fields", "update", "write_sensors",
+    "BASELINES", "FIELD_PRESETS", "FieldConfig", "FieldData", "FieldModel", "FieldTrainConfig", "FieldTraining",
+    "Grid", "Reconstruction", "Sensors", "calibration_picture", "error_curves", "evaluate_fields", "field_recipe",
+    "fitted_config", "lattice", "measure", "of_baseline", "of_model", "open_fields", "random_pixels", "read_sensors",
+    "reconstruction_picture", "render", "save_figure", "scattered", "tracks", "train_fields", "update",
+    "write_sensors",
 ]  # fmt: skip

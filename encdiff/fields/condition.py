@@ -17,8 +17,8 @@ def nearest(grid: Grid, points: np.ndarray, ages: np.ndarray | None = None, spee
     """For every pixel the index of the nearest of S points (S, 2): int64 (H W,).
 
     Distances are measured in lengths of the domain's longer side, on a periodic domain across its ends; with `ages`
-    (S,) a point is farther by age * speed, at a right angle. Of a pixel's own points of age 0 the one nearest to its
-    centre is always the one chosen.
+    (S,) a point is farther by age * speed, at a right angle. A pixel's own point of age 0 goes before any other, of
+    several the one nearest to its centre.
     """
     side = grid.extent.max()
     at, places = (grid.centres - grid.origin) / side, (points - grid.origin) / side
@@ -52,16 +52,38 @@ def describe_pixels(sensors: Sensors, config: FieldConfig, time: float | None = 
     values = (sensors.values - config.mean) / config.std
     told = np.zeros((3 + config.timed, len(config.channels), grid.height * grid.width), dtype=np.float32)
     for c in range(len(config.channels)):
-        measured = np.flatnonzero(~np.isnan(values[:, c]))
-        if not len(measured):
+        measured = ~np.isnan(values[:, c])
+        if not measured.any():
             continue
-        exact_last = measured[np.argsort(sensors.sigma[measured, c] == 0, kind="stable")]
-        found = exact_last[nearest(grid, sensors.points[exact_last], age[exact_last], config.speed)]
-        told[0, c], told[2, c] = values[found, c], sensors.sigma[found, c] / config.std[c]
-        told[1, c] = (grid.cells(sensors.points[found]) == np.arange(len(found))) & (age[found] == 0)
+        sigma = sensors.sigma[:, c] / config.std[c]
+        points, value, sigma, ages = _merged(
+            grid, *(part[measured] for part in (sensors.points, values[:, c], sigma, age))
+        )
+        found = nearest(grid, points, ages, config.speed)
+        told[0, c], told[2, c] = value[found], sigma[found]
+        told[1, c] = (grid.cells(points)[found] == np.arange(len(found))) & (ages[found] == 0)
         if config.timed:
-            told[3, c] = age[found] / config.memory
+            told[3, c] = ages[found] / config.memory
     return told.reshape(*told.shape[:2], grid.height, grid.width)
+
+
+def _merged(
+    grid: Grid, points: np.ndarray, values: np.ndarray, sigma: np.ndarray, ages: np.ndarray
+) -> list[np.ndarray]:
+    """One sensor for all of a pixel that measured at the field's time: the mean by their inverse variances.
+
+    Where some are exact, of these alone.
+    """
+    now = ages == 0
+    cells, of = np.unique(grid.cells(points[now]), return_inverse=True)
+    if len(cells) == now.sum():
+        return [points, values, sigma, ages]
+    exact = np.bincount(of, sigma[now] == 0) > 0
+    weight = np.where(exact[of], sigma[now] == 0, 1 / np.where(sigma[now] > 0, sigma[now], 1.0) ** 2)
+    total = np.bincount(of, weight)
+    value, x, y = (np.bincount(of, weight * a) / total for a in (values[now], *points[now].T))
+    merged = np.column_stack([x, y]), value, np.where(exact, 0.0, total**-0.5), np.zeros(len(cells))
+    return [np.concatenate([a, b[~now]]) for a, b in zip(merged, (points, values, sigma, ages), strict=True)]
 
 
 def make_condition(

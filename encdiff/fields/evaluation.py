@@ -9,8 +9,9 @@ import numpy as np
 from encdiff.errors import InputError
 from encdiff.fields.baselines import BASELINES
 from encdiff.fields.grid import Grid
+from encdiff.fields.layouts import scattered
 from encdiff.fields.model import FieldModel
-from encdiff.fields.scores import LEVELS, Scores, coverage_curve, interval, score, spread_to_error
+from encdiff.fields.scores import LEVELS, coverage_curve, interval, score, spread_to_error
 from encdiff.fields.sensors import Sensors
 from encdiff.fields.store import FieldData
 
@@ -30,45 +31,6 @@ def of_baseline(name: str, grid: Grid) -> Method:
         raise InputError(f"method is {name!r}, must be one of {', '.join(BASELINES)}")
     method = BASELINES[name]
     return lambda sensors, members, seed: np.stack([method(one, grid, seed, members) for one in sensors])
-
-
-def scattered(
-    fields: np.ndarray,
-    grid: Grid,
-    observed: float,
-    noise: np.ndarray | float = 0.0,
-    times: np.ndarray | None = None,
-    memory: float = 0.0,
-    seed: int = 0,
-    first: int = 0,
-) -> list[Sensors]:
-    """Sensors at random pixels of n fields (n, C, H, W), or (n, T, C, H, W) whose last frame is to be found.
-
-    `observed` is their share of the pixels, `noise` (C,) their deviation in the field's units. With `times` (T,) each
-    measured at one of the frames of the last `memory`. Field i's are a function of (seed, first + i).
-
-    InputError for an impossible share or noise.
-    """
-    if not 0 < observed <= 1:
-        raise InputError(f"observed is {observed}, must be a share of the pixels, above 0 and at most 1")
-    if not (np.isfinite(noise) & (np.asarray(noise) >= 0)).all():
-        raise InputError(f"noise is {noise}, must be 0 or more")
-    found = []
-    for i, field in enumerate(fields.astype(np.float64)):
-        rng = np.random.default_rng((seed, first + i))
-        pixels = rng.choice(grid.height * grid.width, max(1, round(observed * grid.height * grid.width)), replace=False)
-        when = None
-        if times is not None:
-            frames = np.searchsorted(times, times[-1] - memory) if memory else len(times) - 1
-            when = rng.integers(frames, len(times), len(pixels))
-            frames_of = field.reshape(len(times), len(grid.channels), -1)
-            values = frames_of[when, :, pixels]
-        else:
-            values = field.reshape(len(grid.channels), -1)[:, pixels].T
-        sigma = np.broadcast_to(noise, values.shape)
-        values = values + sigma * rng.standard_normal(values.shape)
-        found.append(Sensors.of(grid.centres[pixels], values, sigma, None if when is None else times[when]))
-    return found
 
 
 def evaluate_fields(
@@ -106,11 +68,7 @@ def evaluate_fields(
     cells = [(share, level) for share in observed for level in noise]
     for i, (share, level) in enumerate(cells):
         sensors = scattered(fields, grid, share, level * std, data.times, memory, seed + i)
-        here = np.zeros((count, 1, grid.height * grid.width), dtype=bool)
-        for b, one in enumerate(sensors):
-            now = slice(None) if one.times is None or data.times is None else one.times == data.times[-1]
-            here[b, :, grid.cells(one.points[now])] = True
-        here = here.reshape(count, 1, grid.height, grid.width)
+        here = np.stack([pixels_of(one, grid, data.times) for one in sensors])
         for j, (name, method) in enumerate(methods.items()):
             began = time.perf_counter()
             found = method(sensors, members, seed)
@@ -121,8 +79,17 @@ def evaluate_fields(
             )
             if progress:
                 progress(i * len(methods) + j + 1, len(cells) * len(methods))
-    about = {"count": count, "members": members, "memory": memory, "seed": seed}
+    about: dict[str, Any] = {"observed": list(observed), "noise": list(noise)}
+    about |= {"count": count, "members": members, "memory": memory, "seed": seed}
     return {"protocol": about, "data": data.name, **data.about(), "rows": rows}
+
+
+def pixels_of(sensors: Sensors, grid: Grid, times: np.ndarray | None) -> np.ndarray:
+    """True where a sensor measured at the last of the times, bool (1, H, W)."""
+    now = sensors if sensors.times is None or times is None else sensors.select(sensors.times == times[-1])
+    found = np.zeros(grid.height * grid.width, dtype=bool)
+    found[grid.cells(now.points)] = True
+    return found.reshape(1, grid.height, grid.width)
 
 
 def scored(
@@ -130,8 +97,8 @@ def scored(
 ) -> dict[str, Any]:
     """The scores of one method, means over fields and channels, and of each channel by name."""
     found = score(members, truth, observed, drawn=drawn)
-    units = Scores(1, 1, std, 1, std, std)
-    scaled = {name: value / unit for name, value, unit in zip(Scores._fields, found, units, strict=True)}
+    in_deviations = ("crps", "spread", "error")
+    scaled = {k: value / std if k in in_deviations else value for k, value in found._asdict().items()}
     ensemble = members.shape[1] > 1
     result: dict[str, Any] = {}
     for name, value in scaled.items():

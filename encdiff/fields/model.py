@@ -17,6 +17,7 @@ from encdiff.fields.config import SIGMA_DATA, FieldConfig
 from encdiff.fields.network import Condition, FieldNetwork
 from encdiff.fields.sensors import Sensors
 from encdiff.files.checkpoint import load_model, locate, save_model
+from encdiff.models.attention import Sampling, begin_sampling
 from encdiff.models.mode import evaluating
 from encdiff.ops.philox import normal
 
@@ -29,6 +30,18 @@ class Reconstruction(NamedTuple):
     mean: np.ndarray  # (C, H, W)
     spread: np.ndarray | None  # (C, H, W), the ensemble's standard deviation; None of a regression
     members: np.ndarray  # (E, C, H, W)
+
+    def of(self, index: int) -> "Reconstruction":
+        """One of several."""
+        return Reconstruction(
+            self.mean[index], None if self.spread is None else self.spread[index], self.members[index]
+        )
+
+
+def summarised(members: np.ndarray) -> Reconstruction:
+    """Mean and spread of members (..., E, C, H, W)."""
+    several = members.shape[-4] > 1
+    return Reconstruction(members.mean(-4), members.std(-4, ddof=1) if several else None, members)
 
 
 class FieldModel(nn.Module):
@@ -77,8 +90,7 @@ class FieldModel(nn.Module):
         """The training loss, a scalar, of standardised fields (B, C, H, W).
 
         A diffusion's is EDM's (arXiv 2206.00364), without noise where the field is known; a regression's the mean
-        square. Noise and its levels, log(sigma) of mean and deviation `levels`, are keyed by (seed, sample_ids (B,),
-        draw).
+        square. Noise, and its levels, log(sigma) of mean and deviation `levels`, are keyed as in `EncDiff.loss`.
         """
         tokens = self.network.tokens(condition)
         if self.config.objective == "regression":
@@ -92,8 +104,10 @@ class FieldModel(nn.Module):
 
     forward = loss
 
-    def _network(self, condition: Condition, tokens: Tensor | None) -> Callable[[Tensor, Tensor], Tensor]:
-        return lambda x, c_noise: self.network(x, NOISE_SCALE * c_noise, condition, tokens)
+    def _network(
+        self, condition: Condition, tokens: Tensor, sampling: Sampling | None = None
+    ) -> Callable[[Tensor, Tensor], Tensor]:
+        return lambda x, c_noise: self.network(x, NOISE_SCALE * c_noise, condition, tokens, sampling).float()
 
     def reconstruct(
         self,
@@ -127,9 +141,8 @@ class FieldModel(nn.Module):
         times = [time] * len(many) if time is None or isinstance(time, int | float) else list(time)
         members = self.members(make_condition(many, self.config, times, self.device), ensemble, sampler=sampler,
                                steps=steps, seed=seed, batch_size=batch_size, progress=progress)  # fmt: skip
-        spread = members.std(1, ddof=1) if members.shape[1] > 1 else None
-        found = Reconstruction(members.mean(1), spread, members)
-        return Reconstruction(*(part if part is None else part[0] for part in found)) if single else found
+        found = summarised(members)
+        return found.of(0) if single else found
 
     @torch.no_grad()
     def members(
@@ -153,21 +166,20 @@ class FieldModel(nn.Module):
         with evaluating(self):
             for ids in rows.split(batch_size):
                 of = ids // ensemble
-                part = Condition(*(p if p is None else p[of] for p in condition))
-                done.append(self.in_units(self._draw(part, of, ids, sampler, steps, seed)).cpu())
+                done.append(self.in_units(self._draw(condition, of, ids, sampler, steps, seed)).cpu())
                 if progress:
                     progress(int(ids[-1]) + 1, len(rows))
         return torch.cat(done).unflatten(0, (-1, ensemble)).numpy()
 
     def _draw(self, condition: Condition, of: Tensor, ids: Tensor, sampler: str, steps: int, seed: int) -> Tensor:
-        """A standardised member for each row of a condition."""
-        distinct, back = torch.unique(of, return_inverse=True)
-        first = torch.stack([(of == one).nonzero()[0, 0] for one in distinct])
-        tokens = self.network.tokens(Condition(*(p if p is None else p[first] for p in condition)))
-        tokens = None if tokens is None else tokens[back]
+        """Standardised members of these ids, each of the field `of`; tokens are made once for each field."""
+        fields, back = torch.unique(of, return_inverse=True)
+        tokens = self.network.tokens(condition.rows(fields))
+        tokens, condition = tokens[back], condition.rows(of)
         if self.config.objective == "regression":
             return self.network(None, torch.zeros_like(ids), condition, tokens).float()
-        denoise = edm_denoiser(self._network(condition, tokens), SIGMA_DATA)
+        kept = begin_sampling(tokens, self.network.unet.attending)
+        denoise = edm_denoiser(self._network(condition, tokens, kept), SIGMA_DATA)
         values, known = SIGMA_DATA * condition.values, condition.exact.bool()
         if self.config.condition == "none":
             denoise = sampling.guided(denoise, values, condition.mask, SIGMA_DATA * condition.sigma, SIGMA_DATA)

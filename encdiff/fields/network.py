@@ -9,6 +9,8 @@ from torch import Tensor
 
 from encdiff.fields.config import FieldConfig
 from encdiff.fields.encoding import ConditionEncoder
+from encdiff.models.attention import Sampling
+from encdiff.models.layers import part
 from encdiff.models.unet import UNet
 
 
@@ -22,6 +24,11 @@ class Condition(NamedTuple):
     mask: Tensor  # 1 where the sensor lies in the pixel and measured at the field's time, else 0
     sigma: Tensor  # of the sensor's noise
     age: Tensor | None = None  # of what it measured, in units of the configuration's memory
+
+    def rows(self, which: Tensor) -> "Condition":
+        """Of these fields, by index."""
+        age = None if self.age is None else self.age[which]
+        return Condition(self.values[which], self.mask[which], self.sigma[which], age)
 
     @property
     def exact(self) -> Tensor:
@@ -50,13 +57,26 @@ class FieldNetwork(nn.Module):
                 told - count, count, rows, columns, c.token_patch, c.token_width, c.token_depth, c.token_heads
             )
 
-    def tokens(self, condition: Condition) -> Tensor | None:
-        if self.encoder is None:
-            return None
-        told = [condition.values, condition.sigma, *([condition.age] if condition.age is not None else [])]
-        return self.encoder(torch.cat(told, 1), condition.mask)
+    @property
+    def dtype(self) -> torch.dtype:
+        return part(self.unet.out, 2, nn.Conv2d).weight.dtype
 
-    def forward(self, x: Tensor | None, t: Tensor, condition: Condition, tokens: Tensor | None) -> Tensor:
+    def tokens(self, condition: Condition) -> Tensor:
+        """(B, N, D); without an encoder none, (B, 0, 1)."""
+        if self.encoder is None:
+            return condition.values.new_zeros(len(condition.values), 0, 1)
+        told = [condition.values, condition.sigma, *([condition.age] if condition.age is not None else [])]
+        return self.encoder(torch.cat(told, 1).to(self.dtype), condition.mask.to(self.dtype))
+
+    def forward(
+        self,
+        x: Tensor | None,
+        t: Tensor,
+        condition: Condition,
+        tokens: Tensor,
+        sampling: Sampling | None = None,
+    ) -> Tensor:
+        """x (B, C, H, W) or None, times t (B,), and `tokens(condition)` -> (B, C, H, W); `sampling` as of the U-Net."""
         entering = [] if x is None else [x]
         if self.config.condition == "tokens":
             entering.append(condition.exact)
@@ -64,5 +84,5 @@ class FieldNetwork(nn.Module):
             entering += [part for part in condition if part is not None]
         p = self.config.patch
         h = rearrange(torch.cat(entering, 1), "b c (h p) (w q) -> b (c p q) h w", p=p, q=p)
-        h = self.unet(h, t, tokens)
+        h = self.unet(h.to(self.dtype), t, tokens, sampling=sampling)
         return rearrange(h, "b (c p q) h w -> b c (h p) (w q)", p=p, q=p)

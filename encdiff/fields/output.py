@@ -12,6 +12,7 @@ from encdiff.errors import InputError
 from encdiff.fields.grid import Grid
 from encdiff.fields.model import Reconstruction
 from encdiff.fields.pictures import calibration_picture, error_curves, save_figure
+from encdiff.files.reading import read_json
 from encdiff.files.temporaries import atomic_path, disk_errors
 
 HEADER = ("method", "observed", "noise", "nRMSE", "unobserved", "CRPS", "90 % band", "spread/error", "s/field")
@@ -20,16 +21,17 @@ HEADER = ("method", "observed", "noise", "nRMSE", "unobserved", "CRPS", "90 % ba
 def write_reconstruction(path: str | Path, found: Reconstruction, grid: Grid) -> None:
     """`mean`, `spread` and `members`, with the grid's `channels` and `domain`, as .npz or .h5, whole or not at all."""
     path = check_suffix(Path(path))
-    arrays = {"mean": found.mean, "members": found.members} | ({} if found.spread is None else {"spread": found.spread})
+    arrays: dict[str, Any] = {"mean": found.mean, "members": found.members}
+    arrays |= {} if found.spread is None else {"spread": found.spread}
+    arrays |= {"channels": list(grid.channels), "domain": grid.domain}
     with atomic_path(path) as temporary, disk_errors(RuntimeError):
         if path.suffix == ".npz":
             with temporary.open("wb") as file:
-                np.savez_compressed(file, channels=np.array(grid.channels), domain=np.array(grid.domain), **arrays)
+                np.savez_compressed(file, **arrays)
             return
         with h5py.File(temporary, "w") as file:
             for name, array in arrays.items():
                 file[name] = array
-            file.attrs["channels"], file.attrs["domain"] = list(grid.channels), grid.domain
 
 
 def check_suffix(path: Path) -> Path:
@@ -54,6 +56,26 @@ def write_evaluation(folder: str | Path, result: Mapping[str, Any]) -> list[Path
     for name, figure in pictures.items():
         save_figure(figure, folder / name)
     return [text, table, *(folder / name for name in pictures)]
+
+
+def added(result: Mapping[str, Any], folder: str | Path) -> dict[str, Any]:
+    """The result with the rows of other methods that a folder's `fields.json` holds, in front.
+
+    InputError where that is of other data, sensors or settings, or no table of ours; without a file the result.
+    """
+    path = Path(folder) / "fields.json"
+    if not path.is_file():
+        return dict(result)
+    before = read_json(path)
+    if not (isinstance(before, dict) and isinstance(before.get("rows"), list)):
+        raise InputError(f"{path}: holds no rows, must be what `encdiff fields evaluate` wrote")
+    now = json.loads(json.dumps(result))
+    for name in now.keys() - {"rows"}:
+        if before.get(name) != now[name]:
+            raise InputError(f"{path}: was made with {name} {before.get(name)}, not {now[name]}; use another folder")
+    methods = {row["method"] for row in now["rows"]}
+    rows = [row for row in before["rows"] if row["method"] not in methods] + now["rows"]
+    return now | {"rows": rows}
 
 
 def report_rows(result: Mapping[str, Any]) -> tuple[tuple[str, ...], list[list[str]]]:

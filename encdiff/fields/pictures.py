@@ -94,8 +94,9 @@ def _dots(axis: Axes, sensors: Sensors, channel: int, limits: tuple[float, float
         age = sensors.times.max() - sensors.times[measured]
         shown = 1 - 0.8 * age / (age.max() or 1.0)
     axis.set_facecolor("#eef0f3")
+    x, y = sensors.points[measured].T
     axis.scatter(
-        *sensors.points[measured].T, c=sensors.values[measured, channel], cmap="viridis", vmin=limits[0],
+        x, y, c=sensors.values[measured, channel], cmap="viridis", vmin=limits[0],
         vmax=limits[1], s=12, alpha=shown, linewidths=0.3, edgecolors="#1f2430",
     )  # fmt: skip
 

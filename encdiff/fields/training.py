@@ -5,7 +5,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -15,31 +15,34 @@ from encdiff.checked import check_types
 from encdiff.errors import InputError
 from encdiff.fields.condition import nearest
 from encdiff.fields.config import FieldConfig
+from encdiff.fields.layouts import scattered
 from encdiff.fields.model import FieldModel
 from encdiff.fields.network import Condition
+from encdiff.fields.pictures import reconstruction_picture, save_figure
 from encdiff.fields.recipes import FieldTrainConfig
 from encdiff.fields.store import FieldData, Part
 from encdiff.ops.philox import normal
 from encdiff.training.descent import Descent
 from encdiff.training.loop import fit
 
+SHOWN = 0.01  # share of the pixels with a sensor, in the pictures of a training
 SENSORS = 1 << 62  # in the key of the sensors' noise, which is another than the field's
 
 
 class Drawn(NamedTuple):
     """Where the sensors of a batch lie and what they measure, before any value is read."""
 
-    nearest: np.ndarray  # int64 (B, H W): the pixel of each pixel's nearest sensor
-    age: np.ndarray  # int64 (B, H W): how many frames before the field's that sensor measured
-    frame: np.ndarray  # int64 (B,): of the field
-    noise: np.ndarray  # float32 (B,): deviation of the sensors' noise
-    measured: np.ndarray  # float32 (B, C): 1 for channels that are measured
+    nearest: Tensor  # int64 (B, H W): the pixel of each pixel's nearest sensor
+    age: Tensor  # int64 (B, H W): how many frames before the field's that sensor measured
+    frame: Tensor  # int64 (B,): of the field
+    noise: Tensor  # float32 (B,): deviation of the sensors' noise
+    measured: Tensor  # float32 (B, C): 1 for channels that are measured
 
 
 def draw_sensors(
     model: FieldConfig, config: FieldTrainConfig, times: np.ndarray | None, sample: tuple[int, int]
-) -> tuple[np.ndarray, ...]:
-    """One sample's row of `Drawn`, a function of the seed and the sample's id in the stream."""
+) -> list[np.ndarray]:
+    """One sample's row of `Drawn`, as arrays; a function of the seed and the sample's id in the stream."""
     rng, grid = np.random.default_rng(sample), model.grid
     pixels, channels = grid.height * grid.width, len(model.channels)
     count = round(pixels * np.exp(rng.uniform(*np.log(config.observed))))
@@ -56,12 +59,13 @@ def draw_sensors(
         age = rng.integers(0, frame - most + 1, len(points)) if model.timed else age
     seconds = None if times is None else times[frame] - times[frame - age]
     found = nearest(grid, grid.centres[points], seconds, model.speed)
-    return points[found], age[found], np.int64(frame), np.float32(noise), measured.astype(np.float32)
+    return [points[found], age[found], np.array(frame), np.array(noise, np.float32), measured.astype(np.float32)]
 
 
 class FieldTraining(Descent):
     """`Descent` of a field model's loss; the sensors of the next step are drawn by threads beside this one."""
 
+    UNIT: ClassVar[str] = "fields"
     model: FieldModel
     config: FieldTrainConfig
 
@@ -79,7 +83,8 @@ class FieldTraining(Descent):
         ready, self._next = self._next, None
         rows = ready[1] if ready and ready[0] == self.step else self._submit(self.step)
         self._next = self.step + 1, self._submit(self.step + 1)
-        return Drawn(*map(np.stack, zip(*(row.result() for row in rows), strict=True)))
+        columns = zip(*(row.result() for row in rows), strict=True)
+        return Drawn(*(torch.from_numpy(np.stack(column)).to(self.device, non_blocking=True) for column in columns))
 
     def _submit(self, step: int) -> list[Future]:
         size, known = self.config.batch_size, (self.model.config, self.config, self.times)
@@ -88,8 +93,7 @@ class FieldTraining(Descent):
 
     def advance(self, images: Tensor, indices: Tensor) -> dict[str, Tensor | float]:
         """One step on fields float32 (B, C, H, W), or (B, T, C, H, W), in their own units; returns TERMS."""
-        drawn = {k: torch.from_numpy(v).to(self.device, non_blocking=True) for k, v in self._drawn()._asdict().items()}
-        return self.descend(fields=images, **drawn)
+        return self.descend(fields=images, **self._drawn()._asdict())
 
     def _loss(  # type: ignore[override]  # what `advance` gives
         self, fields: Tensor, nearest: Tensor, age: Tensor, frame: Tensor, noise: Tensor, measured: Tensor,
@@ -120,8 +124,9 @@ class FieldTraining(Descent):
             times = torch.as_tensor(self.times, dtype=torch.float32, device=fields.device)
             seconds = times[drawn.frame][:, None] - times[drawn.frame[:, None] - drawn.age]
             age = ((seconds / self.model.config.memory)[:, None] * told).view(b, c, h, w)
-        parts = ((read + level * noise) * told, own[:, None] * told, level * told)
-        return Condition(*(part.view(b, c, h, w) for part in parts), age)
+        values, mask, sigma = (read + level * noise) * told, own[:, None] * told, level * told
+        values, mask, sigma = (part.view(b, c, h, w) for part in (values, mask, sigma))
+        return Condition(values, mask, sigma, age)
 
     def model_config(self) -> dict:
         return asdict(self.model.config)
@@ -136,7 +141,14 @@ class FieldTraining(Descent):
         self.averaged_model().save_pretrained(folder)
 
     def picture(self, images: Tensor, samples: Path) -> Path | None:
-        return None
+        """A field of (n, C, H, W), or the last frame of (n, T, C, H, W), reconstructed from sensors at SHOWN pixels."""
+        model, field = self.averaged_model(), images[:1].cpu().numpy()
+        config, path = model.config, samples / f"reconstruction-{self.step:07d}.png"
+        sensors = scattered(field, config.grid, SHOWN, 0.0, self.times, config.memory)
+        found = model.reconstruct(sensors[0], ensemble=4, steps=8)
+        truth = field[0] if field.ndim == 4 else field[0, -1]
+        save_figure(reconstruction_picture(found, config.grid, sensors[0], truth, f"step {self.step:,}"), path)
+        return path
 
 
 def fitted_config(config: FieldConfig, data: FieldData, **changes: Any) -> FieldConfig:

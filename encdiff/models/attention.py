@@ -31,6 +31,7 @@ class Sampling:
 
     tokens: Tensor
     folded: dict[int, Folded] = field(default_factory=dict)  # the tokens, where attending to that is faster
+    projected: list[tuple[Tensor, Tensor] | None] | None = None  # of `project_tokens`, of the others
     projections: dict[int, tuple[Tensor, ...]] = field(
         default_factory=dict
     )  # of self-attentions, as `adjoined` lays them
@@ -187,8 +188,13 @@ class TransformerBlock(nn.Module):
 
 def project_tokens(cond: Conditioning, blocks: list[TransformerBlock]) -> list[tuple[Tensor, Tensor] | None] | None:
     """Keys and values (B, N, heads*d) of every block that asks for them, in one product; None: each makes its own."""
-    tokens, asking = cond.tokens, [b for b in blocks if b.cross_attention and cond.folded(b.place) is None]
-    if cond.gate == "reuse" or not (asking and projecting_pays(tokens)):
+    tokens, kept = cond.tokens, cond.sampling
+    if cond.gate == "reuse":
+        return None
+    if kept is not None and kept.projected is not None and kept.tokens is tokens:
+        return kept.projected
+    asking = [b for b in blocks if b.cross_attention and cond.folded(b.place) is None]
+    if not asking or (kept is None and not projecting_pays(tokens)):
         return None
     weights = [w for block in asking for w in (block.attn2.to_k.weight, block.attn2.to_v.weight)]
     parts = iter(F.linear(tokens, torch.cat(weights)).split([len(w) for w in weights], dim=-1))
@@ -210,6 +216,7 @@ def begin_sampling(tokens: Tensor, blocks: list[TransformerBlock]) -> Sampling:
             *weights, bias = block.attn2.weights()
             if fold_pays(tokens, len(bias), block.attn2.heads):
                 sampling.folded[block.place] = fold(tokens, *weights, heads=block.attn2.heads)
+    sampling.projected = project_tokens(Conditioning(tokens, sampling=sampling), blocks)
     return sampling
 
 

@@ -32,7 +32,7 @@ class UNet(nn.Module):
 
     Args:
         channels: of the latent, in and out.
-        context_width: D, the width of a concept token; None: nothing cross-attends.
+        context_width: D, the width of a concept token; None: nothing cross-attends, whatever the tokens.
         width: base channels; level i has width * multipliers[i].
         multipliers: one per level, from the highest resolution down; each further level halves the resolution.
         depth: residual blocks per level on the way down; one more on the way up.

@@ -81,6 +81,7 @@ class AutoencoderTraining:
     """Everything that changes from step to step: autoencoder, discriminator, their optimisers, step count."""
 
     TERMS: ClassVar[tuple[str, ...]] = ("loss", "l1", "lpips", "codebook", "adversarial", "discriminator", "codes_used")
+    UNIT: ClassVar[str] = "images"
 
     def __init__(self, model: VQAutoencoder, config: AutoencoderTrainConfig):
         self.model, self.config, self.step = model.train(), config, 0

@@ -36,6 +36,7 @@ class Descent:
     """
 
     TERMS: ClassVar[tuple[str, ...]] = ("loss", "gradient_norm", "learning_rate")
+    UNIT: ClassVar[str] = "images"
 
     def __init__(
         self,

@@ -32,6 +32,7 @@ class Trainable(Protocol):
     """What `fit` drives: everything of a training that changes from step to step."""
 
     TERMS: ClassVar[tuple[str, ...]]  # names of what `advance` returns, "loss" first
+    UNIT: ClassVar[str]  # what the data's samples are called
     config: Any  # a dataclass with steps, batch_size, seed, log_every, checkpoint_every, picture_every
     device: torch.device
     step: int
@@ -61,7 +62,7 @@ def fit(
     """Run a training to its last step in a run folder; see `train` for the arguments."""
     config, writer_class = training.config, _summary_writer() if tensorboard else None
     with RunFolder(run_dir, resume, overwrite) as folder:
-        with progress_bar("reading images") as report:
+        with progress_bar(f"reading {training.UNIT}") as report:
             batches = Batches(dataset, config.batch_size, config.seed, device=training.device, progress=report)
         if resume:
             _resume(training, dataset, folder)
@@ -160,7 +161,9 @@ class _Recorder:
         """Say how far it is, once a second and at the end: to read the loss waits for the device."""
         step, steps = self.training.step, self.training.config.steps
         if self.tasks.due or step == steps:
-            self.tasks("training", step, steps, f"loss {float(terms['loss']):.4f}, {self._speed():,.0f} images/s")
+            self.tasks(
+                "training", step, steps, f"loss {float(terms['loss']):.4f}, {self._speed():,.0f} {self.training.UNIT}/s"
+            )
 
     def _speed(self) -> float:
         return (self.training.step - self.since) * self.training.config.batch_size / (time.monotonic() - self.began)

@@ -108,8 +108,8 @@ class Masters:
         for indices, dtype in zip(parts, (torch.bfloat16, torch.float32), strict=True):
             members = [self.parameters[i] for i in indices]
             if members:
-                averaged = [averages[id(p)] for p in members if id(p) in averages]
-                self.segments.append((Segment(members, averaged, dtype), indices))
+                means = [averages[id(p)] for p in members if id(p) in averages]
+                self.segments.append((Segment(members, means, dtype), indices))
         self.beside = Beside(self.parameters[0].device if aside else None)
         self.computing = self._place()
         self.refresh()

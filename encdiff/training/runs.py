@@ -30,10 +30,7 @@ class RunFolder:
     folder that is there already: inside `with` the run is this training's alone.
     """
 
-    SHOWN = (  # of one state of the model
-        "metrics.json", "importance.png", "pictures", "fields.json", "fields.md", "errors.png", "crps.png",
-        "calibration.png",
-    )  # fmt: skip
+    SHOWN = ("metrics.json", "importance.png", "pictures", "fields")  # of one state of the model
     OWN = ("config.json", "log.csv", "checkpoint.safetensors", "samples", "model", "tensorboard", *SHOWN)
     IGNORED = (".lock", ".DS_Store", "Thumbs.db", "desktop.ini")  # a killed training's, and what desktops leave
 
