@@ -8,9 +8,10 @@ import numpy as np
 
 from encdiff.fields.darcy import Darcy
 from encdiff.fields.equations import samples
-from encdiff.fields.evaluation import of_baseline, of_model, scattered
+from encdiff.fields.evaluation import of_baseline, of_model
 from encdiff.fields.grid import Grid
-from encdiff.fields.model import FieldModel, Reconstruction
+from encdiff.fields.layouts import scattered
+from encdiff.fields.model import FieldModel, summarised
 from encdiff.fields.pictures import reconstruction_picture, save_figure
 from encdiff.fields.scores import nrmse
 from encdiff.fields.sensors import Sensors
@@ -55,7 +56,6 @@ def demo(
 
 
 def _write(folder: Path, i: int, members: np.ndarray, sensors: Sensors, truth: np.ndarray, grid: Grid) -> None:
-    found = Reconstruction(members.mean(0), members.std(0, ddof=1), members)
     title = f"a new flow, {len(sensors)} sensors, {len(members)} members of {MODEL}"
-    save_figure(reconstruction_picture(found, grid, sensors, truth, title), folder / f"field-{i}.png")
+    save_figure(reconstruction_picture(summarised(members), grid, sensors, truth, title), folder / f"field-{i}.png")
     write_sensors(folder / f"sensors-{i}.csv", sensors, grid)
