@@ -28,6 +28,12 @@ def data():
     return Fields(20)
 
 
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Trainings draw no pictures, which would take most of their time."""
+    monkeypatch.setattr(FieldTraining, "picture", lambda *_: None)
+
+
 def drawn(samples, config=CONFIG, recipe=SHORT, times=None) -> Drawn:
     one = [draw_sensors(config, recipe, times, (recipe.seed, i)) for i in samples]
     return Drawn(*map(np.stack, zip(*one, strict=True)))
@@ -40,6 +46,7 @@ def test_the_loss_falls_and_the_folder_is_complete(data, tmp_path):
     averaged = train_fields(model, data, run, replace(SHORT, steps=40, log_every=10))
     assert model.loss(model.standardised(fields), told, seed=9, sample_ids=torch.arange(16)).item() < 0.9 * before
     assert [row["step"] for row in rows(run)] == ["10", "20", "30", "40"]
+    assert [p.name for p in (run / "samples").iterdir()] == ["reconstruction-0000040.png"]
     held = {p.name for p in run.iterdir()}
     assert held == {"checkpoint.safetensors", "config.json", "log.csv", "model", "samples"}
     begun = json.loads((run / "config.json").read_text())
@@ -60,7 +67,7 @@ def test_the_loss_falls_and_the_folder_is_complete(data, tmp_path):
         ("regression", {}, 3),
     ],
 )
-def test_a_resumed_run_equals_an_unbroken_one_to_the_bit(tmp_path, kind, change, stop, data):
+def test_a_resumed_run_equals_an_unbroken_one_to_the_bit(tmp_path, kind, change, stop, data, undrawn):
     config, recipe = CONFIG, replace(SHORT, **change)
     if kind == "timed":
         config, data = TIMED, Fields(10, TIMED.grid, TIMES)
@@ -199,7 +206,7 @@ def test_refusals(data, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_other_fields_do_not_continue_a_run(data, tmp_path):
+def test_other_fields_do_not_continue_a_run(data, tmp_path, undrawn):
     with pytest.raises(Stopped):
         train_fields(field_model(), data, tmp_path, SHORT, on_step=stop_after(4))
     with pytest.raises(InputError, match="was begun with sha256"):
