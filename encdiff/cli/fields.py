@@ -3,10 +3,11 @@
 import typer
 
 from encdiff.cli.fields_data import info, render
+from encdiff.cli.fields_demo import demo
 from encdiff.cli.fields_train import train
 from encdiff.cli.fields_use import evaluate, reconstruct
 
 fields_app = typer.Typer(help="Whole fields from a few sensors.", no_args_is_help=True)
 
-for command in (render, info, train, reconstruct, evaluate):
+for command in (demo, render, info, train, reconstruct, evaluate):
     fields_app.command()(command)

@@ -6,9 +6,11 @@ from typing import Annotated
 
 import typer
 
+from encdiff import pretrained
+from encdiff.checked import Range
 from encdiff.cli.fields_data import FIELDS_HELP
 from encdiff.cli.options import Device, Seed
-from encdiff.cli.support import choose_device, held, results, writable
+from encdiff.cli.support import choose_device, held, parse_numbers, results, writable
 from encdiff.errors import InputError
 from encdiff.terminal import progress_bar, say, say_table
 
@@ -17,6 +19,7 @@ Run = Annotated[
 ]
 Members = Annotated[int, typer.Option("--ensemble", help="Reconstructions of each field.", min=1)]
 Steps = Annotated[int, typer.Option(help="Of the sampler.", min=1)]
+SHARE, NOISE = Range(0, 1, above=True), Range(0, 1e3)
 
 
 class Sampler(StrEnum):
@@ -52,10 +55,10 @@ def reconstruct(
     """Whole fields from your own sensors. With the spread of what agrees with them, and a picture."""
     from encdiff.fields import read_sensors, reconstruction_picture, save_figure, update
     from encdiff.fields.model import summarised
-    from encdiff.fields.output import write_reconstruction
+    from encdiff.fields.output import check_suffix, write_reconstruction
 
     model = open_field_model(run, device)
-    out = writable(out or sensors.with_name(f"{sensors.stem}-fields.npz"))
+    out = writable(check_suffix(out or sensors.with_name(f"{sensors.stem}-fields.npz")))
     picture = writable(picture or sensors.with_name(f"{sensors.stem}-fields.png"))
     grid = model.config.grid
     measured = read_sensors(sensors, grid, time)
@@ -91,32 +94,29 @@ def evaluate(
     device: Device = "auto",
 ) -> None:
     """Score reconstructions of held-out fields. Beside methods without training, as a table and pictures."""
-    from encdiff.fields import BASELINES, evaluate_fields, of_baseline, of_model, open_fields
+    from encdiff.fields import evaluate_fields, of_baseline, of_model, open_fields
     from encdiff.fields.output import added, report_rows, write_evaluation
-    from encdiff.training.runs import read_config
 
-    runs = {path.name: path for path in (run, *(beside or []))}
+    shares = parse_numbers("--observed", observed, SHARE, "shares above 0, at most 1, such as 0.01,0.1")
+    levels = parse_numbers("--noise", noise, NOISE, "numbers of 0 or more, such as 0,0.1")
+    plain = _methods(baselines)
+    runs = _named([run, *(beside or [])], plain)
     models = {name: open_field_model(path, device) for name, path in runs.items()}
-    model = models[run.name]
-    if data is None:
-        if not (held(run) / "config.json").is_file() or not (held(run) / "checkpoint.safetensors").is_file():
-            raise InputError(f"--data is missing, and {run} is no run that names its own: " + FIELDS_HELP)
-        data = read_config(held(run))["data"]
-    fields = open_fields(data)
+    model = next(iter(models.values()))
+    fields = open_fields(data or _data_of(run))
     for name, one in models.items():
         if one.config.grid != fields.grid:
             raise InputError(f"{name}: its grid is {one.config.grid}, that of {fields.name} is {fields.grid}")
-    names = [] if baselines == "none" else [name.strip() for name in baselines.split(",")]
-    if unknown := [name for name in names if name not in BASELINES]:
-        raise InputError(f"--baselines: {unknown[0]!r} is unknown, must be among {', '.join(BASELINES)}, or none")
+        if count > (least := _unseen(runs[name], fields)):
+            raise InputError(f"--count is {count}, must be at most {least}: {name} was trained on the other fields")
     methods = {name: of_model(one, sampler=sampler.value, steps=steps) for name, one in models.items()}
-    methods |= {name: of_baseline(name, fields.grid) for name in names}
+    methods |= {name: of_baseline(name, fields.grid) for name in plain}
     folder = out or results(run) / "fields"
     writable(folder / "fields.json")
     with progress_bar("evaluating") as report:
         result = evaluate_fields(
-            methods, fields, observed=_numbers("--observed", observed), noise=_numbers("--noise", noise), count=count,
-            members=ensemble, memory=model.config.memory, seed=seed, progress=report,
+            methods, fields, observed=shares, noise=levels, count=count, members=ensemble, memory=model.config.memory,
+            seed=seed, progress=report,
         )  # fmt: skip
     result = added(result, folder) if add else result
     say_table(*report_rows(result))
@@ -130,13 +130,51 @@ def open_field_model(run: Path, device: str):
 
     folder = held(run)
     if not folder.is_dir():
-        raise InputError(f"{run}: no such folder; must be a run, a folder that save_pretrained wrote, or darcy64")
+        ours = "".join(f" or {name}" for name in pretrained.names("fields"))
+        raise InputError(f"{run}: no such folder; must be a run, a folder that save_pretrained wrote{ours}")
     of_run = (folder / "checkpoint.safetensors").is_file()
     return FieldModel.from_pretrained(folder / "model" if of_run else folder, device=choose_device(device))
 
 
-def _numbers(option: str, text: str) -> list[float]:
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError:
-        raise InputError(f"{option} {text!r} must be numbers such as 0.01,0.1") from None
+def _methods(given: str) -> list[str]:
+    from encdiff.fields import BASELINES
+
+    names = [] if given == "none" else [name.strip() for name in given.split(",")]
+    if unknown := [name for name in names if name not in BASELINES]:
+        raise InputError(f"--baselines: {unknown[0]!r} is unknown, must be among {', '.join(BASELINES)}, or none")
+    return names
+
+
+def _named(paths: list[Path], others: list[str]) -> dict[str, Path]:
+    """Runs by the names of their folders, which stand in the table."""
+    names = [path.absolute().name for path in paths]
+    if twice := [name for name in names if (names + others).count(name) > 1]:
+        raise InputError(f"--beside: two rows would be called {twice[0]}; rename the folder of one")
+    return dict(zip(names, paths, strict=True))
+
+
+def _begun(run: Path) -> dict | None:
+    """What a run was begun with; None of a folder that holds a model alone."""
+    from encdiff.training.runs import read_config
+
+    folder = held(run)
+    places = (folder, folder / "run") if (folder / "checkpoint.safetensors").is_file() else (folder / "run",)
+    return next((read_config(place) for place in places if (place / "config.json").is_file()), None)
+
+
+def _data_of(run: Path) -> str:
+    begun = _begun(run)
+    if begun is None or held(run) != run:
+        raise InputError(f"--data is missing, and {run} names none that is here: " + FIELDS_HELP)
+    return begun["data"]
+
+
+def _unseen(run: Path, fields) -> int:
+    """How many of the last fields a run was not trained on: all, but for what its fingerprint is of."""
+    from encdiff.data import describe
+
+    fingerprint = (_begun(run) or {}).get("fingerprint", {})
+    used = fingerprint.get("images", 0)
+    if 1 <= used <= len(fields) and describe(fields.part(0, used))["sha256"] == fingerprint.get("sha256"):
+        return len(fields) - used
+    return len(fields)

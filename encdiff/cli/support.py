@@ -9,6 +9,7 @@ from pathlib import Path
 from typer.core import TyperGroup
 
 from encdiff import pretrained
+from encdiff.checked import Range
 from encdiff.errors import InputError
 from encdiff.terminal import say
 
@@ -82,6 +83,17 @@ def parse_concepts(concepts: str | None, option: str = "--concepts") -> list[int
         return [int(concept) for concept in concepts.split(",")]
     except ValueError:
         raise InputError(f"{option} {concepts!r} must be numbers such as 0,3") from None
+
+
+def parse_numbers(option: str, text: str, within: Range, must: str) -> tuple[float, ...]:
+    """The numbers in "0.01,0.1", all in the range, which `must` says in words."""
+    try:
+        numbers = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        numbers = ()
+    if not numbers or not all(map(within.holds, numbers)):
+        raise InputError(f"{option} {text!r} must be {must}")
+    return numbers
 
 
 def writable(path: Path) -> Path:

@@ -41,12 +41,13 @@ def nearest(grid: Grid, points: np.ndarray, ages: np.ndarray | None = None, spee
 def describe_pixels(sensors: Sensors, config: FieldConfig, time: float | None = None) -> np.ndarray:
     """What a field's pixels are told by sensors: values, mask, sigma [and age], float32 (3 or 4, C, H, W).
 
-    In units of the network: values and sigma standardised, ages by the configuration's memory. `time` is the field's.
+    In units of the network: values and sigma standardised, ages by the configuration's memory. `time` is the field's;
+    what was measured later, or longer before than that memory, is left out.
     """
     grid = config.grid
     sensors.check(grid)
     if time is not None:
-        sensors = sensors.until(time)
+        sensors = sensors.until(time, config.memory)
     age = np.zeros(len(sensors)) if sensors.times is None or time is None else time - sensors.times
     values = (sensors.values - config.mean) / config.std
     told = np.zeros((3 + config.timed, len(config.channels), grid.height * grid.width), dtype=np.float32)
@@ -94,7 +95,7 @@ def make_condition(
     """The condition of B reconstructions, from the sensors of each, at the fields' times.
 
     Raises InputError where sensors do not fit the configuration (`Sensors.check`), have times where the model knows
-    none, and where a time is missing or lies before a reconstruction's first sensor.
+    none, and where a time lies before a reconstruction's first sensor, or too long after its last (`Sensors.until`).
     """
     times = [None] * len(sensors) if times is None else list(times)
     if len(times) != len(sensors):

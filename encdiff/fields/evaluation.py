@@ -56,7 +56,8 @@ def evaluate_fields(
         memory: of fields in time, how far back measurements may lie; 0: at the field's own time.
 
     Returns a dict for JSON: the protocol, the data and `rows`, one for each method, share and noise; errors relative to
-    the truth's root mean square, CRPS, spread and error in standard deviations of the channel, means over fields.
+    the truth's root mean square, CRPS, spread and error in standard deviations of the channel, means over fields. What
+    is not a finite number, as of a method that says nothing of a channel, is None.
     """
     if not 1 <= count <= len(data):
         raise InputError(f"count is {count}, must be 1 to {len(data)}, the fields of {data.name}")
@@ -74,7 +75,7 @@ def evaluate_fields(
             seconds = (time.perf_counter() - began) / count
             rows.append(
                 {"method": name, "observed": share, "noise": level, "seconds_per_field": seconds}
-                | scored(found, truth, here, std, grid, drawn=name != "kriging")
+                | _finite(scored(found, truth, here, std, grid, drawn=name != "kriging"))
             )
             if progress:
                 progress(i * len(methods) + j + 1, len(cells) * len(methods))
@@ -113,3 +114,12 @@ def scored(
         curve = coverage_curve(members, truth, LEVELS, drawn=drawn).mean((1, 2))
         result["curve"] = {f"{level:g}": float(share) for level, share in zip(LEVELS, curve, strict=True)}
     return result
+
+
+def _finite(value: Any) -> Any:
+    """A result for JSON, which knows neither NaN nor infinity."""
+    if isinstance(value, dict):
+        return {name: _finite(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not np.isfinite(value) else value

@@ -126,14 +126,15 @@ class FieldModel(nn.Module):
         Args:
             sensors: of one field, or a list, of several.
             ensemble: members of each; a regression has one whatever is asked for.
-            time: of the fields, where sensors have times; None: that of the latest sensor.
+            time: of the fields, where sensors have times; None: that of the latest sensor. Those later, or longer
+                before than the configuration's `memory`, are left out.
             sampler, steps: heun, euler, dpm-solver++ or unipc, along EDM's path.
-            seed: of the noise; a member is a function of seed, field and member, whatever the batch.
+            seed: of the noise; member e of field i is a function of seed and i * ensemble + e, whatever the batch.
             batch_size: members computed at once.
             progress: called with (members done, of how many).
 
         Raises:
-            InputError: sensors that do not fit the model's grid, times that are missing or too early.
+            InputError: sensors that do not fit the model's grid, times before the first sensor or long after the last.
         """
         single = isinstance(sensors, Sensors)
         many = [sensors] if isinstance(sensors, Sensors) else list(sensors)
@@ -201,7 +202,7 @@ class FieldModel(nn.Module):
 
         Raises InputError: no such folder, a file missing or truncated, or of another kind of model.
         """
-        paths = [locate(name, file, {}) for file in ("config.json", "model.safetensors")]
+        paths = [locate(name, file, {}, "fields") for file in ("config.json", "model.safetensors")]
         return load_model(lambda values: cls(_read(values, str(paths[0]))), *paths).to(device).eval()
 
 

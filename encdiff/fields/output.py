@@ -20,12 +20,10 @@ HEADER = ("method", "observed", "noise", "nRMSE", "unobserved", "CRPS", "90 % ba
 
 def write_reconstruction(path: str | Path, found: Reconstruction, grid: Grid) -> None:
     """`mean`, `spread` and `members`, with the grid's `channels` and `domain`, as .npz or .h5, whole or not at all."""
-    path = Path(path)
+    path = check_suffix(Path(path))
     arrays: dict[str, Any] = {"mean": found.mean, "members": found.members}
     arrays |= {} if found.spread is None else {"spread": found.spread}
     arrays |= {"channels": list(grid.channels), "domain": grid.domain}
-    if path.suffix not in (".npz", ".h5", ".hdf5"):
-        raise InputError(f"{path}: must end in .npz or .h5")
     with atomic_path(path) as temporary, disk_errors(RuntimeError):
         if path.suffix == ".npz":
             with temporary.open("wb") as file:
@@ -36,13 +34,20 @@ def write_reconstruction(path: str | Path, found: Reconstruction, grid: Grid) ->
                 file[name] = array
 
 
+def check_suffix(path: Path) -> Path:
+    """The path, of a file that `write_reconstruction` can write; InputError else."""
+    if path.suffix not in (".npz", ".h5", ".hdf5"):
+        raise InputError(f"{path}: must end in .npz or .h5")
+    return path
+
+
 def write_evaluation(folder: str | Path, result: Mapping[str, Any]) -> list[Path]:
     """`fields.json`, its table `fields.md` and pictures of errors and calibration; returns the paths."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     table, text = folder / "fields.md", folder / "fields.json"
     with atomic_path(text) as temporary:
-        temporary.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+        temporary.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", "utf-8")
     with atomic_path(table) as temporary:
         temporary.write_text(markdown(result), "utf-8")
     pictures = {"errors.png": error_curves(result), "crps.png": error_curves(result, "crps")}
@@ -86,13 +91,16 @@ def markdown(result: Mapping[str, Any]) -> str:
 
 
 def _cells(row: Mapping[str, Any]) -> list[str]:
+    def said(number: float | None, digits: int) -> str:
+        return "-" if number is None else f"{number:.{digits}f}"
+
     def mean(name: str) -> str:
-        return "-" if row[name] is None else f"{row[name]['mean']:.3f}"
+        return said(row[name] and row[name]["mean"], 3)
 
     ratio = row.get("spread_to_error")
     return [
         row["method"], f"{100 * row['observed']:g} %", f"{100 * row['noise']:g} %", mean("nrmse"),
         mean("nrmse_unobserved"), mean("crps"), mean("coverage"),
-        "-" if ratio is None else " ".join(f"{value:.2f}" for value in ratio.values()),
+        "-" if ratio is None else " ".join(said(value, 2) for value in ratio.values()),
         f"{row['seconds_per_field']:.2g}",
     ]  # fmt: skip

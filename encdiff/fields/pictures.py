@@ -110,7 +110,8 @@ def error_curves(result: Mapping[str, Any], score: str = "nrmse") -> Figure:
     axes = figure.subplots(1, len(levels), squeeze=False, sharey=True)[0]
     for axis, level in zip(axes, levels, strict=True):
         for k, method in enumerate(methods):
-            found = [r for r in rows if r["noise"] == level and r["method"] == method and r[score] is not None]
+            found = [r for r in rows if r["noise"] == level and r["method"] == method]
+            found = [r for r in found if r[score] and r[score]["mean"] is not None]
             if found:
                 x, y = [100 * r["observed"] for r in found], np.array([r[score]["mean"] for r in found])
                 ends = np.array([r[score]["interval"] for r in found])

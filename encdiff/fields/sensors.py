@@ -58,12 +58,17 @@ class Sensors:
         parts = {name: None if part is None else part[which] for name, part in parts.items()}
         return replace(self, **parts)
 
-    def until(self, time: float) -> "Sensors":
-        """Those measured at that time or before; InputError where there are none."""
+    def until(self, time: float, memory: float = np.inf) -> "Sensors":
+        """Those measured at that time or at most `memory` before; InputError where there are none."""
         if self.times is None:
             return self
-        if not (found := self.times <= time).any():
+        if not (before := self.times <= time).any():
             raise InputError(f"time is {time:g}, before the first of {self.source} at {self.times.min():g}")
+        last = self.times[before].max()
+        if not (found := before & (time - self.times <= memory * (1 + 1e-9))).any():  # of times that were rounded
+            raise InputError(
+                f"time is {time:g}, the last of {self.source} before is at {last:g}; the model remembers {memory:g}"
+            )
         return self.select(found)
 
     def check(self, grid: Grid) -> None:

@@ -152,8 +152,14 @@ class FieldTraining(Descent):
 
 
 def fitted_config(config: FieldConfig, data: FieldData, **changes: Any) -> FieldConfig:
-    """The configuration, changed, with the data's grid and statistics; of fields in time with a memory of half that."""
+    """The configuration, changed, with the data's grid and statistics; of fields in time with a memory of half that.
+
+    InputError for a channel that is the same everywhere, which nothing can be learnt of, as for fields that do not fit.
+    """
     mean, std = data.statistics()
+    for name, value, deviation in zip(data.grid.channels, mean, std, strict=True):
+        if not deviation:
+            raise InputError(f"{data.name}: {name} is {value:g} everywhere, must vary")
     grid, duration = data.grid, 0.0 if data.times is None else float(data.times[-1] - data.times[0])
     memory = config.memory or duration / 2
     return replace(
@@ -181,8 +187,8 @@ def train_fields(
     check_types(model=(model, FieldModel, ""), config=(config, FieldTrainConfig, "field_recipe"))
     if data.grid != model.config.grid:
         raise InputError(f"{data.name}: its grid is {data.grid}, the model's is {model.config.grid}")
-    used = len(data) - round(len(data) * config.held_out)
+    part = Part(data, 0, len(data) - round(len(data) * config.held_out))
+    part.spec = data.spec  # a run that is resumed, and an evaluation of it, open the whole and hold out the same
     training = FieldTraining(model, config, data.times)
-    part = Part(data, 0, used)
     fit(training, part, run_dir, resume=resume, overwrite=overwrite, tensorboard=tensorboard, on_step=on_step)
     return training.averaged_model()

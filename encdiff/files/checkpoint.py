@@ -166,8 +166,11 @@ def _refuse_others(own: dict[str, Tensor], shapes: Mapping[str, tuple[int, ...]]
         raise InputError(f"{source}: does not fit this configuration: {said}")
 
 
-def locate(name: str | Path, file: str, hub: dict[str, Any]) -> Path:
-    """A file of a model: `name` is a folder, a model that comes with the package, or one on the Hub, in this order."""
+def locate(name: str | Path, file: str, hub: dict[str, Any], kind: str | None = None) -> Path:
+    """A file of a model: `name` is a folder, a model that comes with the package, or one on the Hub, in this order.
+
+    Errors offer the package's models of a `kind` (`pretrained.names`).
+    """
     for folder in (Path(name), pretrained.FOLDER / name):
         if folder.is_dir():
             if not (folder / file).is_file():
@@ -175,7 +178,7 @@ def locate(name: str | Path, file: str, hub: dict[str, Any]) -> Path:
                 raise InputError(f"{folder}: no {file} in it; must be a folder written by save_pretrained{model}")
             return folder / file
     if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(name)):  # no OWNER/NAME of the Hub's: do not wait for a network
-        packaged = ", ".join(sorted(p.name for p in pretrained.FOLDER.iterdir() if p.is_dir()))
+        packaged = ", ".join(pretrained.names(kind)) or "none"
         raise InputError(
             f"{name}: no such folder; must be one, a model of the package ({packaged}) or the Hub's OWNER/NAME"
         )

@@ -113,7 +113,11 @@ class EncDiff(
         if unknown := sorted(hub.keys() - HUB):
             raise InputError(f"{unknown[0]} is no option here, must be device or one of {', '.join(sorted(HUB))}")
         config_path, weights_path = (locate(name, file, hub) for file in ("config.json", "model.safetensors"))
-        model = load_model(
-            lambda values: cls(EncDiffConfig.from_dict(values, str(config_path))), config_path, weights_path
-        )
+        model = load_model(lambda values: cls(_config(values, str(config_path))), config_path, weights_path)
         return model.to(device).eval()
+
+
+def _config(values: Any, source: str) -> EncDiffConfig:
+    if isinstance(values, dict) and values.get("kind") == "fields":
+        raise InputError(f"{source}: is of a model of fields, must be of an EncDiff; `encdiff fields` takes the other")
+    return EncDiffConfig.from_dict(values, source)
