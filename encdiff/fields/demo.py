@@ -37,7 +37,8 @@ def demo(
     truth = samples(equation, SEED + seed, 0, COUNT)
     sensors = scattered(truth, grid, observed, noise * np.array(model.config.std), seed=seed)
     methods = {MODEL: of_model(model)} | {name: of_baseline(name, grid) for name in BESIDE}
-    result, drawn = {}, {}
+    result: dict[str, dict[str, Any]] = {}
+    drawn: dict[str, np.ndarray] = {}
     for name, method in methods.items():
         began = time.perf_counter()
         drawn[name] = method(sensors, MEMBERS, seed)

@@ -66,6 +66,8 @@ def measure(
             raise InputError(f"when begins at {np.min(when):g}, before the first of times {times[0]:g}")
     values = frames[frame, :, grid.cells(points)]
     sigma = np.broadcast_to(sigma, values.shape)
+    if not (np.isfinite(sigma) & (sigma >= 0)).all():
+        raise InputError(f"sigma is {sigma.min():g} to {sigma.max():g}, must be 0 or more")
     if (sigma > 0).any():
         if rng is None:
             raise InputError("rng is None, must be given where sigma is above 0")

@@ -53,10 +53,16 @@ class FieldModel(nn.Module):
     standard deviation 0.5.
     """
 
+    mean: Tensor  # (C, 1, 1), float64
+    std: Tensor
+
     def __init__(self, config: FieldConfig | None = None):
         super().__init__()
         self.config = config or FieldConfig()
         self.network = FieldNetwork(self.config)
+        for name in ("mean", "std"):  # on the device: a captured step cannot copy from the host
+            values = torch.tensor(getattr(self.config, name), dtype=torch.float64)
+            self.register_buffer(name, values[:, None, None], persistent=False)
 
     @property
     def device(self) -> torch.device:
@@ -64,18 +70,11 @@ class FieldModel(nn.Module):
 
     def standardised(self, fields: Tensor) -> Tensor:
         """Fields (..., C, H, W) in their own units -> of mean 0 and deviation 1 in each channel, float32."""
-        mean, std = self._statistics(fields.device)
-        return ((fields.double() - mean) / std).float()
+        return ((fields.double() - self.mean) / self.std).float()
 
     def in_units(self, fields: Tensor) -> Tensor:
         """The inverse of `standardised`."""
-        mean, std = self._statistics(fields.device)
-        return (fields.double() * std + mean).float()
-
-    def _statistics(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        c = self.config
-        mean, std = (torch.tensor(v, dtype=torch.float64, device=device)[:, None, None] for v in (c.mean, c.std))
-        return mean, std
+        return (fields.double() * self.std + self.mean).float()
 
     def loss(
         self,

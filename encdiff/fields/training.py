@@ -75,6 +75,7 @@ class FieldTraining(Descent):
         model.network.unet.checkpoint_activations = config.checkpoint_activations
         super().__init__(model, model.network, config, masters=masters)
         self.times = times
+        self._seconds = None if times is None else torch.as_tensor(times, device=self.device)
         self._pool = ThreadPoolExecutor(4 if self.device.type == "cuda" else 1, thread_name_prefix="encdiff-sensors")
         self._next: tuple[int, list[Future]] | None = None
 
@@ -120,10 +121,9 @@ class FieldTraining(Descent):
         own = (drawn.nearest == torch.arange(h * w, device=fields.device)) & (drawn.age == 0)
         age = None
         if self.model.config.timed:
-            assert self.times is not None
-            times = torch.as_tensor(self.times, dtype=torch.float32, device=fields.device)
-            seconds = times[drawn.frame][:, None] - times[drawn.frame[:, None] - drawn.age]
-            age = ((seconds / self.model.config.memory)[:, None] * told).view(b, c, h, w)
+            assert self._seconds is not None, "fields in time"
+            seconds = self._seconds[drawn.frame][:, None] - self._seconds[drawn.frame[:, None] - drawn.age]
+            age = ((seconds.float() / self.model.config.memory)[:, None] * told).view(b, c, h, w)
         values, mask, sigma = (read + level * noise) * told, own[:, None] * told, level * told
         values, mask, sigma = (part.view(b, c, h, w) for part in (values, mask, sigma))
         return Condition(values, mask, sigma, age)
