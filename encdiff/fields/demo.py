@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from encdiff.errors import InputError
 from encdiff.fields.darcy import Darcy
 from encdiff.fields.equations import samples
 from encdiff.fields.evaluation import of_baseline, of_model
@@ -30,8 +31,11 @@ def demo(
     """Write `field-N.png` and `sensors-N.csv` of COUNT flows to a folder, and print the errors of each method.
 
     `observed` is the share of the pixels with a sensor, `noise` their deviation in those of each channel. Returns by
-    method the `nrmse` of each channel, averaged over the flows, and the `seconds` for each flow.
+    method the `nrmse` of each channel, averaged over the flows, and the `seconds` for each flow. InputError for an
+    impossible share or noise.
     """
+    if not 0 <= noise < np.inf:
+        raise InputError(f"noise is {noise}, must be 0 or more")
     folder, model = Path(folder), FieldModel.from_pretrained(MODEL, device=device)
     grid, equation = model.config.grid, Darcy(model.config.height)
     truth = samples(equation, SEED + seed, 0, COUNT)
