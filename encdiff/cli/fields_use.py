@@ -172,10 +172,13 @@ def _data_of(run: Path) -> str:
 def _unseen(run: Path, fields) -> int:
     """How many of the last fields a run was not trained on: all, but for what its fingerprint is of."""
     from encdiff.data import describe
-    from encdiff.files.reading import whole_number
 
     fingerprint = (_begun(run) or {}).get("fingerprint", {})
-    used = whole_number(fingerprint.get("images")) or 0
-    if 1 <= used <= len(fields) and describe(fields.part(0, used))["sha256"] == fingerprint.get("sha256"):
+    used = fingerprint.get("images")
+    if (
+        isinstance(used, int)
+        and 1 <= used <= len(fields)
+        and describe(fields.part(0, used))["sha256"] == fingerprint.get("sha256")
+    ):
         return len(fields) - used
     return len(fields)
