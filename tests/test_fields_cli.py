@@ -123,6 +123,18 @@ def test_evaluate(encdiff, run, data, tmp_path):
     assert rows[0]["nrmse"] == rows[1]["nrmse"] == result["rows"][0]["nrmse"]  # one and the same model
 
 
+def test_a_table_grows(encdiff, run, data, tmp_path, monkeypatch):
+    first = ["--count", 2, "--observed", "0.05", "--noise", "0", "--out", tmp_path]
+    more = ["--ensemble", 2, "--steps", 1, *first]
+    assert encdiff("fields", "evaluate", run, *more, "--baselines", "nearest")[0] == 0
+    assert encdiff("fields", "evaluate", run, *more, "--baselines", "linear", "--add")[0] == 0
+    rows = json.loads((tmp_path / "fields.json").read_text())["rows"]
+    assert [row["method"] for row in rows] == ["nearest", "darcy", "linear"]
+    monkeypatch.setattr(FieldModel, "members", None)  # nothing is drawn
+    code, text = encdiff("fields", "evaluate", run, *more, "--add", "--seed", 1)
+    assert code == 2 and "fields.json: was made with protocol" in text and "use another folder" in text
+
+
 def test_fields_that_were_trained_on_are_not_scored(encdiff, run, data, tmp_path):
     for given in ([], ["--data", data]):
         code, text = encdiff("fields", "evaluate", run, "--count", 5, *given)

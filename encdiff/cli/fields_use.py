@@ -2,7 +2,7 @@
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -126,11 +126,12 @@ def evaluate(
     methods |= {name: of_baseline(name, fields.grid) for name in plain}
     folder = out or results(run) / "fields"
     writable(folder / "fields.json")
+    protocol: dict[str, Any] = {"observed": shares, "noise": levels, "count": count, "members": ensemble, "seed": seed}
+    protocol["memory"] = model.config.memory
+    if add:
+        added(evaluate_fields({}, fields, **protocol), folder)  # refuses before the work, not after
     with progress_bar("evaluating") as report:
-        result = evaluate_fields(
-            methods, fields, observed=shares, noise=levels, count=count, members=ensemble, memory=model.config.memory,
-            seed=seed, progress=report,
-        )  # fmt: skip
+        result = evaluate_fields(methods, fields, **protocol, progress=report)
     result = added(result, folder) if add else result
     say_table(*report_rows(result))
     for path in write_evaluation(folder, result):
