@@ -10,7 +10,7 @@ from encdiff.fields.store import FieldData
 
 CONFIG = FieldConfig(
     channels=("a", "b"), height=16, width=16, mean=(5.0, -3.0), std=(2.0, 0.5), token_patch=4, token_width=16,
-    token_depth=1, token_heads=2, patch=2, base_width=16, heads=2, groups=8,
+    token_depth=1, token_heads=2, patch=2, base_width=16, multipliers=(1,), attention_levels=(0,), heads=2, groups=8,
 )  # fmt: skip
 TIMED = replace(CONFIG, channels=("a",), mean=(5.0,), std=(2.0,), memory=2.0, speed=0.5)
 
@@ -26,7 +26,7 @@ def field_model(config: FieldConfig = CONFIG) -> FieldModel:
 
 
 class Fields(FieldData):
-    """Smooth random fields of a configuration's grid, in memory."""
+    """Smooth random fields, in memory, about CONFIG's means and not far from its deviations."""
 
     name = "fields"
 
@@ -34,7 +34,9 @@ class Fields(FieldData):
         self.grid, self.times, rng = grid, times, np.random.default_rng(count)
         x, y = grid.centres.T.reshape(2, grid.height, grid.width)
         wave = rng.normal(size=(4, count, *self.sample_shape[:-2], 1, 1))
-        self.fields = np.float32(5 + wave[0] + wave[1] * np.sin(3 * x + wave[2]) * np.cos(4 * y + wave[3]))
+        shape = wave[0] + wave[1] * np.sin(3 * x + wave[2]) * np.cos(4 * y + wave[3])
+        mean, std = (np.array(v[: len(grid.channels)])[:, None, None] for v in (CONFIG.mean, CONFIG.std))
+        self.fields = np.float32(mean + std * shape)
 
     def __len__(self) -> int:
         return len(self.fields)

@@ -61,14 +61,23 @@ def test_the_mask_is_the_pixels_that_hold_a_sensor():
     np.testing.assert_allclose(in_units[grid.cells(points)], np.arange(8.0).reshape(4, 2), rtol=1e-6)
 
 
-def test_of_several_sensors_in_a_pixel_the_one_nearest_to_its_centre_counts():
+def test_the_sensors_of_a_pixel_count_together():
     centre = CONFIG.grid.centres[17]
-    offsets = np.array([[0.02, 0.0], [0.0, -0.001], [0.0, 0.03]])
-    told = describe_pixels(Sensors.of(centre + offsets, [[1, 2], [3, 4], [5, 6]]), CONFIG)
-    assert told[0, :, 1, 1] == pytest.approx([(3 - 5) / 2, (4 + 3) / 0.5])
-    both = Sensors.of(np.stack([centre] * 2), [[1, 2], [3, 4]], [[0, 0.1], [0.1, 0]])  # at one place: what is exact
-    told = describe_pixels(both, CONFIG)
-    assert told[0, :, 1, 1] == pytest.approx([(1 - 5) / 2, (4 + 3) / 0.5]) and not told[2, :, 1, 1].any()
+    points, values = centre + np.array([[0.02, 0.0], [0.0, -0.001], [0.0, 0.03]]), [[1, 2], [3, 4], [8, 7]]
+
+    def told(sigma, times=None, config=CONFIG):
+        value, _, noise, *_ = describe_pixels(Sensors.of(points, values, sigma, times), config, times and 1.0)
+        return value[:, 1, 1] * config.std + config.mean, noise[:, 1, 1] * config.std
+
+    value, noise = told(0.0)  # exact: the mean
+    assert value == pytest.approx([4, 13 / 3], rel=1e-6) and not noise.any()
+    value, noise = told([[0, 0.1], [0.1, 0.1], [0.1, 0.2]])  # what is exact alone; by inverse variances
+    assert value == pytest.approx([1, (2 + 4 + 7 / 4) / 2.25], rel=1e-6)
+    assert noise == pytest.approx([0, 0.1 / 2.25**0.5], rel=1e-6)
+    value, noise = told([[1e-200] * 2, [1e-200] * 2, [1, 1]])  # whose squares no number holds
+    assert value == pytest.approx([2, 3], rel=1e-6) and np.isfinite(noise).all()
+    config = replace(CONFIG, memory=2.0)
+    assert told(0.0, [1.0, 1.0, 0.0], config)[0] == pytest.approx([2, 3], rel=1e-6)  # of the field's time alone
 
 
 def test_channels_are_measured_apart():

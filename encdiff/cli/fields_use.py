@@ -61,16 +61,29 @@ def reconstruct(
     out = writable(check_suffix(out or sensors.with_name(f"{sensors.stem}-fields.npz")))
     picture = writable(picture or sensors.with_name(f"{sensors.stem}-fields.png"))
     grid = model.config.grid
-    measured = read_sensors(sensors, grid, time)
+    measured, later = read_sensors(sensors, grid, time), None if more is None else read_sensors(more, grid)
+    if time is not None and measured.times is None:
+        raise InputError(f"--time is {time:g}, but {sensors} has no column t")
+    _check_update(later, localisation, 1 if model.config.objective == "regression" else ensemble)
     with progress_bar("sampling") as report:
         found = model.reconstruct(
             measured, ensemble, time=time, sampler=sampler.value, steps=steps, seed=seed, progress=report
         )
-    if more is not None:
-        found = summarised(update(found.members, read_sensors(more, grid), grid, localisation=localisation))
+    if later is not None:
+        found = summarised(update(found.members, later, grid, localisation=localisation))
     write_reconstruction(out, found, grid)
     save_figure(reconstruction_picture(found, grid, measured, title=sensors.name), picture)
     say(f"fields: {out}\npicture: {picture}")
+
+
+def _check_update(later, localisation: float | None, members: int) -> None:
+    """InputError, before any field is drawn, for what `update` would not take."""
+    if localisation is not None and later is None:
+        raise InputError("--localisation is given without --more, whose option it is")
+    if localisation is not None and not 0 < localisation < float("inf"):
+        raise InputError(f"--localisation is {localisation}, must be a length above 0")
+    if later is not None and members < 2:
+        raise InputError("--more needs an ensemble of at least 2 members; here there is one")
 
 
 def evaluate(
@@ -174,7 +187,11 @@ def _unseen(run: Path, fields) -> int:
     from encdiff.data import describe
 
     fingerprint = (_begun(run) or {}).get("fingerprint", {})
-    used = fingerprint.get("images", 0)
-    if 1 <= used <= len(fields) and describe(fields.part(0, used))["sha256"] == fingerprint.get("sha256"):
+    used = fingerprint.get("images")
+    if (
+        isinstance(used, int)
+        and 1 <= used <= len(fields)
+        and describe(fields.part(0, used))["sha256"] == fingerprint.get("sha256")
+    ):
         return len(fields) - used
     return len(fields)

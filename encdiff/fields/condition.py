@@ -12,6 +12,8 @@ from encdiff.fields.grid import Grid
 from encdiff.fields.network import Condition
 from encdiff.fields.sensors import Sensors
 
+LEAST = 1e-100  # of a sigma whose square is a weight
+
 
 def nearest(grid: Grid, points: np.ndarray, ages: np.ndarray | None = None, speed: float = 0.0) -> np.ndarray:
     """For every pixel the index of the nearest of S points (S, 2): int64 (H W,).
@@ -79,7 +81,7 @@ def _merged(
     if len(cells) == now.sum():
         return [points, values, sigma, ages]
     exact = np.bincount(of, sigma[now] == 0) > 0
-    weight = np.where(exact[of], sigma[now] == 0, 1 / np.where(sigma[now] > 0, sigma[now], 1.0) ** 2)
+    weight = np.where(exact[of], sigma[now] == 0, np.maximum(sigma[now], LEAST) ** -2)
     total = np.bincount(of, weight)
     value, x, y = (np.bincount(of, weight * a) / total for a in (values[now], *points[now].T))
     merged = np.column_stack([x, y]), value, np.where(exact, 0.0, total**-0.5), np.zeros(len(cells))

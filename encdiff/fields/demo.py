@@ -6,12 +6,13 @@ from typing import Any
 
 import numpy as np
 
+from encdiff.errors import InputError
 from encdiff.fields.darcy import Darcy
 from encdiff.fields.equations import samples
 from encdiff.fields.evaluation import of_baseline, of_model
 from encdiff.fields.grid import Grid
 from encdiff.fields.layouts import scattered
-from encdiff.fields.model import FieldModel, Reconstruction
+from encdiff.fields.model import FieldModel, summarised
 from encdiff.fields.pictures import reconstruction_picture, save_figure
 from encdiff.fields.scores import nrmse
 from encdiff.fields.sensors import Sensors
@@ -30,8 +31,11 @@ def demo(
     """Write `field-N.png` and `sensors-N.csv` of COUNT flows to a folder, and print the errors of each method.
 
     `observed` is the share of the pixels with a sensor, `noise` their deviation in those of each channel. Returns by
-    method the `nrmse` of each channel, averaged over the flows, and the `seconds` for each flow.
+    method the `nrmse` of each channel, averaged over the flows, and the `seconds` for each flow. InputError for an
+    impossible share or noise.
     """
+    if not 0 <= noise < np.inf:
+        raise InputError(f"noise is {noise}, must be 0 or more")
     folder, model = Path(folder), FieldModel.from_pretrained(MODEL, device=device)
     grid, equation = model.config.grid, Darcy(model.config.height)
     truth = samples(equation, SEED + seed, 0, COUNT)
@@ -57,7 +61,6 @@ def demo(
 
 
 def _write(folder: Path, i: int, members: np.ndarray, sensors: Sensors, truth: np.ndarray, grid: Grid) -> None:
-    found = Reconstruction(members.mean(0), members.std(0, ddof=1), members)
     title = f"a new flow, {len(sensors)} sensors, {len(members)} members of {MODEL}"
-    save_figure(reconstruction_picture(found, grid, sensors, truth, title), folder / f"field-{i}.png")
+    save_figure(reconstruction_picture(summarised(members), grid, sensors, truth, title), folder / f"field-{i}.png")
     write_sensors(folder / f"sensors-{i}.csv", sensors, grid)

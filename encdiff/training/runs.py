@@ -139,7 +139,7 @@ class _Lock:
     def check(self) -> None:
         """InputError if another training holds it."""
         if self.path.is_file():
-            with self.path.open() as file:
+            with suppress(FileNotFoundError), self.path.open() as file:  # it may be released between the two
                 self._flock(file, fcntl.LOCK_SH)
 
     def take(self) -> None:
