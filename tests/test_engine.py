@@ -16,7 +16,7 @@ from encdiff import EncDiff, InputError, SamplingEngine
 from encdiff.data import open_dataset
 from encdiff.engine import Graph, choose
 from encdiff.training import Training, train
-from encdiff.training.step import lerp
+from encdiff.training.descent import lerp
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph needs a GPU")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -15,6 +15,10 @@ from encdiff.fields.pictures import calibration_picture, error_curves, save_figu
 from encdiff.files.reading import read_json
 from encdiff.files.temporaries import atomic_path, disk_errors
 
+SCORES = {  # of the tables in Markdown
+    "nRMSE": "nrmse", "nRMSE at unobserved pixels": "nrmse_unobserved", "CRPS": "crps",
+    "Share of pixels in the 90 % band": "coverage",
+}  # fmt: skip
 HEADER = ("method", "observed", "noise", "nRMSE", "unobserved", "CRPS", "90 % band", "spread/error", "s/field")
 
 
@@ -84,23 +88,39 @@ def report_rows(result: Mapping[str, Any]) -> tuple[tuple[str, ...], list[list[s
 
 
 def markdown(result: Mapping[str, Any]) -> str:
-    """The same as a table of Markdown."""
-    header, rows = report_rows(result)
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+    """Tables of Markdown, one for each score: a row for each noise and method, a column for each share observed."""
+    shares = sorted({row["observed"] for row in result["rows"]})
+    header = ["noise", "method", *(f"{100 * share:g} % observed" for share in shares)]
+    parts = []
+    for title, name in SCORES.items():
+        found: dict[tuple[float, str], dict[float, str]] = {}
+        for row in result["rows"]:
+            found.setdefault((row["noise"], row["method"]), {})[row["observed"]] = _mean(row, name)
+        lines = [header, ["---"] * len(header)]
+        for (noise, method), cells in sorted(found.items(), key=lambda item: item[0][0]):
+            lines.append([f"{100 * noise:g} %", method, *(cells.get(share, "-") for share in shares)])
+        parts.append(f"### {title}\n\n" + "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n")
+    return "\n".join(parts)
+
+
+def _mean(row: Mapping[str, Any], name: str) -> str:
+    """Over the channels, and in brackets each."""
+    value = row[name]
+    if value is None or value["mean"] is None:
+        return "-"
+    channels = value["channels"].values()
+    each = " ".join("-" if v is None else f"{v:.3f}" for v in channels)
+    return f"{value['mean']:.3f}" + (f" ({each})" if len(channels) > 1 else "")
 
 
 def _cells(row: Mapping[str, Any]) -> list[str]:
     def said(number: float | None, digits: int) -> str:
         return "-" if number is None else f"{number:.{digits}f}"
 
-    def mean(name: str) -> str:
-        return said(row[name] and row[name]["mean"], 3)
-
     ratio = row.get("spread_to_error")
     return [
-        row["method"], f"{100 * row['observed']:g} %", f"{100 * row['noise']:g} %", mean("nrmse"),
-        mean("nrmse_unobserved"), mean("crps"), mean("coverage"),
+        row["method"], f"{100 * row['observed']:g} %", f"{100 * row['noise']:g} %", _mean(row, "nrmse"),
+        _mean(row, "nrmse_unobserved"), _mean(row, "crps"), _mean(row, "coverage"),
         "-" if ratio is None else " ".join(said(value, 2) for value in ratio.values()),
         f"{row['seconds_per_field']:.2g}",
     ]  # fmt: skip
