@@ -78,7 +78,7 @@ def test_train(run, data):
     assert begun["model"]["objective"] == "diffusion" and begun["data"] == str(data.resolve())
     assert begun["fingerprint"]["images"] == 16
     config = FieldModel.from_pretrained(run / "model").config
-    np.testing.assert_allclose(config.mean, open_fields(data).statistics()[0])
+    np.testing.assert_allclose(config.mean, open_fields(f"{data}:0:16").statistics()[0])
 
 
 def test_resume_and_other_methods(encdiff, run, data, presets, tmp_path):
@@ -139,6 +139,9 @@ def test_fields_that_were_trained_on_are_not_scored(encdiff, run, data, tmp_path
     for given in ([], ["--data", data]):
         code, text = encdiff("fields", "evaluate", run, "--count", 5, *given)
         assert code == 2 and "--count is 5, must be at most 4: darcy was trained on the other fields" in text
+    for part, most in (("0:12", 0), ("1:20", 4), ("1:16", 0), ("0:18", 2)):
+        code, text = encdiff("fields", "evaluate", run / "model", "--count", 5, "--data", f"{data}:{part}")
+        assert code == 2 and f"--count is 5, must be at most {most}: model was trained" in text
     render(tmp_path / "other.h5", "darcy", 16, 5, seed=1, processes=1)
     options = ["--count", 5, "--ensemble", 1, "--steps", 1, "--observed", 0.05, "--noise", 0, "--baselines", "none"]
     out = ["--data", tmp_path / "other.h5", "--out", tmp_path / "out"]
@@ -163,7 +166,7 @@ def test_fields_that_were_trained_on_are_not_scored(encdiff, run, data, tmp_path
         (["evaluate", "RUN", "--noise", "inf"], "--noise 'inf' must be numbers of 0 or more"),
         (["evaluate", "RUN", "--baselines", "spline"], "--baselines: 'spline' is unknown, must be among nearest"),
         (["evaluate", "RUN", "--beside", "RUN"], "--beside: two rows would be called darcy"),
-        (["evaluate", "RUN/model"], "--data is missing, and"),
+        (["evaluate", "RUN/model"], "--count is 32, must be at most 4: model was"),
         (["evaluate", "nowhere"], "nowhere: no such folder; must be a run, a folder that save_pretrained wrote"),
         (["reconstruct", "RUN", "CSV", "--out", "x.txt"], "x.txt: must end in .npz or .h5"),
         (["reconstruct", "RUN", "nowhere.csv"], "No such file or directory: 'nowhere.csv'"),

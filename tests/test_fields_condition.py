@@ -76,7 +76,7 @@ def test_the_sensors_of_a_pixel_count_together():
     assert noise == pytest.approx([0, 0.1 / 2.25**0.5], rel=1e-6)
     value, noise = told([[1e-200] * 2, [1e-200] * 2, [1, 1]])  # whose squares no number holds
     assert value == pytest.approx([2, 3], rel=1e-6) and np.isfinite(noise).all()
-    config = replace(CONFIG, memory=2.0)
+    config = replace(CONFIG, memory=2.0, speed=1.0)
     assert told(0.0, [1.0, 1.0, 0.0], config)[0] == pytest.approx([2, 3], rel=1e-6)  # of the field's time alone
 
 
@@ -121,7 +121,7 @@ def test_times_that_do_not_fit():
     with pytest.raises(InputError, match="time is 0.5, before the first of sensors at 1"):
         make_condition([timed], TIMED, [0.5])
     with pytest.raises(InputError, match="sensors: has times, but the model was trained on fields without"):
-        make_condition([timed], replace(TIMED, memory=0.0))
+        make_condition([timed], replace(TIMED, memory=0.0, speed=0.0))
     with pytest.raises(InputError, match="times are 2, must be 1"):
         make_condition([timed], TIMED, [1.0, 2.0])
 

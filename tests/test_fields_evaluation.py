@@ -4,10 +4,11 @@ import json
 
 import numpy as np
 import pytest
-from _fields import CONFIG, TIMED, Fields, field_model
+from _fields import CONFIG, TIMED, Fields, field_model, some_sensors
 
 from encdiff.errors import InputError
-from encdiff.fields import evaluate_fields, of_baseline, of_model
+from encdiff.fields import evaluate_fields, of_baseline, of_model, reconstruction_picture
+from encdiff.fields.model import summarised
 from encdiff.fields.output import markdown, report_rows, write_evaluation
 
 GRID = CONFIG.grid
@@ -117,7 +118,7 @@ def test_numbers_that_are_none_are_null(data, tmp_path):
     again = json.loads((tmp_path / "made" / "fields.json").read_text(), parse_constant=refuse)
     row = again["rows"][0]
     assert row["nrmse"]["mean"] is None and row["nrmse"]["channels"]["b"] is None
-    assert row["nrmse"]["channels"]["a"] > 0 and "| silent | 5 % | 0 % | - | - | - |" in markdown(again)
+    assert row["nrmse"]["channels"]["a"] > 0 and "| 0 % | silent | - |" in markdown(again)
     assert again == json.loads(json.dumps(result)) and all(path.stat().st_size for path in paths)
 
 
@@ -130,9 +131,28 @@ def test_table_and_files(data, tmp_path):
     assert all(len(row) == len(header) for row in rows) and rows[1][6:8] == ["-", "-"]
     names = {path.name for path in write_evaluation(tmp_path, result)}
     assert names == {"fields.json", "fields.md", "errors.png", "crps.png", "calibration.png"}
-    assert result["data"] == "fields" and result["channels"] == ["a", "b"] and result["protocol"]["count"] == 2
+    assert result["data"]["name"] == "fields" and result["data"]["channels"] == ["a", "b"]
+    assert result["protocol"]["count"] == 2
     plain = evaluate_fields({"nearest": methods["nearest"]}, data, observed=[0.02], noise=[0.0], count=2)
     assert not any(path.name == "calibration.png" for path in write_evaluation(tmp_path / "plain", plain))
+
+
+def test_a_model_is_asked_for_the_last_frame(monkeypatch):
+    """Whatever the time of the latest sensor."""
+    data, asked = Fields(3, TIMED.grid, np.array([0.0, 3.0, 4.0])), []
+    model = field_model(TIMED)
+    drawn = model.reconstruct
+    monkeypatch.setattr(model, "reconstruct", lambda *a, **k: asked.append(k["time"]) or drawn(*a, **k))
+    rows_of(of_model(model, data, steps=1), data, observed=[0.004], count=3, members=1, memory=2.0)
+    assert asked == [4.0]
+
+
+def test_members_that_are_quantiles_say_so(data):
+    """By the method, not by its name: Kriging's band is read as of quantiles, a model's that is called so is not."""
+    exact = of_baseline("kriging", GRID)
+    (quantiles,) = rows_of(exact, data, observed=[0.05], noise=[0.1], count=2, members=5)
+    (draws,) = rows_of(lambda *given: exact(*given), data, observed=[0.05], noise=[0.1], count=2, members=5)
+    assert quantiles["nrmse"] == draws["nrmse"] and quantiles["spread_to_error"] != draws["spread_to_error"]
 
 
 def test_fields_in_time():
@@ -158,3 +178,19 @@ def test_refusals(data):
         rows_of(oracle(data), data, observed=[1.5])
     with pytest.raises(InputError, match="method is 'spline', must be one of nearest, linear, cubic, kriging"):
         of_baseline("spline", GRID)
+
+
+def test_pictures_of_little():
+    """Two members; a channel that is measured nowhere, in time; a regression."""
+    sensors = some_sensors(times=np.arange(9.0))
+    sensors.values[:, 1] = np.nan
+    members = np.random.default_rng(0).normal(size=(2, 2, 16, 16))
+    figure = reconstruction_picture(summarised(members), GRID, sensors)
+    assert [axis.get_title() for axis in figure.axes[:5]] == ["9 sensors", "mean", "spread", "member 1", "member 2"]
+    figure = reconstruction_picture(summarised(members[:1]), GRID, sensors, members[1])
+    assert [axis.get_title() for axis in figure.axes[:4]] == [
+        "truth",
+        "9 sensors",
+        "reconstruction",
+        "error of the mean",
+    ]

@@ -177,12 +177,14 @@ def test_what_is_measured_is_what_sensors_of_the_user_tell(timed):
 def test_the_configuration_that_fits_the_data():
     data, timed = Fields(6), Fields(6, TIMED.grid, TIMES)
     config = fitted_config(CONFIG, data, objective="regression", condition="input")
-    fields = data.read(range(6)).astype(np.float64)
+    fields = data.read(range(5)).astype(np.float64)  # what is held out, a fifth, counts for nothing
     assert config.grid == data.grid and config.objective == "regression" and config.memory == 0
     np.testing.assert_allclose(config.mean, fields.mean((0, 2, 3)))
     np.testing.assert_allclose(config.std, fields.std((0, 2, 3)))
     assert (fitted_config(CONFIG, timed).memory, fitted_config(CONFIG, timed).speed) == (1.75, 1 / 1.75)
     assert fitted_config(TIMED, timed).memory == 2 and fitted_config(TIMED, timed).speed == 0.5
+    with pytest.raises(InputError, match="fields: its samples have one frame, must have several, or no axis of time"):
+        fitted_config(TIMED, Fields(6, TIMED.grid, TIMES[:1]))
     data.fields[:, 1] = 2
     with pytest.raises(InputError, match="fields: b is 2 everywhere, must vary"):
         fitted_config(CONFIG, data)

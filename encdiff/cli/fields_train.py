@@ -8,7 +8,7 @@ import typer
 
 from encdiff.cli.fields_data import FIELDS_HELP
 from encdiff.cli.options import CheckpointEvery, Device
-from encdiff.cli.support import choose_device, given_options, resumed, told_of_precision
+from encdiff.cli.support import choose_device, given_options, rebuilt, resumed, told_of_precision
 from encdiff.cli.training import Engine, Overwrite, PictureEvery, Precision, Resume
 from encdiff.errors import InputError
 from encdiff.terminal import say
@@ -91,9 +91,10 @@ def train(
         name = (preset or Preset.small).value
         recipe, fields = field_recipe(name, **given), open_fields(data)
         objective, condition = KINDS[method or Method.cross_attention]
-        config = fitted_config(FIELD_PRESETS[name], fields, objective=objective, condition=condition)
+        config = fitted_config(FIELD_PRESETS[name], fields, recipe.held_out, objective=objective, condition=condition)
     torch.manual_seed(recipe.seed)
-    model = FieldModel(config).to(told_of_precision(choose_device(device), recipe.precision))
+    model = rebuilt(run, config, FieldModel) if resume else FieldModel(config)
+    model.to(told_of_precision(choose_device(device), recipe.precision))
     run_training(model, fields, run, recipe, resume=resume, overwrite=overwrite, tensorboard=tensorboard)
     say(f"model: {run / 'model'}\nnext:  encdiff fields evaluate {run}")
 

@@ -1,5 +1,6 @@
 """`encdiff fields reconstruct` and `evaluate`: a trained model of fields at work."""
 
+import re
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -122,7 +123,7 @@ def evaluate(
             raise InputError(f"{name}: its grid is {one.config.grid}, that of {fields.name} is {fields.grid}")
         if count > (least := _unseen(runs[name], fields)):
             raise InputError(f"--count is {count}, must be at most {least}: {name} was trained on the other fields")
-    methods = {name: of_model(one, sampler=sampler.value, steps=steps) for name, one in models.items()}
+    methods = {name: of_model(one, fields, sampler=sampler.value, steps=steps) for name, one in models.items()}
     methods |= {name: of_baseline(name, fields.grid) for name in plain}
     folder = out or results(run) / "fields"
     writable(folder / "fields.json")
@@ -172,6 +173,7 @@ def _begun(run: Path) -> dict | None:
     from encdiff.training.runs import read_config
 
     folder = held(run)
+    folder = folder.parent if folder.name == "model" else folder
     places = (folder, folder / "run") if (folder / "checkpoint.safetensors").is_file() else (folder / "run",)
     return next((read_config(place) for place in places if (place / "config.json").is_file()), None)
 
@@ -184,15 +186,15 @@ def _data_of(run: Path) -> str:
 
 
 def _unseen(run: Path, fields) -> int:
-    """How many of the last fields a run was not trained on: all, but for what its fingerprint is of."""
+    """How many of the last fields a run was not trained on: all, where the data does not hold what it was."""
     from encdiff.data import describe
 
-    fingerprint = (_begun(run) or {}).get("fingerprint", {})
+    begun = _begun(run) or {}
+    fingerprint, part = begun.get("fingerprint", {}), re.search(r":(\d+):\d+$", str(begun.get("data")))
+    whole, first = fields.whole()
     used = fingerprint.get("images")
-    if (
-        isinstance(used, int)
-        and 1 <= used <= len(fields)
-        and describe(fields.part(0, used))["sha256"] == fingerprint.get("sha256")
-    ):
-        return len(fields) - used
+    for start in {0, int(part[1]) if part else 0}:  # of what it was trained on, in the file
+        end = start + used if isinstance(used, int) and used > 0 else len(whole) + 1
+        if end <= len(whole) and describe(whole.part(start, end))["sha256"] == fingerprint.get("sha256"):
+            return max(0, first + len(fields) - max(first, end))
     return len(fields)

@@ -41,14 +41,14 @@ def resumed(run: Path, config_class, given: dict):
     return begun, config_class.from_dict(begun["training"] | given, f"{run}/config.json")
 
 
-def rebuilt(run: Path, config):
-    """The model of a run that is resumed, made only once its checkpoint has shown that it fits."""
+def rebuilt(run: Path, config, maker=None):
+    """The model of a run that is resumed, by `maker` or an EncDiff, made once its checkpoint has shown that it fits."""
     from encdiff.files.checkpoint import build_fitting, tensor_shapes
     from encdiff.models import EncDiff
 
     path = run / "checkpoint.safetensors"
     shapes = {k.removeprefix("model."): v for k, v in tensor_shapes(path)[0].items() if k.startswith("model.")}
-    return build_fitting(lambda: EncDiff(config), shapes, path)
+    return build_fitting(lambda: (maker or EncDiff)(config), shapes, path)
 
 
 def begun_size(begun: dict, run: Path) -> int:

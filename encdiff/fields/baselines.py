@@ -20,7 +20,7 @@ from sklearn.gaussian_process.kernels import ConstantKernel, Matern
 
 from encdiff.errors import InputError
 from encdiff.fields.grid import Grid
-from encdiff.fields.sensors import Sensors
+from encdiff.fields.sensors import Sensors, merging
 
 SMOOTHNESS = (0.5, 1.5, 2.5, np.inf)  # of Matern kernels: from fields with jumps to the Gaussian's smooth ones
 NUGGET = 1e-10  # added to every variance, of values standardised; keeps the matrix definite
@@ -120,12 +120,8 @@ def _merged(points: np.ndarray, values: np.ndarray, sigma: np.ndarray) -> tuple[
     which = which.reshape(-1)
     if len(places) == len(points):
         return points, values, sigma
-    least = np.full(len(places), np.inf)
-    np.minimum.at(least, which, sigma)
-    with np.errstate(invalid="ignore"):  # relative to the place's least: no square overflows
-        weights = np.where(least[which] > 0, (least[which] / sigma) ** 2, sigma == 0)
-    total = np.bincount(which, weights)
-    return places, np.bincount(which, weights * values) / total, least / np.sqrt(total)
+    weights, sigma = merging(which, sigma)
+    return places, np.bincount(which, weights * values), sigma
 
 
 def _nearest(points: np.ndarray, values: np.ndarray, grid: Grid) -> np.ndarray:

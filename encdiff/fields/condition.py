@@ -10,17 +10,14 @@ from encdiff.errors import InputError
 from encdiff.fields.config import FieldConfig
 from encdiff.fields.grid import Grid
 from encdiff.fields.network import Condition
-from encdiff.fields.sensors import Sensors
-
-LEAST = 1e-100  # of a sigma whose square is a weight
+from encdiff.fields.sensors import Sensors, merging
 
 
 def nearest(grid: Grid, points: np.ndarray, ages: np.ndarray | None = None, speed: float = 0.0) -> np.ndarray:
     """For every pixel the index of the nearest of S points (S, 2): int64 (H W,).
 
     Distances are measured in lengths of the domain's longer side, on a periodic domain across its ends; with `ages`
-    (S,) a point is farther by age * speed, at a right angle. A pixel's own point of age 0 goes before any other, of
-    several the one nearest to its centre.
+    (S,) a point is farther by age * speed, at a right angle. A pixel's own point of age 0 goes before any other.
     """
     side = grid.extent.max()
     at, places = (grid.centres - grid.origin) / side, (points - grid.origin) / side
@@ -72,19 +69,13 @@ def describe_pixels(sensors: Sensors, config: FieldConfig, time: float | None = 
 def _merged(
     grid: Grid, points: np.ndarray, values: np.ndarray, sigma: np.ndarray, ages: np.ndarray
 ) -> list[np.ndarray]:
-    """One sensor for all of a pixel that measured at the field's time: the mean by their inverse variances.
-
-    Where some are exact, of these alone.
-    """
+    """One sensor, where its first is, for all of a pixel that measured at the field's time (`merging`)."""
     now = ages == 0
-    cells, of = np.unique(grid.cells(points[now]), return_inverse=True)
+    cells, first, of = np.unique(grid.cells(points[now]), return_index=True, return_inverse=True)
     if len(cells) == now.sum():
         return [points, values, sigma, ages]
-    exact = np.bincount(of, sigma[now] == 0) > 0
-    weight = np.where(exact[of], sigma[now] == 0, np.maximum(sigma[now], LEAST) ** -2)
-    total = np.bincount(of, weight)
-    value, x, y = (np.bincount(of, weight * a) / total for a in (values[now], *points[now].T))
-    merged = np.column_stack([x, y]), value, np.where(exact, 0.0, total**-0.5), np.zeros(len(cells))
+    weights, together = merging(of, sigma[now])
+    merged = points[now][first], np.bincount(of, weights * values[now]), together, np.zeros(len(cells))
     return [np.concatenate([a, b[~now]]) for a, b in zip(merged, (points, values, sigma, ages), strict=True)]
 
 

@@ -56,6 +56,14 @@ class FieldConfig(Checked):
             side = getattr(self, name) * (2 ** (len(self.multipliers) - 1) if name == "patch" else 1)
             if grid.height % side or grid.width % side:
                 raise InputError(f"fields of {grid.height}x{grid.width} must be a multiple of {side} for {name}")
+        if self.token_width % 4 or self.token_width % self.token_heads:
+            raise InputError(
+                f"token_width is {self.token_width}, must be a multiple of 4 and of token_heads {self.token_heads}"
+            )
+        if (self.memory > 0) != (self.speed > 0):
+            raise InputError(
+                f"memory and speed are {self.memory:g} and {self.speed:g}, must both be above 0, or both 0"
+            )
         if self.objective == "regression" and self.condition == "none":
             raise InputError("condition is 'none', must be 'tokens' or 'input' for objective 'regression'")
 

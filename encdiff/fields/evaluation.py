@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from encdiff.data import describe
 from encdiff.errors import InputError
 from encdiff.fields.baselines import BASELINES
 from encdiff.fields.grid import Grid
@@ -20,8 +21,10 @@ Method = Callable[[Sequence[Sensors], int, int], np.ndarray]  # of n fields, mem
 Progress = Callable[[int, int], None]
 
 
-def of_model(model: FieldModel, **options: Any) -> Method:
-    """A model's reconstructions; `options` are those of `FieldModel.reconstruct`."""
+def of_model(model: FieldModel, data: FieldData | None = None, **options: Any) -> Method:
+    """A model's reconstructions, of fields in time at the `data`'s last; `options` as of `FieldModel.reconstruct`."""
+    if data is not None and data.times is not None:
+        options = {"time": float(data.times[-1])} | options
     return lambda sensors, members, seed: model.reconstruct(sensors, members, seed=seed, **options).members
 
 
@@ -30,7 +33,13 @@ def of_baseline(name: str, grid: Grid) -> Method:
     if name not in BASELINES:
         raise InputError(f"method is {name!r}, must be one of {', '.join(BASELINES)}")
     method = BASELINES[name]
-    return lambda sensors, members, seed: np.stack([method(one, grid, seed, members) for one in sensors])
+
+    def reconstruct(sensors: Sequence[Sensors], members: int, seed: int) -> np.ndarray:
+        return np.stack([method(one, grid, seed, members) for one in sensors])
+
+    if name == "kriging":
+        reconstruct.quantiles = True  # type: ignore[attr-defined]
+    return reconstruct
 
 
 def evaluate_fields(
@@ -48,7 +57,8 @@ def evaluate_fields(
     """Every method on the last `count` fields of the data, for each share of pixels observed and each noise.
 
     Args:
-        methods: by name, see `of_model` and `of_baseline`; all are given the same sensors.
+        methods: by name, see `of_model` and `of_baseline`; all are given the same sensors. One whose members are
+            quantiles, not draws, has the attribute `quantiles`.
         data: whose last samples no method was trained on.
         observed: shares of the pixels with a sensor.
         noise: the deviation of the sensors' noise, in standard deviations of each channel over the data.
@@ -75,13 +85,13 @@ def evaluate_fields(
             seconds = (time.perf_counter() - began) / count
             rows.append(
                 {"method": name, "observed": share, "noise": level, "seconds_per_field": seconds}
-                | _finite(scored(found, truth, here, std, grid, drawn=name != "kriging"))
+                | _finite(scored(found, truth, here, std, grid, drawn=not getattr(method, "quantiles", False)))
             )
             if progress:
                 progress(i * len(methods) + j + 1, len(cells) * len(methods))
     about: dict[str, Any] = {"observed": list(observed), "noise": list(noise)}
     about |= {"count": count, "members": members, "memory": memory, "seed": seed}
-    return {"protocol": about, "data": data.name, **data.about(), "rows": rows}
+    return {"protocol": about, "data": describe(data), "rows": rows}
 
 
 def pixels_of(sensors: Sensors, grid: Grid, times: np.ndarray | None) -> np.ndarray:

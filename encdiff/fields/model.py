@@ -137,7 +137,9 @@ class FieldModel(nn.Module):
         """
         single = isinstance(sensors, Sensors)
         many = [sensors] if isinstance(sensors, Sensors) else list(sensors)
-        times = [time] * len(many) if time is None or isinstance(time, int | float) else list(time)
+        if not many:
+            raise InputError("sensors is an empty list, must hold those of one field or more")
+        times = list(time) if isinstance(time, Sequence) else [None if time is None else float(time)] * len(many)
         members = self.members(make_condition(many, self.config, times, self.device), ensemble, sampler=sampler,
                                steps=steps, seed=seed, batch_size=batch_size, progress=progress)  # fmt: skip
         found = summarised(members)

@@ -12,6 +12,7 @@ from encdiff.errors import InputError
 from encdiff.fields.grid import Grid
 from encdiff.fields.model import Reconstruction
 from encdiff.fields.pictures import calibration_picture, error_curves, save_figure
+from encdiff.fields.scores import Scores
 from encdiff.files.reading import read_json
 from encdiff.files.temporaries import atomic_path, disk_errors
 
@@ -19,6 +20,7 @@ SCORES = {  # of the tables in Markdown
     "nRMSE": "nrmse", "nRMSE at unobserved pixels": "nrmse_unobserved", "CRPS": "crps",
     "Share of pixels in the 90 % band": "coverage",
 }  # fmt: skip
+ROW = {"method", "observed", "noise", "seconds_per_field", *Scores._fields}
 HEADER = ("method", "observed", "noise", "nRMSE", "unobserved", "CRPS", "90 % band", "spread/error", "s/field")
 
 
@@ -77,6 +79,8 @@ def added(result: Mapping[str, Any], folder: str | Path) -> dict[str, Any]:
     for name in now.keys() - {"rows"}:
         if before.get(name) != now[name]:
             raise InputError(f"{path}: was made with {name} {before.get(name)}, not {now[name]}; use another folder")
+    if not all(isinstance(row, dict) and row.keys() >= ROW for row in before["rows"]):
+        raise InputError(f"{path}: a row is none of `encdiff fields evaluate`; use another folder")
     methods = {row["method"] for row in now["rows"]}
     rows = [row for row in before["rows"] if row["method"] not in methods] + now["rows"]
     return now | {"rows": rows}

@@ -2,9 +2,10 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -34,52 +35,57 @@ def reconstruction_picture(
     """
     if found.mean.shape != grid.shape:
         raise InputError(f"mean is {found.mean.shape}, must be {grid.shape}")
-    rows, columns = [], []
-    for c, channel in enumerate(grid.channels):
-        shown = found.mean[c] if truth is None else truth[c]
-        cells: list[tuple[str, np.ndarray | None, str, tuple[float, float]]] = []
-        limits = float(shown.min()), float(shown.max())
-        if truth is not None:
-            cells.append(("truth", truth[c], "viridis", limits))
-        if sensors is not None:
-            count = int((~np.isnan(sensors.values[:, c])).sum())
-            cells.append((f"{count} sensor{'s' * (count != 1)}", None, "viridis", limits))
-        cells.append(("mean" if found.spread is not None else "reconstruction", found.mean[c], "viridis", limits))
-        if found.spread is not None:
-            cells.append(("spread", found.spread[c], "magma", (0.0, float(found.spread[c].max()) or 1.0)))
-        if truth is not None:
-            error = found.mean[c] - truth[c]
-            most = float(abs(error).max()) or 1.0
-            cells.append(("error of the mean", error, "RdBu_r", (-most, most)))
-        if found.spread is not None:
-            cells += [(f"member {e + 1}", found.members[e, c], "viridis", limits) for e in range(MEMBERS)][
-                : len(found.members)
-            ]
-        rows.append((channel, cells))
-        columns.append(len(cells))
-    figure = Figure(figsize=(2.3 * max(columns), 2.35 * len(rows) + 0.5), layout="constrained")
-    axes = figure.subplots(len(rows), max(columns), squeeze=False)
-    for line, (channel, cells) in zip(axes, rows, strict=True):
-        c = grid.channels.index(channel)
-        for axis, (label, field, colours, limits) in zip(line, cells, strict=True):
-            _draw(axis, figure, field, grid, colours, limits)
-            if field is None and sensors is not None:
-                _dots(axis, sensors, c, limits)
-            axis.set_title(label, fontsize=9)
-        line[0].set_ylabel(channel)
+    rows = [_cells(found, c, sensors, truth) for c in range(len(grid.channels))]
+    columns = max(map(len, rows))
+    figure = Figure(figsize=(2.3 * columns, 2.35 * len(rows) + 0.5), layout="constrained")
+    axes = figure.subplots(len(rows), columns, squeeze=False)
+    for c, (line, cells) in enumerate(zip(axes, rows, strict=True)):
+        for axis, cell in zip(line, cells, strict=True):
+            _draw(axis, figure, cell, grid)
+            if cell.field is None and sensors is not None:
+                _dots(axis, sensors, c, cell)
+        line[0].set_ylabel(grid.channels[c])
     if title:
         figure.suptitle(title, fontsize=10)
     return figure
 
 
-def _draw(
-    axis: Axes, figure: Figure, field: np.ndarray | None, grid: Grid, colours: str, limits: tuple[float, float]
-) -> None:
+class _Cell(NamedTuple):
+    label: str
+    field: np.ndarray | None  # (H, W); None: sensors alone
+    colours: str
+    low: float
+    high: float
+
+
+def _cells(found: Reconstruction, c: int, sensors: Sensors | None, truth: np.ndarray | None) -> list[_Cell]:
+    """The row of a channel."""
+    shown = found.mean[c] if truth is None else truth[c]
+    values, cells = ("viridis", float(shown.min()), float(shown.max())), []
+    if truth is not None:
+        cells.append(_Cell("truth", truth[c], *values))
+    if sensors is not None:
+        count = int((~np.isnan(sensors.values[:, c])).sum())
+        cells.append(_Cell(f"{count} sensor{'s' * (count != 1)}", None, *values))
+    cells.append(_Cell("reconstruction" if found.spread is None else "mean", found.mean[c], *values))
+    if found.spread is not None:
+        cells.append(_Cell("spread", found.spread[c], "magma", 0.0, float(found.spread[c].max()) or 1.0))
+    if truth is not None:
+        error = found.mean[c] - truth[c]
+        most = float(abs(error).max()) or 1.0
+        cells.append(_Cell("error of the mean", error, "RdBu_r", -most, most))
+    if found.spread is not None:
+        cells += [_Cell(f"member {e}", member[c], *values) for e, member in enumerate(found.members[:MEMBERS], 1)]
+    return cells
+
+
+def _draw(axis: Axes, figure: Figure, cell: _Cell, grid: Grid) -> None:
     x0, x1, y0, y1 = grid.domain
     axis.set(xticks=[], yticks=[], xlim=(x0, x1), ylim=(y0, y1), aspect="equal")
-    if field is not None:
+    axis.set_title(cell.label, fontsize=9)
+    if cell.field is not None:
         drawn = axis.imshow(
-            field, origin="lower", extent=grid.domain, cmap=colours, vmin=limits[0], vmax=limits[1],
+            cell.field, origin="lower", extent=grid.domain, cmap=cell.colours, vmin=cell.low, vmax=cell.high,
             interpolation="nearest",
         )  # fmt: skip
         bar = figure.colorbar(drawn, ax=axis, location="bottom", shrink=0.9, pad=0.02)
@@ -87,18 +93,19 @@ def _draw(
         bar.ax.locator_params(nbins=4)
 
 
-def _dots(axis: Axes, sensors: Sensors, channel: int, limits: tuple[float, float]) -> None:
+def _dots(axis: Axes, sensors: Sensors, channel: int, cell: _Cell) -> None:
+    axis.set_facecolor("#eef0f3")
     measured = ~np.isnan(sensors.values[:, channel])
-    shown = 1.0
+    if not measured.any():
+        return
+    shown = np.ones(int(measured.sum()))
     if sensors.times is not None:
         age = sensors.times.max() - sensors.times[measured]
         shown = 1 - 0.8 * age / (age.max() or 1.0)
-    axis.set_facecolor("#eef0f3")
     x, y = sensors.points[measured].T
-    axis.scatter(
-        x, y, c=sensors.values[measured, channel], cmap="viridis", vmin=limits[0],
-        vmax=limits[1], s=12, alpha=shown, linewidths=0.3, edgecolors="#1f2430",
-    )  # fmt: skip
+    share = (sensors.values[measured, channel] - cell.low) / ((cell.high - cell.low) or 1.0)
+    colours = colormaps[cell.colours](share, alpha=shown)
+    axis.scatter(x, y, c=colours, s=12, linewidths=0.3, edgecolors="#1f2430")
 
 
 def error_curves(result: Mapping[str, Any], score: str = "nrmse") -> Figure:

@@ -79,6 +79,8 @@ def render(
             _create(temporary, about, shape)
     with _opened(partial, about, shape) as begun, errors_of(partial):
         _fill(begun, equation, seed, processes or cpu_count(), progress)
+        if os.fstat(begun.file).st_ino != partial.stat().st_ino:
+            raise InputError(f"{partial}: was replaced by another process meanwhile; render it again")
         os.replace(partial, path)
 
 

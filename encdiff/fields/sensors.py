@@ -11,6 +11,19 @@ from encdiff.fields.grid import Grid
 MOST = 1e30  # of values and sigma: what float32 holds, and the square of what float64 does
 
 
+def merging(which: np.ndarray, sigma: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The weights (S,) by which values of a group become one, by inverse variances, and its sigma (groups,).
+
+    `which` (S,) is each one's group; where some are exact (sigma 0) these alone count. Weights of a group add up to 1.
+    """
+    least = np.full(which.max() + 1, np.inf)
+    np.minimum.at(least, which, sigma)
+    with np.errstate(invalid="ignore"):  # relative to the group's least: no square overflows
+        weights = np.where(least[which] > 0, (least[which] / sigma) ** 2, sigma == 0)
+    total = np.bincount(which, weights)
+    return weights / total[which], least / np.sqrt(total)
+
+
 @dataclass(frozen=True)
 class Sensors:
     """S measurements of a field's C channels.

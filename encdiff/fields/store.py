@@ -87,6 +87,10 @@ class FieldData(ABC):
         """Samples start to stop - 1 as a data set of their own."""
         return Part(self, start, stop)
 
+    def whole(self) -> tuple[FieldData, int]:
+        """What this is a part of, itself if of nothing, and where it begins there."""
+        return self, 0
+
     def statistics(self, most: int = MOST, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
         """Mean and standard deviation of each channel, both float64 (C,); over which samples `summary` says."""
         found = self.summary(most, seed)
@@ -147,6 +151,10 @@ class Part(FieldData):
 
     def __len__(self) -> int:
         return self.count
+
+    def whole(self) -> tuple[FieldData, int]:
+        data, first = self.data.whole()
+        return data, first + self.start
 
     def _read(self, order: np.ndarray) -> np.ndarray:
         return self.data._read(order + self.start)

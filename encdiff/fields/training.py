@@ -145,18 +145,28 @@ class FieldTraining(Descent):
         model, field = self.averaged_model(), images[:1].cpu().numpy()
         config, path = model.config, samples / f"reconstruction-{self.step:07d}.png"
         sensors = scattered(field, config.grid, SHOWN, 0.0, self.times, config.memory)
-        found = model.reconstruct(sensors[0], ensemble=4, steps=8)
+        time = None if self.times is None else float(self.times[-1])
+        found = model.reconstruct(sensors[0], ensemble=4, steps=8, time=time)
         truth = field[0] if field.ndim == 4 else field[0, -1]
         save_figure(reconstruction_picture(found, config.grid, sensors[0], truth, f"step {self.step:,}"), path)
         return path
 
 
-def fitted_config(config: FieldConfig, data: FieldData, **changes: Any) -> FieldConfig:
-    """The configuration, changed, with the data's grid and statistics; of fields in time with a memory of half that.
+def learnt_part(data: FieldData, held_out: float) -> Part:
+    """All but the last share `held_out` of the data; it says that it is the whole, which a resumed run opens."""
+    part = Part(data, 0, len(data) - round(len(data) * held_out))
+    part.spec = data.spec
+    return part
+
+
+def fitted_config(config: FieldConfig, data: FieldData, held_out: float = 0.2, **changes: Any) -> FieldConfig:
+    """The configuration, changed, for the data: its grid, of what is not held out the statistics, half its duration.
 
     InputError for a channel that is the same everywhere, which nothing can be learnt of, as for fields that do not fit.
     """
-    mean, std = data.statistics()
+    mean, std = learnt_part(data, held_out).statistics()
+    if data.times is not None and len(data.times) < 2:
+        raise InputError(f"{data.name}: its samples have one frame, must have several, or no axis of time")
     for name, value, deviation in zip(data.grid.channels, mean, std, strict=True):
         if not deviation:
             raise InputError(f"{data.name}: {name} is {value:g} everywhere, must vary")
@@ -187,8 +197,7 @@ def train_fields(
     check_types(model=(model, FieldModel, ""), config=(config, FieldTrainConfig, "field_recipe"))
     if data.grid != model.config.grid:
         raise InputError(f"{data.name}: its grid is {data.grid}, the model's is {model.config.grid}")
-    part = Part(data, 0, len(data) - round(len(data) * config.held_out))
-    part.spec = data.spec  # a run that is resumed, and an evaluation of it, open the whole and hold out the same
+    part = learnt_part(data, config.held_out)
     training = FieldTraining(model, config, data.times)
     fit(training, part, run_dir, resume=resume, overwrite=overwrite, tensorboard=tensorboard, on_step=on_step)
     return training.averaged_model()
