@@ -68,6 +68,8 @@ setup(
         "encdiff.ops",
         "encdiff.pictures",
         "encdiff.pretrained",
+        "encdiff.pretrained.darcy64",
+        "encdiff.pretrained.darcy64.run",
         "encdiff.pretrained.quickstart",
         "encdiff.pretrained.quickstart.run",
         "encdiff.pretrained.room32",
@@ -81,6 +83,8 @@ setup(
     package_data={
         "encdiff": ["py.typed"],
         "encdiff.csrc": ["*.cpp", "*.cu", "*.h"],
+        "encdiff.pretrained.darcy64": ["*"],
+        "encdiff.pretrained.darcy64.run": ["*"],
         "encdiff.pretrained.quickstart": ["*"],
         "encdiff.pretrained.quickstart.run": ["*"],
         "encdiff.pretrained.room32": ["*"],

@@ -33,7 +33,8 @@ class FieldTrainConfig(DescentConfig):
 
 FIELD_PRESETS = {
     "small": FieldConfig(
-        token_width=96, token_depth=2, base_width=48, multipliers=(1, 2), groups=16, self_attention=False, heads=4
+        token_patch=4, token_width=96, token_depth=2, base_width=48, multipliers=(1, 2), groups=16,
+        self_attention=False, heads=4,
     ),
     # the published widths; 128x128 fields, 256 tokens
     "paper": FieldConfig(
@@ -43,8 +44,9 @@ FIELD_PRESETS = {
 }  # fmt: skip
 FIELD_RECIPES = {
     "small": FieldTrainConfig(
-        steps=15_000, batch_size=16, learning_rate=1e-3, warmup=200, decay=0.3, weight_decay=0.0, betas=(0.9, 0.99),
+        steps=7000, batch_size=16, learning_rate=1e-3, warmup=200, decay=0.3, weight_decay=0.0, betas=(0.9, 0.99),
         gradient_clip=1.0, ema=0.999, picture_every=2500,
+        sigma=(0.0, 1.6),  # more noise than EDM's, which is of pictures: there a field is found, not sharpened
     ),
     "paper": FieldTrainConfig(
         steps=100_000, batch_size=16, learning_rate=1e-4, warmup=0, weight_decay=0.0, picture_every=5000
