@@ -223,3 +223,15 @@ class Part20(Fields):
     def __init__(self):
         super().__init__(20)
         self.fields = self.fields + 1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph needs a GPU")
+@pytest.mark.parametrize("config", [CONFIG, TIMED])
+def test_a_captured_step_is_the_eager_one(config):
+    data, losses = Fields(8, config.grid, TIMES if config.timed else None), {}
+    fields = torch.from_numpy(data.read(range(4))).cuda()
+    for engine in ("eager", "graph"):
+        recipe = replace(SHORT, engine=engine)
+        training = FieldTraining(field_model(config).cuda(), recipe, data.times)
+        losses[engine] = [float(training.advance(fields, torch.arange(4))["loss"]) for _ in range(6)]
+    assert losses["graph"] == pytest.approx(losses["eager"], rel=1e-4)
