@@ -77,7 +77,7 @@ def evaluate_fields(
     rows: list[dict[str, Any]] = []
     cells = [(share, level) for share in observed for level in noise]
     for i, (share, level) in enumerate(cells):
-        sensors = scattered(fields, grid, share, level * std, data.times, memory, seed + i)
+        sensors = scattered(fields, grid, share, level * std, data.times, memory, seed, first=len(data) - count)
         here = np.stack([pixels_of(one, grid, data.times) for one in sensors])
         for j, (name, method) in enumerate(methods.items()):
             began = time.perf_counter()
@@ -89,8 +89,7 @@ def evaluate_fields(
             )
             if progress:
                 progress(i * len(methods) + j + 1, len(cells) * len(methods))
-    about: dict[str, Any] = {"observed": list(observed), "noise": list(noise)}
-    about |= {"count": count, "members": members, "memory": memory, "seed": seed}
+    about = {"count": count, "members": members, "memory": memory, "seed": seed}
     return {"protocol": about, "data": describe(data), "rows": rows}
 
 

@@ -88,7 +88,7 @@ def scattered(
     """Sensors at random pixels of n fields (n, C, H, W), or (n, T, C, H, W) whose last frame is to be found.
 
     `observed` is their share of the pixels. Of fields in time each measured at a random frame of the last `memory`.
-    Field i's are a function of (seed, first + i).
+    Field i's are a function of (seed, first + i), of `observed` and sigma.
     """
     found = []
     for i, field in enumerate(fields):
