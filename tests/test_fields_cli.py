@@ -106,7 +106,7 @@ def test_reconstruct(encdiff, run, table, tmp_path):
     assert encdiff("fields", "reconstruct", run / "model", table, *out, "--more", tmp_path / "later.csv")[0] == 0
     with h5py.File(tmp_path / "a.h5") as file:
         assert file["members"].shape == members.shape and (tmp_path / "b.png").is_file()
-        assert file["mean"][1, 8, 8] == pytest.approx(0.02, abs=1e-4) and members[:, 1, 8, 8].mean() != 0.02
+        assert file["mean"][1, 8, 8] == pytest.approx(0.02, abs=1e-3) and members[:, 1, 8, 8].mean() != 0.02
 
 
 def test_evaluate(encdiff, run, data, tmp_path):
@@ -141,7 +141,8 @@ def test_fields_that_were_trained_on_are_not_scored(encdiff, run, data, tmp_path
         assert code == 2 and "--count is 5, must be at most 4: darcy was trained on the other fields" in text
     for part, most in (("0:12", 0), ("1:20", 4), ("1:16", 0), ("0:18", 2)):
         code, text = encdiff("fields", "evaluate", run / "model", "--count", 5, "--data", f"{data}:{part}")
-        assert code == 2 and f"--count is 5, must be at most {most}: model was trained" in text
+        said = f"--count is 5, must be at most {most}: model was trained" if most else "model was trained on all of it"
+        assert code == 2 and said in text
     render(tmp_path / "other.h5", "darcy", 16, 5, seed=1, processes=1)
     options = ["--count", 5, "--ensemble", 1, "--steps", 1, "--observed", 0.05, "--noise", 0, "--baselines", "none"]
     out = ["--data", tmp_path / "other.h5", "--out", tmp_path / "out"]
@@ -169,7 +170,7 @@ def test_fields_that_were_trained_on_are_not_scored(encdiff, run, data, tmp_path
         (["evaluate", "RUN/model"], "--count is 32, must be at most 4: model was"),
         (["evaluate", "nowhere"], "nowhere: no such folder; must be a run, a folder that save_pretrained wrote"),
         (["reconstruct", "RUN", "CSV", "--out", "x.txt"], "x.txt: must end in .npz or .h5"),
-        (["reconstruct", "RUN", "nowhere.csv"], "No such file or directory: 'nowhere.csv'"),
+        (["reconstruct", "RUN", "nowhere.csv"], "error: nowhere.csv: no such file"),
         (["reconstruct", "RUN", "CSV", "--time", "1"], "wells.csv has no column t"),
         (["reconstruct", "RUN", "CSV", "--localisation", "1"], "--localisation is given without --more"),
         (["reconstruct", "RUN", "CSV", "--more", "CSV", "--localisation", "nan"], "--localisation is nan, must be"),

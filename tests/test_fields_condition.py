@@ -9,6 +9,7 @@ from _fields import CONFIG, TIMED, some_sensors
 from encdiff.errors import InputError
 from encdiff.fields import Grid, Sensors
 from encdiff.fields.condition import describe_pixels, make_condition, nearest
+from encdiff.fields.layouts import measure
 
 GRIDS = [
     Grid(("a",), 6, 9, (0.0, 1.0, 0.0, 1.0)),
@@ -159,3 +160,18 @@ def test_impossible_sensors(points, values, options, message):
 def test_shapes_that_do_not_fit(points, values, options, message):
     with pytest.raises(InputError, match=message):
         Sensors.of(points, values, **options)
+
+
+def test_values_in_other_units_are_refused():
+    with pytest.raises(
+        InputError, match="sensors, sensor 1: a value is .* deviations from the mean of the fields that"
+    ):
+        describe_pixels(Sensors.of([[0.1, 0.1], [0.5, 0.5]], [[5, -3], [1200, -3]]), CONFIG)
+
+
+def test_what_is_measured_must_lie_in_the_field():
+    field = np.zeros(CONFIG.grid.shape)
+    with pytest.raises(InputError, match="points must lie in x 0 to 1, y 0 to 1"):
+        measure(field, CONFIG.grid, np.array([[2.0, 0.5]]))
+    with pytest.raises(InputError, match=r"field is \(3, 2, 16, 16\), must be \(2, 16, 16\)"):
+        measure(np.zeros((3, 2, 16, 16)), CONFIG.grid, np.array([[0.5, 0.5]]))

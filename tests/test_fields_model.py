@@ -49,7 +49,7 @@ def test_exact_values_are_kept(sampler, monkeypatch):
     assert len(set(at)) == len(at) == 9
     kept, sample = [], sampling.sample
     monkeypatch.setattr(sampling, "sample", lambda *args, **how: kept.append(sample(*args, **how)) or kept[-1])
-    members = model.reconstruct(sensors, 2, sampler=sampler, steps=3).members.reshape(2, 2, 256)
+    members = model.reconstruct(sensors, 2, sampler=sampler, steps=6).members.reshape(2, 2, 256)
     known = told.exact.bool().expand(2, -1, -1, -1)
     assert known.sum() == 2 * 2 * 9 and torch.equal(kept[0][known], (0.5 * told.values).expand(2, -1, -1, -1)[known])
     # standardised values of up to `most` deviations are rounded to 2^-24 of themselves, values in units once more

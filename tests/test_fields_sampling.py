@@ -68,7 +68,7 @@ def test_steps_converge_to_the_probability_flow():
     exact = (start @ vectors * shrink) @ vectors.T
     errors = []
     for steps in (10, 20, 40):
-        x = sampling.sample(denoise, (1, 1, SIDE, SIDE), steps=steps, seed=1)
+        x = sampling.sample(denoise, (1, 1, SIDE, SIDE), sampler="heun", steps=steps, seed=1)
         errors.append(float((x.flatten(1).double() - exact).abs().max()))
     assert errors[0] > 2.5 * errors[1] > 6 * errors[2], errors
 
@@ -92,6 +92,11 @@ def test_guidance_is_exact_for_white_data():
     assert abs(measured.std() / deviation - 1) < 5 / (2 * count) ** 0.5 + 0.01
     assert abs(free.mean()) < 5 * sigma_data / count**0.5
     assert abs(free.std() / sigma_data - 1) < 5 / (2 * count) ** 0.5 + 0.01
+
+
+def test_too_few_steps_for_heun_are_refused():
+    with pytest.raises(InputError, match="steps is 5, must be at least 6 for heun; the other samplers take fewer"):
+        sampling.sample(lambda x, sigma: x, (1, 1, 2, 2), sampler="heun", steps=5)
 
 
 def test_an_unknown_sampler_is_refused():

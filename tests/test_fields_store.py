@@ -175,10 +175,13 @@ def test_more_than_the_disk_holds(tmp_path):
 
 
 def test_an_existing_file_is_replaced_when_asked_for(darcy):
-    with pytest.raises(InputError, match="darcy.h5: exists already; "):
+    with pytest.raises(InputError, match="darcy.h5: exists already, of other samples; "):
         render(darcy, "darcy", 8, 2, processes=1)
     render(darcy, "darcy", 8, 2, processes=1, overwrite=True)
     assert len(open_fields(darcy)) == 2
+    made = darcy.stat().st_mtime_ns
+    render(darcy, "darcy", 8, 2, processes=1)  # just these samples: they are there
+    assert darcy.stat().st_mtime_ns == made
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,7 @@ def drawn(room):
 
 
 def test_they_are_small():
-    assert sum(p.stat().st_size for p in FOLDER.rglob("*") if p.is_file()) < 25e6
+    assert sum(p.stat().st_size for p in FOLDER.rglob("*") if p.is_file()) < 30e6
 
 
 def test_its_configuration_is_the_preset_s(name, model):

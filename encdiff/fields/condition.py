@@ -12,6 +12,8 @@ from encdiff.fields.grid import Grid
 from encdiff.fields.network import Condition
 from encdiff.fields.sensors import Sensors, merging
 
+FARTHEST = 30  # deviations of a channel: a value beyond is of other fields, or in other units
+
 
 def nearest(grid: Grid, points: np.ndarray, ages: np.ndarray | None = None, speed: float = 0.0) -> np.ndarray:
     """For every pixel the index of the nearest of S points (S, 2): int64 (H W,).
@@ -49,6 +51,13 @@ def describe_pixels(sensors: Sensors, config: FieldConfig, time: float | None = 
         sensors = sensors.until(time, config.memory)
     age = np.zeros(len(sensors)) if sensors.times is None or time is None else time - sensors.times
     values = (sensors.values - config.mean) / config.std
+    sensors.refuse(
+        np.nanmax(abs(values), axis=1) > FARTHEST,
+        lambda s: (
+            f"a value is {np.nanmax(abs(values[s])):.3g} deviations from the mean of the fields that were learnt,"
+            f" must be at most {FARTHEST}; are the units theirs?"
+        ),
+    )
     told = np.zeros((3 + config.timed, len(config.channels), grid.height * grid.width), dtype=np.float32)
     for c in range(len(config.channels)):
         measured = ~np.isnan(values[:, c])

@@ -55,7 +55,9 @@ class FieldConfig(Checked):
         for name in ("patch", "token_patch"):
             side = getattr(self, name) * (2 ** (len(self.multipliers) - 1) if name == "patch" else 1)
             if grid.height % side or grid.width % side:
-                raise InputError(f"fields of {grid.height}x{grid.width} must be a multiple of {side} for {name}")
+                raise InputError(
+                    f"fields of {grid.height}x{grid.width} must be a multiple of {side} for {name}; crop or pad them"
+                )
         if self.token_width % 4 or self.token_width % self.token_heads:
             raise InputError(
                 f"token_width is {self.token_width}, must be a multiple of 4 and of token_heads {self.token_heads}"

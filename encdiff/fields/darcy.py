@@ -31,6 +31,11 @@ class Darcy(Checked):
     alpha: Annotated[float, Range(1, 16, above=True)] = 2.0
     tau: NotNegative = 3.0
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.low > self.high:
+            raise InputError(f"low and high are {self.low:g} and {self.high:g}, must be the lower, then the higher")
+
     @property
     def grid(self) -> Grid:
         return Grid(("permeability", "pressure"), self.size, self.size)

@@ -19,13 +19,19 @@ from encdiff.fields.store import FieldData
 OBSERVED, NOISE = (0.003, 0.01, 0.03, 0.1), (0.0, 0.05, 0.1, 0.2)
 Method = Callable[[Sequence[Sensors], int, int], np.ndarray]  # of n fields, members and seed: (n, E, C, H, W)
 Progress = Callable[[int, int], None]
+DRAWN = {"sampler": "dpm-solver++", "steps": 10}  # what `FieldModel.reconstruct` does without options
 
 
 def of_model(model: FieldModel, data: FieldData | None = None, **options: Any) -> Method:
     """A model's reconstructions, of fields in time at the `data`'s last; `options` as of `FieldModel.reconstruct`."""
-    if data is not None and data.times is not None:
-        options = {"time": float(data.times[-1])} | options
-    return lambda sensors, members, seed: model.reconstruct(sensors, members, seed=seed, **options).members
+    timed: dict[str, Any] = {} if data is None or data.times is None else {"time": float(data.times[-1])}
+
+    def reconstruct(sensors: Sequence[Sensors], members: int, seed: int) -> np.ndarray:
+        return model.reconstruct(sensors, members, seed=seed, **timed, **options).members
+
+    if model.config.objective == "diffusion":
+        reconstruct.options = DRAWN | options  # type: ignore[attr-defined]
+    return reconstruct
 
 
 def of_baseline(name: str, grid: Grid) -> Method:
@@ -85,6 +91,7 @@ def evaluate_fields(
             seconds = (time.perf_counter() - began) / count
             rows.append(
                 {"method": name, "observed": share, "noise": level, "seconds_per_field": seconds}
+                | getattr(method, "options", {})
                 | _finite(scored(found, truth, here, std, grid, drawn=not getattr(method, "quantiles", False)))
             )
             if progress:

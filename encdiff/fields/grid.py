@@ -30,6 +30,11 @@ class Grid(Checked):
         if not (np.isfinite(self.domain).all() and x0 < x1 and y0 < y1):
             raise InputError(f"domain is {self.domain}, must be x0 < x1, y0 < y1")
 
+    def differs(self, other: "Grid") -> str:
+        """What another grid has otherwise, in words; empty where they are one."""
+        pairs = ((name, getattr(self, name), getattr(other, name)) for name in self.__dataclass_fields__)
+        return ", ".join(f"{name} is {a}, not {b}" for name, a, b in pairs if a != b)
+
     @property
     def shape(self) -> tuple[int, int, int]:
         """(C, H, W)."""

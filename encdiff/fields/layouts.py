@@ -33,6 +33,7 @@ def tracks(
     """
     if count < 1 or not speed >= 0:
         raise InputError(f"count and speed are {count} and {speed}, must be at least 1 and 0 or more")
+    times = np.asarray(times, np.float64)
     begin, angle = rng.random((count, 1, 2)) * grid.extent, rng.uniform(0, 2 * np.pi, (count, 1))
     gone = speed * (times - times[0])
     at = (begin + np.stack([gone * np.cos(angle), gone * np.sin(angle)], axis=-1)) / grid.extent
@@ -57,6 +58,14 @@ def measure(
             last frame at that time or before counts.
         sigma: the noise's standard deviation, a number or what broadcasts to (S, C); `rng` draws it.
     """
+    points, shape = np.asarray(points, np.float64), np.shape(field)
+    if shape[-3:] != grid.shape or len(shape) != (3 if times is None else 4):
+        raise InputError(
+            f"field is {shape}, must be {grid.shape}, or with times ({'T' if times is None else len(times)}, ..)"
+        )
+    x0, x1, y0, y1 = grid.domain
+    if not ((points >= [x0, y0]) & (points <= [x1, y1])).all():
+        raise InputError(f"points must lie in x {x0:g} to {x1:g}, y {y0:g} to {y1:g}")
     frames = np.asarray(field, np.float64).reshape(-1, len(grid.channels), grid.height * grid.width)
     frame = np.zeros(len(points), dtype=np.int64)
     if times is not None:

@@ -114,7 +114,7 @@ class FieldModel(nn.Module):
         ensemble: int = 25,
         *,
         time: float | Sequence[float | None] | None = None,
-        sampler: str = "heun",
+        sampler: str = "dpm-solver++",
         steps: int = 10,
         seed: int = 0,
         batch_size: int = 64,
@@ -127,7 +127,7 @@ class FieldModel(nn.Module):
             ensemble: members of each; a regression has one whatever is asked for.
             time: of the fields, where sensors have times; None: that of the latest sensor. Those later, or longer
                 before than the configuration's `memory`, are left out.
-            sampler, steps: heun, euler, dpm-solver++ or unipc, along EDM's path.
+            sampler, steps: dpm-solver++, heun (the published one, two calls a step), euler or unipc, along EDM's path.
             seed: of the noise; member e of field i is a function of seed and i * ensemble + e, whatever the batch.
             batch_size: members computed at once.
             progress: called with (members done, of how many).
@@ -151,7 +151,7 @@ class FieldModel(nn.Module):
         condition: Condition,
         ensemble: int,
         *,
-        sampler: str = "heun",
+        sampler: str = "dpm-solver++",
         steps: int = 10,
         seed: int = 0,
         batch_size: int = 64,

@@ -18,7 +18,7 @@ from encdiff.files.temporaries import atomic_path, disk_errors
 
 SCORES = {  # of the tables in Markdown
     "nRMSE": "nrmse", "nRMSE at unobserved pixels": "nrmse_unobserved", "CRPS": "crps",
-    "Share of pixels in the 90 % band": "coverage",
+    "Share of pixels in the 90 % band": "coverage", "Seconds for each field": "seconds_per_field",
 }  # fmt: skip
 ROW = {"method", "observed", "noise", "seconds_per_field", *Scores._fields}
 HEADER = ("method", "observed", "noise", "nRMSE", "unobserved", "CRPS", "90 % band", "spread/error", "s/field")
@@ -94,8 +94,16 @@ def report_rows(result: Mapping[str, Any]) -> tuple[tuple[str, ...], list[list[s
 def markdown(result: Mapping[str, Any]) -> str:
     """Tables of Markdown, one for each score: a row for each noise and method, a column for each share observed."""
     shares = sorted({row["observed"] for row in result["rows"]})
+    channels = ", ".join(result["data"]["channels"])
+    protocol, parts = result["protocol"], []
+    drawn = dict.fromkeys(
+        f"{r['method']} by {r['sampler']}, {r['steps']} steps" for r in result["rows"] if "sampler" in r
+    )
+    said = (
+        f"{protocol['count']} fields of {result['data']['name']}, {protocol['members']} members; in brackets {channels}"
+    )
+    parts.append("; ".join([said, *drawn]) + ".\n")
     header = ["noise", "method", *(f"{100 * share:g} % observed" for share in shares)]
-    parts = []
     for title, name in SCORES.items():
         found: dict[tuple[float, str], dict[float, str]] = {}
         for row in result["rows"]:
@@ -110,6 +118,8 @@ def markdown(result: Mapping[str, Any]) -> str:
 def _mean(row: Mapping[str, Any], name: str) -> str:
     """Over the channels, and in brackets each."""
     value = row[name]
+    if isinstance(value, float):
+        return f"{value:.2g}"
     if value is None or value["mean"] is None:
         return "-"
     channels = value["channels"].values()

@@ -81,7 +81,8 @@ def _cells(found: Reconstruction, c: int, sensors: Sensors | None, truth: np.nda
 
 def _draw(axis: Axes, figure: Figure, cell: _Cell, grid: Grid) -> None:
     x0, x1, y0, y1 = grid.domain
-    axis.set(xticks=[], yticks=[], xlim=(x0, x1), ylim=(y0, y1), aspect="equal")
+    axis.set(xticks=[x0, x1], yticks=[y0, y1], xlim=(x0, x1), ylim=(y0, y1), aspect="equal")
+    axis.tick_params(labelsize=6, length=2)
     axis.set_title(cell.label, fontsize=9)
     if cell.field is not None:
         drawn = axis.imshow(
@@ -109,49 +110,50 @@ def _dots(axis: Axes, sensors: Sensors, channel: int, cell: _Cell) -> None:
 
 
 def error_curves(result: Mapping[str, Any], score: str = "nrmse") -> Figure:
-    """A score over the share of pixels observed, a line for each method, a panel for each noise."""
-    rows = result["rows"]
+    """A score over the share of pixels observed, a line for each method, a panel for each noise; bars: 95 %."""
+    rows, styles = result["rows"], _styles(result)
     levels = sorted({row["noise"] for row in rows})
-    methods = list(dict.fromkeys(row["method"] for row in rows))
-    figure = Figure(figsize=(3.2 * len(levels) + 1.2, 3.4), layout="constrained")
+    figure = Figure(figsize=(3.2 * len(levels) + 1.6, 3.4), layout="constrained")
     axes = figure.subplots(1, len(levels), squeeze=False, sharey=True)[0]
     for axis, level in zip(axes, levels, strict=True):
-        for k, method in enumerate(methods):
+        for method, style in styles.items():
             found = [r for r in rows if r["noise"] == level and r["method"] == method]
-            found = [r for r in found if r[score] and r[score]["mean"] is not None]
+            found = sorted((r for r in found if r[score] and r[score]["mean"] is not None), key=lambda r: r["observed"])
             if found:
                 x, y = [100 * r["observed"] for r in found], np.array([r[score]["mean"] for r in found])
-                ends = np.array([r[score]["interval"] for r in found])
-                axis.errorbar(
-                    x, y, abs(ends - y[:, None]).T, label=method, marker=MARKERS[k % len(MARKERS)], markersize=4,
-                    linewidth=1.2, capsize=2, color=f"C{k}",
-                )  # fmt: skip
+                ends = np.array([r[score]["interval"] for r in found], dtype=float)
+                axis.errorbar(x, y, abs(ends - y[:, None]).T, markersize=4, linewidth=1.2, capsize=2, **style)
+        shares = sorted({100 * row["observed"] for row in rows})
         axis.set(xscale="log", xlabel="observed, % of the pixels", title=f"noise {100 * level:g} %")
+        axis.set_xticks(shares, [f"{share:g}" for share in shares])
+        axis.minorticks_off()
         axis.grid(alpha=0.3)
-    axes[0].set(ylabel=score.replace("_", " "), ylim=(0, None))
-    axes[-1].legend(fontsize=7)
+    axes[0].set(ylabel={"nrmse": "nRMSE", "crps": "CRPS"}.get(score, score), ylim=(0, None))
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
     return figure
 
 
 def calibration_picture(result: Mapping[str, Any]) -> Figure:
     """What share of the truth lies inside the ensembles' bands, of every method that has one, over all its rows."""
-    curves: dict[str, list[list[float]]] = {}
-    levels: list[float] = []
-    for row in result["rows"]:
-        if "curve" in row:
-            levels = [float(level) for level in row["curve"]]
-            curves.setdefault(row["method"], []).append(list(row["curve"].values()))
-    figure = Figure(figsize=(4.4, 4.2), layout="constrained")
+    figure = Figure(figsize=(4.6, 4.6), layout="constrained")
     axis = figure.subplots()
     axis.plot([0, 1], [0, 1], color="#6b7280", linewidth=1, linestyle=":", label="calibrated")
-    for k, (method, found) in enumerate(curves.items()):
-        axis.plot(
-            levels, np.mean(found, 0), marker=MARKERS[k % len(MARKERS)], markersize=4, label=method, color=f"C{k}"
-        )
+    for method, style in _styles(result).items():
+        curves = [row["curve"] for row in result["rows"] if row["method"] == method and "curve" in row]
+        if curves:
+            shares = np.mean([list(curve.values()) for curve in curves], 0)
+            axis.plot([float(level) for level in curves[0]], shares, markersize=4, **style)
     axis.set(xlabel="nominal level of the band", ylabel="share of pixels inside", xlim=(0, 1), ylim=(0, 1))
+    axis.set_title(f"all shares observed and all noises, {result['protocol']['members']} members", fontsize=9)
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
     return figure
+
+
+def _styles(result: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Colour, marker and label of each method, the same in every picture of a table."""
+    methods = dict.fromkeys(row["method"] for row in result["rows"])
+    return {m: {"color": f"C{k}", "marker": MARKERS[k % len(MARKERS)], "label": m} for k, m in enumerate(methods)}
 
 
 def save_figure(figure: Figure, path: str | Path) -> None:

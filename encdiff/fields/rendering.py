@@ -23,7 +23,7 @@ from encdiff.data.hdf5 import open_h5, own_array
 from encdiff.errors import InputError, Stopped
 from encdiff.fields.darcy import Darcy
 from encdiff.fields.equations import EQUATIONS, samples
-from encdiff.fields.store import DONE, FIELDS, FORMAT, VERSION, read_about, write_about
+from encdiff.fields.store import DONE, FIELDS, FORMAT, VERSION, StoredFields, read_about, write_about
 from encdiff.fields.vorticity import Vorticity
 from encdiff.files.temporaries import atomic_path, errors_of
 
@@ -70,10 +70,12 @@ def render(
     equation = EQUATIONS[kind].from_dict({"size": size} | settings, kind)
     if not path.parent.is_dir() or path.is_dir():
         raise InputError(f"{path}: must be a file name in an existing folder")
-    if path.exists() and not overwrite:
-        raise InputError(f"{path}: exists already; choose another name or overwrite it")
     partial = path.with_name(f"{path.name}.partial")
     about, shape = described(equation, kind, seed), (count, *_sample_shape(equation))
+    if path.exists() and not overwrite:
+        if _is_made(path, about, count):
+            return
+        raise InputError(f"{path}: exists already, of other samples; choose another name or overwrite it")
     if not partial.exists():
         with atomic_path(partial) as temporary:
             _create(temporary, about, shape)
@@ -96,6 +98,15 @@ def described(equation: Darcy | Vorticity, kind: str, seed: int) -> dict[str, An
         **dataclasses.asdict(grid),
         "settings": dataclasses.asdict(equation),
     }
+
+
+def _is_made(path: Path, about: dict[str, Any], count: int) -> bool:
+    """Whether a file holds just these samples."""
+    try:
+        made = StoredFields(path)
+    except (InputError, OSError):
+        return False
+    return made.rendered == json.loads(json.dumps(about)) and len(made) == count
 
 
 class _Begun(NamedTuple):

@@ -16,6 +16,7 @@ SOLVERS: dict[str, Callable] = {
     "unipc": solvers.unipc_stages,
 }  # fmt: skip
 SIGMA_MIN, SIGMA_MAX = 0.002, 80.0
+HEUN_STEPS = 6
 
 
 def imposed(denoise: Network, values: Tensor, known: Tensor) -> Network:
@@ -57,7 +58,7 @@ def sample(
     *,
     values: Tensor | None = None,
     known: Tensor | None = None,
-    sampler: str = "heun",
+    sampler: str = "dpm-solver++",
     steps: int = 10,
     seed: int = 0,
     sample_ids: Tensor | None = None,
@@ -66,12 +67,15 @@ def sample(
     """Fields x0 of a shape (B, C, H, W), float32, from a denoiser (x, sigma (B,)) -> x0, along EDM's path.
 
     Where `known` is true they are `values`, to the bit. The noise to begin with is keyed by seed and sample_ids (B,),
-    so that a sample is the same in any batch. Raises InputError for an unknown sampler.
+    so that a sample is the same in any batch. Raises InputError for an unknown sampler, and for fewer
+    steps than it can do with.
     """
     if sampler not in SOLVERS:
         raise InputError(f"sampler is {sampler!r}, must be one of {', '.join(SOLVERS)}")
     ids = torch.arange(shape[0], device=device) if sample_ids is None else sample_ids
     x = SIGMA_MAX * normal(shape, seed, ids)
+    if sampler == "heun" and steps < HEUN_STEPS:  # its second call, so far from the first, would blow up
+        raise InputError(f"steps is {steps}, must be at least {HEUN_STEPS} for heun; the other samplers take fewer")
     path = solvers.edm_path(steps, SIGMA_MIN, SIGMA_MAX)
     stages = SOLVERS[sampler](path, "x0")
     if values is None or known is None:

@@ -1,5 +1,6 @@
 """What was measured: where, which channels, how exactly, and when."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -71,6 +72,15 @@ class Sensors:
         parts = {name: None if part is None else part[which] for name, part in parts.items()}
         return replace(self, **parts)
 
+    def joined(self, other: "Sensors") -> "Sensors":
+        """These and others, of which either both have times or none."""
+        if (self.times is None) != (other.times is None):
+            raise InputError(f"{self.source} and {other.source}: one has times, must be both or none")
+        times = None if self.times is None or other.times is None else np.concatenate([self.times, other.times])
+        pairs = ((self.points, other.points), (self.values, other.values), (self.sigma, other.sigma))
+        points, values, sigma = map(np.concatenate, pairs)
+        return Sensors(points, values, sigma, times, source=self.source)
+
     def until(self, time: float, memory: float = np.inf) -> "Sensors":
         """Those measured at that time or at most `memory` before; InputError where there are none."""
         if self.times is None:
@@ -98,21 +108,21 @@ class Sensors:
         for axis, name, low, high in ((0, "x", x0, x1), (1, "y", y0, y1)):
             at = self.points[:, axis]
             why = f"must lie in {low:g} to {high:g}; are the units those of the model's domain?"
-            self._refuse(
+            self.refuse(
                 ~((at >= low) & (at <= high)), lambda s, at=at, name=name, why=why: f"{name} is {at[s]:g}, {why}"
             )
         measured = ~np.isnan(self.values)
-        self._refuse(~measured.any(1), lambda s: "has no value, must have one of at least one channel")
+        self.refuse(~measured.any(1), lambda s: "has no value, must have one of at least one channel")
         large = np.abs(self.values) > MOST
-        self._refuse(
+        self.refuse(
             large.any(1), lambda s: f"value is {self.values[s][large[s]][0]:g}, must lie in {-MOST:g} to {MOST:g}"
         )
         wrong = measured & ~((self.sigma >= 0) & (self.sigma <= MOST))
-        self._refuse(
+        self.refuse(
             wrong.any(1), lambda s: f"sigma is {self.sigma[s][wrong[s]][0]:g}, must be 0 or more, at most {MOST:g}"
         )
-        if self.times is not None:
-            self._refuse(~np.isfinite(self.times), lambda s: f"t is {self.times[s]:g}, must be finite")
+        if (t := self.times) is not None:
+            self.refuse(~np.isfinite(t), lambda s, t=t: f"t is {t[s]:g}, must be finite")
         self._refuse_contradictions(measured)
 
     def _refuse_contradictions(self, measured: np.ndarray) -> None:
@@ -126,7 +136,7 @@ class Sensors:
             other = np.full(len(self), -1)
             bad = same & (self.values[here, c] != self.values[there, c])
             other[there[bad]] = here[bad]
-            self._refuse(
+            self.refuse(
                 other >= 0,
                 lambda s, c=c, other=other: (
                     f"value is {self.values[s, c]!s}, on {self._place(other[s])} at the same place and time "
@@ -134,7 +144,8 @@ class Sensors:
                 ),
             )
 
-    def _refuse(self, wrong: np.ndarray, said) -> None:
+    def refuse(self, wrong: np.ndarray, said: Callable[..., str]) -> None:
+        """InputError for the first of those that are wrong (S,), with its place and what is said of it."""
         if wrong.any():
             s = int(np.argmax(wrong))
             raise InputError(f"{self.source}, {self._place(s)}: {said(s)}")

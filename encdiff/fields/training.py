@@ -172,11 +172,14 @@ def fitted_config(config: FieldConfig, data: FieldData, held_out: float = 0.2, *
             raise InputError(f"{data.name}: {name} is {value:g} everywhere, must vary")
     grid, duration = data.grid, 0.0 if data.times is None else float(data.times[-1] - data.times[0])
     memory = config.memory or duration / 2
-    return replace(
-        config, channels=grid.channels, height=grid.height, width=grid.width, domain=grid.domain,
-        periodic=grid.periodic, mean=tuple(map(float, mean)), std=tuple(map(float, std)),
-        memory=memory, speed=config.speed or (1 / memory if memory else 0.0), **changes,
-    )  # fmt: skip
+    try:
+        return replace(
+            config, channels=grid.channels, height=grid.height, width=grid.width, domain=grid.domain,
+            periodic=grid.periodic, mean=tuple(map(float, mean)), std=tuple(map(float, std)),
+            memory=memory, speed=config.speed or (1 / memory if memory else 0.0), **changes,
+        )  # fmt: skip
+    except InputError as error:
+        raise InputError(f"{data.name}: {error}") from None
 
 
 def train_fields(
@@ -195,8 +198,8 @@ def train_fields(
     Args, the run's folder, stops and errors as in `encdiff.train`.
     """
     check_types(model=(model, FieldModel, ""), config=(config, FieldTrainConfig, "field_recipe"))
-    if data.grid != model.config.grid:
-        raise InputError(f"{data.name}: its grid is {data.grid}, the model's is {model.config.grid}")
+    if unlike := data.grid.differs(model.config.grid):
+        raise InputError(f"{data.name}: is of another grid than the model: {unlike}")
     part = learnt_part(data, config.held_out)
     training = FieldTraining(model, config, data.times)
     fit(training, part, run_dir, resume=resume, overwrite=overwrite, tensorboard=tensorboard, on_step=on_step)
