@@ -47,7 +47,7 @@ def test_an_ensemble_is_the_exact_posterior_of_a_gaussian_field(sampler):
     full[known], mask[known] = values.float(), True
     shape = (count, 1, SIDE, SIDE)
     options = {"values": full.view(1, 1, SIDE, SIDE).expand(shape), "known": mask.view(1, 1, SIDE, SIDE).expand(shape)}
-    found = sampling.sample(exact_denoiser(mean, spread), shape, sampler=sampler, steps=40, seed=3, **options)
+    found = sampling.sample(exact_denoiser(mean, spread), shape, sampler=sampler, steps=40, sigma_min=0.002, seed=3, **options)
     found = found.flatten(1).double()
     assert (found[:, known] == values.float().double()).all(), "to the bit"
     free = ~mask
@@ -68,7 +68,7 @@ def test_steps_converge_to_the_probability_flow():
     exact = (start @ vectors * shrink) @ vectors.T
     errors = []
     for steps in (10, 20, 40):
-        x = sampling.sample(denoise, (1, 1, SIDE, SIDE), sampler="heun", steps=steps, seed=1)
+        x = sampling.sample(denoise, (1, 1, SIDE, SIDE), sampler="heun", steps=steps, sigma_min=0.002, seed=1)
         errors.append(float((x.flatten(1).double() - exact).abs().max()))
     assert errors[0] > 2.5 * errors[1] > 6 * errors[2], errors
 
@@ -84,7 +84,7 @@ def test_guidance_is_exact_for_white_data():
         return skip.view(-1, 1, 1, 1) * x
 
     guided = sampling.guided(denoise, value * mask, mask, torch.full(shape, noise), sigma_data)
-    found = sampling.sample(guided, shape, steps=40, seed=0).double()
+    found = sampling.sample(guided, shape, steps=40, sigma_min=0.002, seed=0).double()
     precision = 1 / sigma_data**2 + 1 / noise**2
     mean, deviation = value / noise**2 / precision, precision**-0.5
     measured, free = found[:, 0, 0, 0], found[:, 0, 1, 1]
