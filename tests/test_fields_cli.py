@@ -211,7 +211,7 @@ def test_demo(encdiff, tmp_path, monkeypatch):
 
 
 def test_the_packaged_models_are_told_apart(monkeypatch, tmp_path):
-    assert pretrained.names() == ["quickstart", "room32", "room64"]
+    assert pretrained.names() == ["quickstart", "room32", "room64"] and pretrained.names("fields") == ["darcy64"]
     field_model().save_pretrained(tmp_path / "darcy")
     monkeypatch.setattr(pretrained, "FOLDER", tmp_path)
     assert pretrained.names() == [] and pretrained.names("fields") == ["darcy"]

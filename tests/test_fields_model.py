@@ -8,8 +8,11 @@ import torch
 from _fields import CONFIG, TIMED, Fields, field_model, some_sensors
 
 from encdiff.errors import InputError
-from encdiff.fields import FieldModel, Sensors, sampling
+from encdiff.fields import BASELINES, FieldModel, Sensors, sampling, scattered
 from encdiff.fields.condition import make_condition
+from encdiff.fields.darcy import Darcy
+from encdiff.fields.equations import samples
+from encdiff.fields.scores import nrmse
 from encdiff.files.checkpoint import load_tensors
 
 KINDS = [
@@ -193,3 +196,14 @@ def test_models_of_other_kinds_are_refused(tmp_path, model):
     assert "quickstart" not in str(error.value)
     with pytest.raises(InputError, match=r"nowhere: no such folder; must be one, a model .*\(quickstart, room32, room"):
         EncDiff.from_pretrained("nowhere")
+
+
+def test_the_packaged_model_beats_kriging_and_the_nearest_sensor():
+    """Flows of another seed than its training's, 41 exact sensors."""
+    model = FieldModel.from_pretrained("darcy64")
+    truth = samples(Darcy(64), 77, 0, 2)
+    sensors = scattered(truth, model.config.grid, 0.01, seed=5)
+    error = nrmse(model.reconstruct(sensors, 6).mean, truth).mean(0)
+    for name in ("nearest", "kriging"):
+        plain = np.stack([BASELINES[name](one, model.config.grid).mean(0) for one in sensors])
+        assert (error < nrmse(plain, truth).mean(0)).all(), name

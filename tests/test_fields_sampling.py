@@ -47,7 +47,9 @@ def test_an_ensemble_is_the_exact_posterior_of_a_gaussian_field(sampler):
     full[known], mask[known] = values.float(), True
     shape = (count, 1, SIDE, SIDE)
     options = {"values": full.view(1, 1, SIDE, SIDE).expand(shape), "known": mask.view(1, 1, SIDE, SIDE).expand(shape)}
-    found = sampling.sample(exact_denoiser(mean, spread), shape, sampler=sampler, steps=40, sigma_min=0.002, seed=3, **options)
+    found = sampling.sample(
+        exact_denoiser(mean, spread), shape, sampler=sampler, steps=40, sigma_min=0.002, seed=3, **options
+    )
     found = found.flatten(1).double()
     assert (found[:, known] == values.float().double()).all(), "to the bit"
     free = ~mask

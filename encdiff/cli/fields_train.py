@@ -1,7 +1,6 @@
 """`encdiff fields train`."""
 
 from enum import StrEnum
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -9,7 +8,18 @@ import typer
 from encdiff.cli.fields_data import FIELDS_HELP
 from encdiff.cli.options import CheckpointEvery, Device
 from encdiff.cli.support import choose_device, given_options, rebuilt, resumed, told_of_precision
-from encdiff.cli.training import Engine, Overwrite, PictureEvery, Precision, Resume
+from encdiff.cli.training import (
+    BatchSize,
+    Folder,
+    HowPrecise,
+    HowRun,
+    Overwrite,
+    PictureEvery,
+    Resume,
+    Seed,
+    Steps,
+    TensorBoard,
+)
 from encdiff.errors import InputError
 from encdiff.terminal import say
 
@@ -33,7 +43,7 @@ KINDS = {  # objective and condition of a configuration
 
 
 def train(
-    run: Annotated[Path, typer.Option(help="The folder of the run: checkpoint, log, pictures, model.")],
+    run: Folder,
     data: Annotated[str | None, typer.Option(help=FIELDS_HELP + " Default: with --resume, the run's.")] = None,
     method: Annotated[
         Method | None,
@@ -43,8 +53,8 @@ def train(
         ),
     ] = None,
     preset: Annotated[Preset | None, typer.Option(help="How large, how long. Default: small.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Default: the preset's.", min=1)] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Default: the preset's.", min=1)] = None,
+    steps: Steps = None,
+    batch_size: BatchSize = None,
     learning_rate: Annotated[float | None, typer.Option(help="Default: the preset's.")] = None,
     observed: Annotated[
         str | None, typer.Option(help="Least and greatest share of the pixels with a sensor. Default: 0.002,0.12.")
@@ -55,17 +65,15 @@ def train(
     exact: Annotated[
         float | None, typer.Option(help="Share of the samples whose sensors have no noise. Default: 0.5.")
     ] = None,
-    precision: Annotated[Precision | None, typer.Option(help="Default: float32; on a GPU bf16 is much faster.")] = None,
-    engine: Annotated[
-        Engine | None, typer.Option(help="How a step runs. Default: auto, graph on a GPU, else eager.")
-    ] = None,
+    precision: HowPrecise = None,
+    engine: HowRun = None,
     checkpoint_every: CheckpointEvery = None,
     picture_every: PictureEvery = None,
-    seed: Annotated[int | None, typer.Option(help="Default: 0.", min=0)] = None,
+    seed: Seed = None,
     device: Device = "auto",
     resume: Resume = False,
     overwrite: Overwrite = False,
-    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Also write TensorBoard events.")] = False,
+    tensorboard: TensorBoard = False,
 ) -> None:
     """Train a model on fields. Ctrl-C saves; --resume continues exactly there, with the run's own settings."""
     import torch

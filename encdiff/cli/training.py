@@ -24,6 +24,11 @@ NewData = Annotated[str | None, typer.Option(help=DATA_HELP + " Default: with --
 PictureEvery = Annotated[int | None, typer.Option(help="Steps between pictures. Default: the recipe's.", min=1)]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue from the run's checkpoint.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the run in that folder.")]
+Folder = Annotated[Path, typer.Option(help="The folder of the run: checkpoint, log, pictures, model.")]
+Steps = Annotated[int | None, typer.Option(help="Default: the preset's.", min=1)]
+BatchSize = Annotated[int | None, typer.Option(help="Default: the preset's.", min=1)]
+Seed = Annotated[int | None, typer.Option(help="Default: 0.", min=0)]
+TensorBoard = Annotated[bool, typer.Option("--tensorboard", help="Also write TensorBoard events.")]
 
 
 class Precision(StrEnum):
@@ -50,8 +55,12 @@ class Timesteps(StrEnum):
     power = "power"
 
 
+HowPrecise = Annotated[Precision | None, typer.Option(help="Default: float32; on a GPU bf16 is much faster.")]
+HowRun = Annotated[Engine | None, typer.Option(help="How a step runs. Default: auto, graph on a GPU, else eager.")]
+
+
 def train(
-    run: Annotated[Path, typer.Option(help="The folder of the run: checkpoint, log, pictures, model.")],
+    run: Folder,
     data: NewData = None,
     preset: Annotated[
         str | None,
@@ -60,26 +69,24 @@ def train(
     first_stage: Annotated[
         Path | None, typer.Option(help="The run of train-autoencoder that presets with VQ need. Default: none.")
     ] = None,
-    steps: Annotated[int | None, typer.Option(help="Default: the preset's.", min=1)] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Default: the preset's.", min=1)] = None,
+    steps: Steps = None,
+    batch_size: BatchSize = None,
     learning_rate: Annotated[float | None, typer.Option(help="Default: the preset's, by the batch size.")] = None,
     timesteps: Annotated[
         Timesteps | None, typer.Option(help="How noise levels are drawn; power: more noise. Default: the preset's.")
     ] = None,
-    precision: Annotated[Precision | None, typer.Option(help="Default: float32; on a GPU bf16 is much faster.")] = None,
-    engine: Annotated[
-        Engine | None, typer.Option(help="How a step runs. Default: auto, graph on a GPU, else eager.")
-    ] = None,
+    precision: HowPrecise = None,
+    engine: HowRun = None,
     checkpoint_activations: Annotated[
         bool | None, typer.Option("--checkpoint-activations", help="Less memory, more time.")
     ] = None,
     checkpoint_every: CheckpointEvery = None,
     picture_every: PictureEvery = None,
-    seed: Annotated[int | None, typer.Option(help="Default: 0.", min=0)] = None,
+    seed: Seed = None,
     device: Device = "auto",
     resume: Resume = False,
     overwrite: Overwrite = False,
-    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Also write TensorBoard events.")] = False,
+    tensorboard: TensorBoard = False,
 ) -> None:
     """Train a model on images. Ctrl-C saves; --resume continues exactly there, with the run's own settings."""
     import torch
@@ -129,7 +136,7 @@ def train_autoencoder(
     precision: Annotated[WithoutTF32 | None, typer.Option(help="Default: float32.")] = None,
     checkpoint_every: CheckpointEvery = None,
     picture_every: PictureEvery = None,
-    seed: Annotated[int | None, typer.Option(help="Default: 0.", min=0)] = None,
+    seed: Seed = None,
     device: Device = "auto",
     resume: Resume = False,
     overwrite: Overwrite = False,

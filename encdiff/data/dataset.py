@@ -152,12 +152,7 @@ class Dataset(ABC):
 
     def check_indices(self, indices: Indices) -> np.ndarray:
         """The indices as int64 (n,); InputError when they are not integers (n,) in 0..len-1."""
-        array = np.asarray(indices)
-        if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
-            raise InputError(f"indices: {array.dtype} of shape {array.shape}; must be integers of shape (n,)")
-        if array.size and (array.min() < 0 or array.max() >= len(self)):
-            raise InputError(f"indices: {array.min()}..{array.max()}; {self.name} has 0..{len(self) - 1}")
-        return array.astype(np.int64)
+        return check_indices(indices, self)
 
     def _need_grid(self) -> None:
         if not self.factor_sizes:
@@ -212,6 +207,16 @@ def _factor_values(dataset, name: str, size: int, entry: int | Sequence[int]) ->
     if name in dataset.categories:
         return np.arange(entry)
     return np.rint(np.linspace(0, size - 1, entry)).astype(np.int64)
+
+
+def check_indices(indices: Indices, source: Source) -> np.ndarray:
+    """The indices as int64 (n,); InputError when they are not integers (n,) in 0..len-1 of the source."""
+    array = np.asarray(indices)
+    if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
+        raise InputError(f"indices: {array.dtype} of shape {array.shape}; must be integers of shape (n,)")
+    if array.size and (array.min() < 0 or array.max() >= len(source)):
+        raise InputError(f"indices: {array.min()}..{array.max()}; {source.name} has 0..{len(source) - 1}")
+    return array.astype(np.int64)
 
 
 def check_factors(factors: Factors, sizes: tuple[int, ...]) -> np.ndarray:

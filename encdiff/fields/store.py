@@ -19,6 +19,7 @@ import h5py
 import numpy as np
 import torch
 
+from encdiff.data.dataset import Indices, check_indices
 from encdiff.data.hdf5 import open_h5, own_array
 from encdiff.errors import InputError
 from encdiff.fields.grid import Grid
@@ -27,7 +28,6 @@ from encdiff.files.reading import damage, parse_json
 FORMAT, VERSION = "encdiff-fields", 1
 FIELDS, DONE, ABOUT = "fields", "done", "about"
 MOST, CHUNK = 2000, 2**26  # samples of statistics; bytes read at once for these
-Indices = Sequence[int] | np.ndarray  # (n,) integers
 
 
 class Summary(NamedTuple):
@@ -75,7 +75,7 @@ class FieldData(ABC):
 
         InputError outside 0..len-1, and for a sample that holds NaN, infinity or what float32 cannot.
         """
-        order, inverse = np.unique(self._check_indices(indices), return_inverse=True)
+        order, inverse = np.unique(check_indices(indices, self), return_inverse=True)
         with np.errstate(over="ignore"):
             fields = np.asarray(self._read(order), dtype=np.float32)
         bad = ~np.isfinite(fields).all(axis=tuple(range(1, fields.ndim)))
@@ -124,14 +124,6 @@ class FieldData(ABC):
             "periodic": self.grid.periodic,
             "times": None if self.times is None else self.times.tolist(),
         }
-
-    def _check_indices(self, indices: Indices) -> np.ndarray:
-        array = np.asarray(indices)
-        if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
-            raise InputError(f"indices: {array.dtype} of shape {array.shape}; must be integers of shape (n,)")
-        if array.size and (array.min() < 0 or array.max() >= len(self)):
-            raise InputError(f"indices: {array.min()}..{array.max()}; {self.name} has 0..{len(self) - 1}")
-        return array.astype(np.int64)
 
 
 class Part(FieldData):
