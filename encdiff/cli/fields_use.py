@@ -44,7 +44,8 @@ def reconstruct(
     ensemble: Members = 25,
     time: Annotated[float | None, typer.Option(help="Of the field. Default: that of the last sensor.")] = None,
     more: Annotated[
-        Path | None, typer.Option(help="A CSV of later measurements; the ensemble is corrected by its covariance.")
+        Path | None,
+        typer.Option(help="A CSV of later measurements, which correct the ensemble by its covariance. Default: none."),
     ] = None,
     localisation: Annotated[
         float | None,
@@ -106,7 +107,8 @@ def evaluate(
     run: Run,
     data: Annotated[str | None, typer.Option(help=FIELDS_HELP + " Default: what the run was trained on.")] = None,
     beside: Annotated[
-        list[Path] | None, typer.Option(help="Another run for the same table; may be given several times.")
+        list[Path] | None,
+        typer.Option(help="Another run for the same table; may be given several times. Default: none."),
     ] = None,
     baselines: Annotated[
         str, typer.Option(help="Methods without training: nearest, linear, cubic, kriging, or none.")
