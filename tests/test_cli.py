@@ -194,6 +194,10 @@ def test_train_and_resume(encdiff, tmp_path):
             "first_stage (--first-stage) is x: this preset takes none",
         ),
         (["evaluate", "{run}", "--out", "/proc/none/m.json"], "/proc/none"),
+        *(
+            ([command, "{run}", "--out", "a.pdf"], "a.pdf: must end in .png: it becomes a PNG picture")
+            for command in ("swap", "traverse", "interpolate", "attend", "sample")
+        ),
         (["traverse", "{run}", "--index", "64"], "64"),
         (["swap", "{run}", "--device", "cuda:7"], "--device cuda:7: no GPU"),
         (["swap", "{run}", "--device", "gpu"], "--device 'gpu' must be auto, cpu, cuda"),

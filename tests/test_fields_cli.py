@@ -170,6 +170,7 @@ def test_fields_that_were_trained_on_are_not_scored(encdiff, run, data, tmp_path
         (["evaluate", "RUN/model"], "--count is 32, must be at most 4: model was"),
         (["evaluate", "nowhere"], "nowhere: no such folder; must be a run, a folder that save_pretrained wrote"),
         (["reconstruct", "RUN", "CSV", "--out", "x.txt"], "x.txt: must end in .npz or .h5"),
+        (["reconstruct", "RUN", "CSV", "--picture", "a.pdf"], "a.pdf: must end in .png: it becomes a PNG picture"),
         (["reconstruct", "RUN", "nowhere.csv"], "error: nowhere.csv: no such file"),
         (["reconstruct", "RUN", "CSV", "--time", "1"], "wells.csv has no column t"),
         (["reconstruct", "RUN", "CSV", "--localisation", "1"], "--localisation is given without --more"),

@@ -17,7 +17,7 @@ from encdiff.cli.support import (
     parse_concepts,
     results,
     save_picture,
-    writable,
+    writable_picture,
 )
 from encdiff.errors import InputError
 from encdiff.terminal import progress_bar, say, say_table
@@ -53,7 +53,7 @@ def interpolate(
         raise InputError(f"--source {source} and --target {target} must be given together")
     chosen = draw_pairs(dataset, 1, seed) if source is None or target is None else [source, target]
     first, last = images_of(dataset, chosen, model)
-    path = writable(out or results(run) / "pictures" / "interpolate.png")
+    path = writable_picture(out or results(run) / "pictures" / "interpolate.png")
     if alone := parse_concepts(concepts):
         groups = {"these alone": alone}
     else:
@@ -139,7 +139,7 @@ def _picture(out: Path | None, run: Path, name: str) -> Path:
     path = out or results(run) / "pictures" / f"direction-{letters}.png"
     if path.suffix == SUFFIX:
         raise InputError(f"--out {path}: must be a picture such as direction.png; the direction is written beside it")
-    return writable(path)
+    return writable_picture(path)
 
 
 def _refuse_others(path: Path) -> None:

@@ -11,7 +11,7 @@ from encdiff import pretrained
 from encdiff.checked import Range
 from encdiff.cli.fields_data import FIELDS_HELP
 from encdiff.cli.options import Device, Seed
-from encdiff.cli.support import choose_device, held, parse_numbers, results, writable
+from encdiff.cli.support import choose_device, held, parse_numbers, results, writable, writable_picture
 from encdiff.errors import InputError
 from encdiff.terminal import progress_bar, say, say_table
 
@@ -20,7 +20,7 @@ Run = Annotated[
 ]
 Members = Annotated[int, typer.Option("--ensemble", help="Reconstructions of each field.", min=1)]
 Steps = Annotated[int, typer.Option(help="Of the sampler.", min=1)]
-NEAR = 0.3  # of the domain: without it 41 and 10 sensors made the mean worse, with 0.1 to 0.3 better
+NEAR = 0.3  # of the domain, a localisation; without one the mean became worse (docs/results/fields)
 SHARE, NOISE = Range(0, 1, above=True), Range(0, 1e3)
 
 
@@ -66,11 +66,9 @@ def reconstruct(
 
     for path in (sensors, *([more] if more else [])):
         is_there(path)
-    if picture is not None and picture.suffix != ".png":
-        raise InputError(f"--picture {picture}: must end in .png")
     model = open_field_model(run, device)
     out = writable(check_suffix(out or sensors.with_name(f"{sensors.stem}-fields.npz")))
-    picture = writable(picture or sensors.with_name(f"{sensors.stem}-fields.png"))
+    picture = writable_picture(picture or sensors.with_name(f"{sensors.stem}-fields.png"))
     grid = model.config.grid
     measured, later = read_sensors(sensors, grid, time), None if more is None else read_sensors(more, grid)
     if time is not None and measured.times is None:

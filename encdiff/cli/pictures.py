@@ -17,7 +17,7 @@ from encdiff.cli.support import (
     parse_concepts,
     results,
     save_picture,
-    writable,
+    writable_picture,
 )
 from encdiff.errors import InputError
 from encdiff.terminal import progress_bar
@@ -71,7 +71,7 @@ def swap(
     count = len(source) if source else min(pairs, max(1, len(dataset) // 2))
     chosen = [*source, *target] if source and target else draw_pairs(dataset, count, seed)
     images = images_of(dataset, chosen, model)
-    path = writable(out or results(run) / "pictures" / "swap.png")
+    path = writable_picture(out or results(run) / "pictures" / "swap.png")
     groups = factor_groups(run, model) if by_factor and not concepts else None
     if together := parse_concepts(concepts):
         groups = {"chosen": together}
@@ -108,7 +108,7 @@ def traverse(
     model, dataset = open_model(run, data, device)
     chosen = draw_indices(dataset, None if index is None else [index], 1, seed)
     image = images_of(dataset, chosen, model)[0]
-    path = writable(out or results(run) / "pictures" / "traverse.png")
+    path = writable_picture(out or results(run) / "pictures" / "traverse.png")
     groups = factor_groups(run, model)
     sizes = zip(dataset.factor_names, dataset.factor_sizes, strict=True)
     factors = {name.replace("_", " ") for name, size in sizes if size > 1}
@@ -146,7 +146,7 @@ def attend(
 
     model, dataset = open_model(run, data, device)
     chosen = draw_images(dataset, index, min(images, len(dataset)), seed, model)
-    path = writable(out or results(run) / "pictures" / "attend.png")
+    path = writable_picture(out or results(run) / "pictures" / "attend.png")
     labels = concept_labels(factor_groups(run, model))
     picture = attention_picture(model, chosen, concepts=parse_concepts(concepts), labels=labels, steps=steps, seed=seed)
     save_picture(picture, path)

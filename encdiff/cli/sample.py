@@ -7,7 +7,7 @@ import typer
 
 from encdiff.cli.options import Device, Run, RunData, Seed
 from encdiff.cli.pictures import Out, Sampler, SamplerName, Steps
-from encdiff.cli.support import open_model, results, save_picture, writable
+from encdiff.cli.support import open_model, results, save_picture, writable_picture
 from encdiff.errors import InputError
 from encdiff.terminal import Tasks, console, progress_bar, say
 
@@ -53,7 +53,7 @@ def sample(
     if components is not None and prior is not PriorName.mixture:
         raise InputError(f"--components {components} must be left out: it belongs to --prior mixture")
     model, dataset = open_model(run, data, device)
-    path = writable(out or results(run) / "pictures" / "sample.png")
+    path = writable_picture(out or results(run) / "pictures" / "sample.png")
     if judge and not 2 <= count <= min(FITTED, len(dataset)) // 2:
         half = min(FITTED, len(dataset)) // 2
         raise InputError(f"--count {count} must be in 2..{half}, half of the data's codes, for --judge")

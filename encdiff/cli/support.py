@@ -104,6 +104,13 @@ def writable(path: Path) -> Path:
     return path
 
 
+def writable_picture(path: Path) -> Path:
+    """As `writable`, of a picture: pictures are PNG, whatever the name says."""
+    if path.suffix.lower() != ".png":
+        raise InputError(f"{path}: must end in .png: it becomes a PNG picture")
+    return writable(path)
+
+
 def importance_plot(scores: Path) -> Path:
     """The PNG beside a JSON of scores; each has its own, and a run's `metrics.json` the plain `importance.png`."""
     before = "" if scores.name == "metrics.json" else f"{scores.name.removesuffix('.json')}-"

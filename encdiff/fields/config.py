@@ -25,9 +25,7 @@ class FieldConfig(Checked):
     std: tuple[Positive, ...] = (1.0, 1.0)
     # sensors that measured at several times; 0: all at the field's. In units of time: ages are divided by it
     memory: NotNegative = 0.0
-    speed: NotNegative = (
-        0.0  # which of two sensors is nearer: as far as so many lengths of the domain in a unit of time
-    )
+    speed: NotNegative = 0.0  # lengths of the domain: a sensor is farther by so many for a unit of age
     # what is learnt, and how what was measured enters
     objective: Literal["diffusion", "regression"] = "diffusion"
     condition: Literal["tokens", "input", "none"] = "tokens"

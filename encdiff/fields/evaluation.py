@@ -12,6 +12,7 @@ from encdiff.fields.baselines import BASELINES
 from encdiff.fields.grid import Grid
 from encdiff.fields.layouts import scattered
 from encdiff.fields.model import FieldModel
+from encdiff.fields.sampling import SAMPLER, STEPS
 from encdiff.fields.scores import LEVELS, coverage_curve, interval, score, spread_to_error
 from encdiff.fields.sensors import Sensors
 from encdiff.fields.store import FieldData
@@ -19,18 +20,17 @@ from encdiff.fields.store import FieldData
 OBSERVED, NOISE = (0.003, 0.01, 0.03, 0.1), (0.0, 0.05, 0.1, 0.2)
 Method = Callable[[Sequence[Sensors], int, int], np.ndarray]  # of n fields, members and seed: (n, E, C, H, W)
 Progress = Callable[[int, int], None]
-DRAWN = {"sampler": "dpm-solver++", "steps": 10}  # what `FieldModel.reconstruct` does without options
 
 
 def of_model(model: FieldModel, data: FieldData | None = None, **options: Any) -> Method:
     """A model's reconstructions, of fields in time at the `data`'s last; `options` as of `FieldModel.reconstruct`."""
-    timed: dict[str, Any] = {} if data is None or data.times is None else {"time": float(data.times[-1])}
+    timed = {} if data is None or data.times is None else {"time": float(data.times[-1])}
 
     def reconstruct(sensors: Sequence[Sensors], members: int, seed: int) -> np.ndarray:
-        return model.reconstruct(sensors, members, seed=seed, **timed, **options).members
+        return model.reconstruct(sensors, members, seed=seed, **timed | options).members
 
     if model.config.objective == "diffusion":
-        reconstruct.options = DRAWN | options  # type: ignore[attr-defined]
+        reconstruct.options = {"sampler": SAMPLER, "steps": STEPS} | options  # type: ignore[attr-defined]
     return reconstruct
 
 

@@ -1,9 +1,8 @@
 """Training a field model: sensors drawn for every sample, EDM's loss or the mean square, the loop of every training."""
 
-import copy
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -73,7 +72,7 @@ class FieldTraining(Descent):
         self, model: FieldModel, config: FieldTrainConfig, times: np.ndarray | None = None, masters: bool | None = None
     ):
         model.network.unet.checkpoint_activations = config.checkpoint_activations
-        super().__init__(model, model.network, config, masters=masters)
+        super().__init__(model, "network", config, masters=masters)
         self.times = times
         self._seconds = None if times is None else torch.as_tensor(times, device=self.device)
         self._pool = ThreadPoolExecutor(4 if self.device.type == "cuda" else 1, thread_name_prefix="encdiff-sensors")
@@ -127,18 +126,6 @@ class FieldTraining(Descent):
         values, mask, sigma = (read + level * noise) * told, own[:, None] * told, level * told
         values, mask, sigma = (part.view(b, c, h, w) for part in (values, mask, sigma))
         return Condition(values, mask, sigma, age)
-
-    def model_config(self) -> dict:
-        return asdict(self.model.config)
-
-    def averaged_model(self) -> FieldModel:
-        """A copy to sample from, of the averaged weights; eval mode."""
-        model = copy.deepcopy(self.model)
-        model.network.load_state_dict(self.ema.state_dict())
-        return model.eval()
-
-    def save_model(self, folder: Path) -> None:
-        self.averaged_model().save_pretrained(folder)
 
     def picture(self, images: Tensor, samples: Path) -> Path | None:
         """A field of (n, C, H, W), or the last frame of (n, T, C, H, W), reconstructed from sensors at SHOWN pixels."""

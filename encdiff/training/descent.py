@@ -1,7 +1,9 @@
 """The step that every training of one network shares: loss, gradients, clipping, AdamW, an average, one engine."""
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -21,11 +23,11 @@ from encdiff.training.recipes import DescentConfig
 from encdiff.training.runs import load_optimizer, optimizer_tensors
 
 
-class Descent:
+class Descent(ABC):
     """Everything that changes from step to step: model, average, optimiser, step count. A subclass gives `_loss`.
 
     Args:
-        averaged: the part of the model whose average is kept.
+        averaged: the name of the part of the model whose average is kept.
         fixed: parts that learn nothing and compute in float32 beside masters, too.
         masters: for precision "bf16": float32 masters beside a bfloat16 copy that computes (`training.masters`), in
             place of autocast; None: on a GPU. Checkpoints are the same. The model's parameters then must stay where
@@ -41,7 +43,7 @@ class Descent:
     def __init__(
         self,
         model: nn.Module,
-        averaged: nn.Module,
+        averaged: str,
         config: DescentConfig,
         fixed: Sequence[nn.Module] = (),
         masters: bool | None = None,
@@ -50,16 +52,16 @@ class Descent:
         if masters and config.precision != "bf16":
             raise InputError(f"masters is True, needs precision 'bf16', but it is {config.precision!r}")
         self.model: Any = channels_last(model.train())
-        self.averaged, self.config, self.step = averaged, config, 0
+        self.part, self.config, self.step = averaged, config, 0
         self.device = next(model.parameters()).device
-        self.ema = copy.deepcopy(averaged).requires_grad_(False)
+        self.ema: nn.Module = copy.deepcopy(self.averaged).requires_grad_(False)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.masters: Masters | None = None  # or `optimizer`, one of them
         self.optimizer: AdamW | None = None
         engine, on_gpu = choose(config.engine, self.device), self.device.type == "cuda"
         if masters or (masters is None and config.precision == "bf16" and on_gpu):
             aside = aside and engine == "graph" and not config.checkpoint_activations  # which is to save memory
-            self.masters = Masters(model, averaged, self.ema, config.betas, config.weight_decay, fixed, aside)
+            self.masters = Masters(model, self.averaged, self.ema, config.betas, config.weight_decay, fixed, aside)
         else:
             self.optimizer = self._adamw()
         self.computing: Any = model if self.masters is None else self.masters.compute  # whose loss it is
@@ -69,9 +71,13 @@ class Descent:
         work = unowned(self._work)
         self._run = Graph(work) if engine == "graph" or (engine == "compile" and on_gpu) else work
 
+    @property
+    def averaged(self) -> nn.Module:
+        return getattr(self.model, self.part)
+
+    @abstractmethod
     def _loss(self, **inputs: Tensor) -> Tensor:
         """Of what `advance` was given, on the device, by `computing`."""
-        raise NotImplementedError
 
     def _adamw(self) -> AdamW:
         return AdamW(
@@ -83,11 +89,11 @@ class Descent:
             capturable=self.device.type == "cuda",
         )
 
-    def begin(self, samples: Tensor) -> None:
-        pass
+    def begin(self, samples: Tensor) -> None:  # noqa: B027 - a hook: not every training needs it
+        """Whatever needs the first batch, before step 0."""
 
-    def prepare(self, batches: Batches) -> None:
-        pass
+    def prepare(self, batches: Batches) -> None:  # noqa: B027 - a hook
+        """Whatever is computed once for the data, before any step."""
 
     def rate(self) -> float:
         """The learning rate of this step."""
@@ -149,6 +155,18 @@ class Descent:
         """Where bfloat16 computes without masters."""
         autocast = self.config.precision == "bf16" and self.masters is None
         return torch.autocast(self.device.type, torch.bfloat16, enabled=autocast)
+
+    def model_config(self) -> dict:
+        return asdict(self.model.config)
+
+    def averaged_model(self) -> Any:
+        """A copy to sample from, its averaged part that average, the rest as it stands; eval mode."""
+        model = copy.deepcopy(self.model)
+        getattr(model, self.part).load_state_dict(self.ema.state_dict())
+        return model.eval()
+
+    def save_model(self, folder: Path) -> None:
+        self.averaged_model().save_pretrained(folder)
 
     def tensors(self) -> dict[str, Tensor]:
         model = {f"model.{k}": v for k, v in self.model.state_dict().items()}

@@ -1,9 +1,8 @@
 """Training EncDiff: noise, predict, compare; AdamW, warm-up, EMA of the U-Net."""
 
-import copy
 import math
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -31,7 +30,7 @@ class Training(Descent):
 
     def __init__(self, model: EncDiff, config: TrainConfig, masters: bool | None = None, aside: bool = True):
         model.unet.checkpoint_activations = config.checkpoint_activations
-        super().__init__(model, model.unet, config, [model.first_stage], masters, aside)
+        super().__init__(model, "unet", config, [model.first_stage], masters, aside)
         self.latents: Tensor | None = None  # of the whole data set, if that pays
 
     def begin(self, samples: Tensor) -> None:
@@ -65,23 +64,11 @@ class Training(Descent):
         with self._autocast():
             return model.loss(images, t=t, x0=x0, seed=c.seed, sample_ids=sample_ids, draw=draw)
 
-    def model_config(self) -> dict:
-        return asdict(self.model.config)
-
     def load(self, tensors: dict[str, Tensor], metadata: dict[str, str], source: Path) -> None:
         """Continue from `tensors`; InputError, naming `source`, if they are of another configuration."""
         super().load(tensors, metadata, source)
         scale = positive_number(metadata.get("scaling_factor"), "scaling_factor", source)
         self.model.config = replace(self.model.config, scaling_factor=scale)
-
-    def averaged_model(self) -> EncDiff:
-        """A copy to sample from: the averaged U-Net, encoder and bank as they stand; eval mode."""
-        model = copy.deepcopy(self.model)
-        model.unet.load_state_dict(self.ema.state_dict())
-        return model.eval()
-
-    def save_model(self, folder: Path) -> None:
-        self.averaged_model().save_pretrained(folder)
 
     def picture(self, images: Tensor, samples: Path) -> Path | None:
         """A swap grid of images uint8 (n, S, S, 3), the first half with the second; none of a single image."""
