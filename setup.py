@@ -53,6 +53,7 @@ setup(
         "encdiff.csrc",
         "encdiff.data",
         "encdiff.diffusion",
+        "encdiff.distributed",
         "encdiff.edit",
         "encdiff.engine",
         "encdiff.evaluation",

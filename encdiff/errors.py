@@ -15,5 +15,13 @@ class InputError(ValueError):
         super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in line))
 
 
+class Told(InputError):
+    """Bad input of which all of several processes know; the first one tells the user."""
+
+
+class Lost(Exception):
+    """Another of several processes ended, or did not answer in time; the last checkpoint is whole."""
+
+
 class Stopped(Exception):
     """Training ended early on request; everything is saved. The command line prints the message and exits with 0."""

@@ -22,6 +22,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [
     {"errors", "pretrained", "kernels", "_C"},
     {"files", "terminal", "checked"},
+    {"distributed"},
     {"ops"},
     {"diffusion", "data", "metrics", "profiling", "health"},
     {"models"},

@@ -1,8 +1,12 @@
 """The application: `encdiff --help`."""
 
+from __future__ import annotations
+
 import signal
 import sys
-from typing import Annotated
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -19,8 +23,14 @@ from encdiff.cli.profile import profile
 from encdiff.cli.sample import sample
 from encdiff.cli.support import Commands
 from encdiff.cli.training import train, train_autoencoder
-from encdiff.errors import InputError, Stopped
+from encdiff.distributed.launch import launched
+from encdiff.errors import InputError, Lost, Stopped
 from encdiff.terminal import plain, say
+
+if TYPE_CHECKING:
+    from encdiff.distributed.processes import Processes
+
+SHARED = ("train", "train-autoencoder", "evaluate", "reproduce", "ablate", "fields")  # by all processes of a launch
 
 app = typer.Typer(
     cls=Commands,
@@ -43,9 +53,12 @@ def _version(asked: bool) -> None:
 
 @app.callback()
 def options(
+    context: typer.Context,
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
 ) -> None:
-    pass
+    command = context.invoked_subcommand
+    if launched() and command not in SHARED:
+        raise InputError(f"encdiff {command}: works in one process; start it without torchrun")
 
 
 for command in (
@@ -56,12 +69,28 @@ for command in (
 
 
 def main() -> None:
-    """Run the command line; bad input ends it with one line and exit code 2, a bug with a traceback."""
+    """Run the command line; bad input ends it with one line and exit code 2, a bug with a traceback.
+
+    Of several processes of one launch each runs it; one of them says what all meet.
+    """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that half-written files are removed
+    says: Callable[[Exception], bool] = lambda error: True  # noqa: E731 - until the processes have met
     try:
-        app()
+        with _processes() as everyone:
+            says = everyone.says if everyone else says
+            app()
     except Stopped as stopped:
         say(str(stopped))
-    except (InputError, OSError) as error:
-        print(f"error: {plain(str(error))}", file=sys.stderr)
+    except (InputError, Lost, OSError) as error:
+        if says(error):
+            print(f"error: {plain(str(error))}", file=sys.stderr)
         sys.exit(2)
+
+
+def _processes() -> AbstractContextManager[Processes | None]:
+    """Those of a launch, joined; without one nothing, for which torch need not be loaded."""
+    if not launched():
+        return nullcontext()
+    from encdiff.distributed.processes import joined
+
+    return joined()

@@ -11,6 +11,9 @@ import numpy as np
 import torch
 
 from encdiff.data.dataset import Source
+from encdiff.distributed.processes import Processes, processes
+from encdiff.distributed.rows import shared_rows
+from encdiff.distributed.share import Share
 from encdiff.errors import InputError
 
 log = logging.getLogger("encdiff.data")
@@ -26,7 +29,8 @@ class Batches:
     as uint8 if they fit in `resident_gib` GiB, by default 4 of a CPU's memory or 0.4 of what a GPU has free (read at
     construction; `progress(done, total)` is called meanwhile); otherwise a thread reads the batch after the one just
     asked for, for a GPU into pinned memory, so that it is copied beside the work.
-    InputError for an empty set, a batch below 1, or a negative seed.
+    share: which rows of each batch this process reads (`distributed.Share`); None: all.
+    InputError for an empty set, a batch below 1 or that cannot be shared, or a negative seed.
     """
 
     def __init__(
@@ -37,6 +41,7 @@ class Batches:
         resident_gib: float | None = None,
         device: torch.device | str = "cpu",
         progress: Callable[[int, int], None] | None = None,
+        share: Share | None = None,
     ):
         if batch_size < 1:
             raise InputError(f"batch_size: {batch_size}; must be at least 1")
@@ -45,13 +50,14 @@ class Batches:
         if not len(dataset):
             raise InputError(f"{dataset.name}: holds no images")
         self.dataset, self.batch_size, self.seed, self.device = dataset, batch_size, seed, torch.device(device)
+        self.rows = (share or Share()).rows(batch_size)
         resident_gib = _resident_gib(self.device) if resident_gib is None else resident_gib
         self._permutations: dict[int, np.ndarray] = {}
         self._next: tuple[int, Future] | None = None
         self._pool: ThreadPoolExecutor | None = None
         self._data: torch.Tensor | None = None
         if len(dataset) * math.prod(dataset.sample_shape) * dataset.sample_dtype.itemsize <= resident_gib * 2**30:
-            self._data = read_all(dataset, progress).to(self.device)
+            self._data = read_all(dataset, progress, processes()).to(self.device)
         else:
             if dataset.images_per_chunk > batch_size:
                 log.warning(
@@ -67,15 +73,15 @@ class Batches:
         return self._data is not None
 
     def batch_indices(self, step: int) -> np.ndarray:
-        """int64 (batch_size,): a function of the data set's length, batch size, seed and step only."""
+        """int64 (rows,): a function of the data set's length, batch size, seed, step and share only."""
         if step < 0:
             raise InputError(f"step: {step}; must be at least 0")
-        position = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
+        position = step * self.batch_size + self.rows
         epochs, offsets = np.divmod(position, len(self.dataset))
         return np.concatenate([self._permutation(e)[offsets[epochs == e]] for e in np.unique(epochs).tolist()])
 
     def batch(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The images uint8 (batch_size, H, W, 3) of `batch_indices(step)` and these indices int64, on the device.
+        """The images uint8 (rows, H, W, 3) of `batch_indices(step)` and these indices int64, on the device.
 
         Of another `Source` what that reads.
         """
@@ -91,10 +97,10 @@ class Batches:
         """The images of `batch(step)`."""
         return self.batch(step)[0]
 
-    def everything(self) -> Iterator[torch.Tensor]:
-        """All images of a resident set in order, uint8 (n, H, W, 3) at a time, on the device."""
+    def everything(self, start: int = 0, stop: int | None = None) -> Iterator[torch.Tensor]:
+        """All images of a resident set in order, or these, uint8 (n, H, W, 3) at a time, on the device."""
         assert self._data is not None, "of a resident set"
-        yield from self._data.split(READ)
+        yield from self._data[start:stop].split(READ)
 
     def _submit(self, step: int) -> Future:
         assert self._pool is not None, "of a set that is not resident"
@@ -120,13 +126,21 @@ def _resident_gib(device: torch.device) -> float:
     return 0.4 * torch.cuda.mem_get_info(device)[0] / 2**30 if device.type == "cuda" else 4.0
 
 
-def read_all(dataset: Source, progress: Callable[[int, int], None] | None = None) -> torch.Tensor:
-    """Every image of a data set, uint8 (n, H, W, 3), in order; `progress(done, total)` after each read."""
-    total = len(dataset)
-    out = torch.empty(total, *dataset.sample_shape, dtype=dataset.sample_dtype)
-    for start in range(0, total, READ):
-        stop = min(start + READ, total)
-        out[start:stop] = torch.from_numpy(dataset.read(np.arange(start, stop)))
-        if progress:
-            progress(stop, total)
-    return out
+def read_all(
+    dataset: Source, progress: Callable[[int, int], None] | None = None, among: Processes | None = None
+) -> torch.Tensor:
+    """Every image of a data set, uint8 (n, H, W, 3), in order; `progress(done, total)` after each read.
+
+    `among` several processes of a machine each reads its part, and all hold the one array, which is not to be written.
+    """
+
+    def fill(part: np.ndarray, first: int) -> None:
+        for start in range(0, len(part), READ):
+            stop = min(start + READ, len(part))
+            part[start:stop] = dataset.read(np.arange(first + start, first + stop))
+            if progress:
+                progress(stop, len(part))
+
+    dtype = torch.empty((), dtype=dataset.sample_dtype).numpy().dtype
+    shape = (len(dataset), *dataset.sample_shape)
+    return torch.from_numpy(shared_rows(shape, dtype, fill, among or Processes(), READ))

@@ -88,7 +88,7 @@ class FieldTraining(Descent):
 
     def _submit(self, step: int) -> list[Future]:
         size, known = self.config.batch_size, (self.model.config, self.config, self.times)
-        ids = range(step * size, (step + 1) * size)
+        ids = (step * size + row for row in self.share.rows(size).tolist())
         return [self._pool.submit(draw_sensors, *known, (self.config.seed, i)) for i in ids]
 
     def advance(self, images: Tensor, indices: Tensor) -> dict[str, Tensor | float]:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from encdiff import ops
 from encdiff.diffusion import losses, schedules
+from encdiff.distributed.processes import processes
 from encdiff.errors import InputError
 from encdiff.models.attention import Sampling
 from encdiff.models.autoencoder import SpaceToDepth, VQAutoencoder
@@ -83,7 +84,7 @@ class EncDiffCore(nn.Module):
     def encode(self, images: Tensor) -> Tensor:
         """Images (B, 3, S, S) -> scalars (B, N); (B, N, m) where the configuration makes a concept a vector."""
         images = self._check_images(images)
-        if self.training and self.config.normalize_scalars and len(images) == 1:
+        if self.training and self.config.normalize_scalars and len(images) * processes().size == 1:
             raise InputError("images: 1 in training mode, where normalize_scalars needs at least 2; call model.eval()")
         return self.encoder(images).unflatten(1, self.config.code_shape)
 

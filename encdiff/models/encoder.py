@@ -4,7 +4,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from encdiff.errors import InputError
-from encdiff.models.layers import Conv2d, Linear
+from encdiff.models.layers import BatchNorm1d, BatchNorm2d, Conv2d, Linear
 
 
 class ImageEncoder(nn.Sequential):
@@ -31,13 +31,13 @@ class ImageEncoder(nn.Sequential):
         layers: list[nn.Module] = []
         for i in range(halvings):
             layers.append(Conv2d(in_channels if i == 0 else width, width, 4, stride=2, padding=1))
-            layers.append(nn.BatchNorm2d(width))
+            layers.append(BatchNorm2d(width))
             if i != halvings - 2:  # the last convolution but one has no ReLU, as published
                 layers.append(nn.ReLU())
-        layers += [ResidualBlock(width), nn.BatchNorm2d(width), nn.ReLU(), ResidualBlock(width)]
+        layers += [ResidualBlock(width), BatchNorm2d(width), nn.ReLU(), ResidualBlock(width)]
         layers += [nn.Flatten(), Linear(width * 16, concepts)]
         if normalize:
-            layers.append(nn.BatchNorm1d(concepts, affine=False))
+            layers.append(BatchNorm1d(concepts, affine=False))
         super().__init__(*layers)
 
 
@@ -49,7 +49,7 @@ class ResidualBlock(nn.Module):
         self.convs = nn.Sequential(
             nn.ReLU(),
             Conv2d(width, width, 3, padding=1),
-            nn.BatchNorm2d(width),
+            BatchNorm2d(width),
             nn.ReLU(),
             Conv2d(width, width, 1),
         )

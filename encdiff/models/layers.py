@@ -7,6 +7,8 @@ import torch.nn as nn
 from torch import Tensor
 
 from encdiff import ops
+from encdiff.distributed.batch_norm import batch_norm
+from encdiff.distributed.processes import processes
 
 Pair = tuple[int, int]
 M = TypeVar("M", bound=nn.Module)
@@ -25,6 +27,41 @@ class Conv2d(nn.Conv2d):
             return self._conv_forward(x, self.weight, bias)
         stride, padding = cast(Pair, self.stride), cast(Pair, self.padding)  # two numbers, as nn.Conv2d keeps them
         return ops.conv2d(x, self.weight, bias, stride, padding)
+
+
+class _SharedStatistics(nn.modules.batchnorm._BatchNorm):
+    """While training and `shared`, the statistics are those of the rows of all processes, which hold equally many."""
+
+    shared = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._together(x) if self.shared and self.training else super().forward(x)
+
+    @torch.compiler.disable
+    def _together(self, x: Tensor) -> Tensor:
+        y, mean, variance = batch_norm(x, self.weight, self.bias, self.eps)
+        count = processes().size * x.numel() // x.shape[1]
+        with torch.no_grad():
+            self.num_batches_tracked.add_(1)  # type: ignore[union-attr]  # statistics are kept in all of ours
+            self.running_mean.lerp_(mean, self.momentum)  # type: ignore[union-attr, arg-type]
+            self.running_var.lerp_(variance * (count / (count - 1)), self.momentum)  # type: ignore[union-attr, arg-type]
+        return y
+
+
+class BatchNorm2d(_SharedStatistics, nn.BatchNorm2d):
+    pass
+
+
+class BatchNorm1d(_SharedStatistics, nn.BatchNorm1d):
+    pass
+
+
+def share_statistics(module: M) -> M:
+    """The module, whose batch norms, while they train, take the rows of all processes for one batch."""
+    for norm in module.modules():
+        if isinstance(norm, _SharedStatistics):
+            norm.shared = processes().size > 1
+    return module
 
 
 def channels_last(module: M) -> M:

@@ -15,12 +15,15 @@ from torch import Tensor, nn
 from encdiff.checked import Batch, Checked, Count, Natural, NotNegative, Positive, Range, Seed, check_types
 from encdiff.data import Dataset, to_float, to_uint8
 from encdiff.data.loader import Batches
+from encdiff.distributed.processes import Processes, processes
+from encdiff.distributed.share import Share
 from encdiff.errors import InputError
 from encdiff.files.checkpoint import load_state
 from encdiff.files.temporaries import atomic_path
 from encdiff.metrics.reconstruction import load_lpips
 from encdiff.models import EncDiff
 from encdiff.models.autoencoder import VQAutoencoder
+from encdiff.models.layers import BatchNorm2d, share_statistics
 from encdiff.training.loop import fit
 from encdiff.training.runs import load_optimizer, optimizer_tensors, step_generator
 
@@ -56,7 +59,7 @@ class PatchDiscriminator(nn.Sequential):
         channels = width
         for i in range(1, layers + 1):
             out, stride = width * min(2**i, 8), 2 if i < layers else 1
-            modules += [nn.Conv2d(channels, out, 4, stride, 1, bias=False), nn.BatchNorm2d(out), nn.LeakyReLU(0.2)]
+            modules += [nn.Conv2d(channels, out, 4, stride, 1, bias=False), BatchNorm2d(out), nn.LeakyReLU(0.2)]
             channels = out
         super().__init__(*modules, nn.Conv2d(channels, 1, 4, 1, 1))
         for module in self:
@@ -71,9 +74,16 @@ def hinge_loss(real: Tensor, fake: Tensor) -> Tensor:
     return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
 
 
-def adaptive_weight(reconstruction_loss: Tensor, adversarial_loss: Tensor, last_layer: Tensor) -> Tensor:
-    """Ratio () of the two losses' gradient norms at the decoder's last layer, at most 1e4 (2012.09841, eq. 7)."""
+def adaptive_weight(
+    reconstruction_loss: Tensor, adversarial_loss: Tensor, last_layer: Tensor, among: Processes | None = None
+) -> Tensor:
+    """Ratio () of the two losses' gradient norms at the decoder's last layer, at most 1e4 (2012.09841, eq. 7).
+
+    `among` several processes the gradients are those of the whole batch.
+    """
     r, a = (torch.autograd.grad(x, last_layer, retain_graph=True)[0] for x in (reconstruction_loss, adversarial_loss))
+    if among is not None:
+        among.mean_all_([r, a])
     return (r.norm() / (a.norm() + 1e-4)).clamp(0, 1e4)
 
 
@@ -85,6 +95,9 @@ class AutoencoderTraining:
 
     def __init__(self, model: VQAutoencoder, config: AutoencoderTrainConfig):
         self.model, self.config, self.step = model.train(), config, 0
+        self.processes, self.asked = processes(), False
+        self.share = Share(self.processes.rank, self.processes.size)
+        self.share.count(config.batch_size)  # refuses one that cannot be shared
         self.device = next(model.parameters()).device
         self.lpips = load_lpips(config.lpips_weights).to(self.device) if config.lpips_weights else None
         with torch.random.fork_rng(devices=[]):
@@ -92,6 +105,9 @@ class AutoencoderTraining:
             self.discriminator = (
                 PatchDiscriminator(config.disc_layers).to(self.device) if config.discriminator else None
             )
+        for module in self.modules().values():
+            self.processes.from_first([*module.parameters(), *module.buffers()])
+            share_statistics(module)
         rate = config.learning_rate
         self.optimizers = {
             name: torch.optim.Adam(m.parameters(), rate, (0.5, 0.9)) for name, m in self.modules().items()
@@ -107,9 +123,8 @@ class AutoencoderTraining:
     def begin(self, images: Tensor) -> None:
         """Draw the codes from the latents of uint8 images (B,S,S,3), if `fit_codebook`."""
         if self.config.fit_codebook:
-            self.model.quantize.fit(
-                self.model.encode(to_float(images).to(self.device)), step_generator(self.config.seed, 0)
-            )
+            latents = self.processes.stacked(self.model.encode(to_float(images).to(self.device))).flatten(0, 1)
+            self.model.quantize.fit(latents, step_generator(self.config.seed, 0))
 
     def prepare(self, batches: Batches) -> None:
         pass
@@ -127,14 +142,21 @@ class AutoencoderTraining:
                 terms["discriminator"] = hinge_loss(real.float(), fake.float())
             self._descend("discriminator", terms["discriminator"])
         self.step += 1
-        return {name: term.detach() for name, term in terms.items()}
+        return self._told({name: term.detach() for name, term in terms.items()})
+
+    def _told(self, terms: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The terms of the whole batch, and whether any process is asked to stop."""
+        if self.processes.size > 1:
+            terms |= {"asked": torch.full((), float(self.asked), device=self.device)}
+            self.processes.mean_all_([term for name, term in terms.items() if name != "codes_used"])
+        return terms
 
     def _autoencoder_terms(self, images: Tensor, judge: PatchDiscriminator | None) -> tuple[dict[str, Tensor], Tensor]:
         """The terms of the autoencoder's loss, by name, and the reconstruction."""
         reconstruction, indices, codebook = self.model(images)
         terms = {"l1": F.l1_loss(reconstruction.float(), images), "codebook": codebook}
         used = images.new_zeros(self.model.config["codebook_size"]).scatter_(0, indices.flatten(), 1.0)
-        terms["codes_used"] = used.sum()
+        terms["codes_used"] = self.processes.stacked(used).amax(0).sum()
         fidelity = terms["l1"]
         if self.lpips:
             terms["lpips"] = self.lpips(images, reconstruction).float().mean()
@@ -144,7 +166,8 @@ class AutoencoderTraining:
             judge.requires_grad_(False)  # judges here, learns after
             terms["adversarial"] = -judge(reconstruction).float().mean()
             judge.requires_grad_(True)
-            weight = adaptive_weight(fidelity, terms["adversarial"], self.model.decoder.conv_out.weight)
+            last = self.model.decoder.conv_out.weight
+            weight = adaptive_weight(fidelity, terms["adversarial"], last, self.processes)
             loss = loss + self.config.disc_weight * weight * terms["adversarial"]
         return {"loss": loss, **terms}, reconstruction
 
@@ -154,6 +177,8 @@ class AutoencoderTraining:
     def _descend(self, name: str, loss: Tensor) -> None:
         self.optimizers[name].zero_grad(set_to_none=True)
         loss.backward()
+        parameters = self.modules()[name].parameters()
+        self.processes.mean_all_([p.grad for p in parameters if p.grad is not None])
         self.optimizers[name].step()
 
     def model_config(self) -> dict:

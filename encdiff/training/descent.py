@@ -12,11 +12,13 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 from encdiff.data.loader import Batches
+from encdiff.distributed.processes import processes
+from encdiff.distributed.share import Share
 from encdiff.engine import Graph, choose, float32_precision
 from encdiff.engine.graph import unowned
 from encdiff.errors import InputError
 from encdiff.files.checkpoint import load_state
-from encdiff.models.layers import channels_last
+from encdiff.models.layers import channels_last, share_statistics
 from encdiff.profiling import phase
 from encdiff.training.masters import Masters
 from encdiff.training.recipes import DescentConfig
@@ -53,7 +55,10 @@ class Descent(ABC):
             raise InputError(f"masters is True, needs precision 'bf16', but it is {config.precision!r}")
         self.model: Any = channels_last(model.train())
         self.part, self.config, self.step = averaged, config, 0
+        self.processes, self.asked = processes(), False
         self.device = next(model.parameters()).device
+        self.processes.from_first([*model.parameters(), *model.buffers()])  # each may have begun elsewhere
+        share_statistics(model)
         self.ema: nn.Module = copy.deepcopy(self.averaged).requires_grad_(False)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.masters: Masters | None = None  # or `optimizer`, one of them
@@ -64,6 +69,10 @@ class Descent(ABC):
             self.masters = Masters(model, self.averaged, self.ema, config.betas, config.weight_decay, fixed, aside)
         else:
             self.optimizer = self._adamw()
+        share = Share(self.processes.rank, self.processes.size, config.accumulate)
+        rows = share.rows(config.batch_size)  # of each batch, this process's
+        self.rows = None if share.size == 1 else torch.from_numpy(rows).to(self.device)
+        self.share = share
         self.computing: Any = model if self.masters is None else self.masters.compute  # whose loss it is
         # one graph for each shape; on a GPU inside the CUDA graph, since compiled parts alone wait for the host
         compute: Callable[..., Tensor] = type(self)._loss
@@ -107,7 +116,7 @@ class Descent(ABC):
         # the key of a sample is its place in the endless stream of shuffled ones, whatever the batches it is cut into
         draw, first = divmod(self.step * self.config.batch_size, 2**32)
         count = len(next(iter(inputs.values())))
-        inputs["sample_ids"] = first + torch.arange(count, device=self.device)
+        inputs["sample_ids"] = first + (torch.arange(count, device=self.device) if self.rows is None else self.rows)
         rate, n = self.rate(), self.step + 1
         follow = 1 - min(self.config.ema, (1 + n) / (10 + n))
         inputs["draw"] = torch.full((), draw, device=self.device)
@@ -117,33 +126,65 @@ class Descent(ABC):
         else:
             self.masters.check()
             self.masters.prepare(rate, follow)
+        if self.processes.size > 1:
+            inputs["asked"] = torch.full((), float(self.asked), device=self.device)
         with float32_precision(self.config.precision != "float32"):  # bf16: of the first stage
-            loss, norm = self._run(**inputs)
+            loss, norm, *asked = self._run(**inputs)
         self.step += 1
         if self.masters is not None:
             self.masters.updates += 1
-        return {"loss": loss, "gradient_norm": norm, "learning_rate": rate}
+        terms = {"loss": loss, "gradient_norm": norm, "learning_rate": rate}
+        return terms | ({"asked": asked[0]} if asked else {})
 
-    def _work(self, follow: Tensor | None = None, **inputs: Tensor) -> tuple[Tensor, Tensor]:
+    def _work(self, follow: Tensor | None = None, asked: Tensor | None = None, **inputs: Tensor) -> tuple[Tensor, ...]:
         """The whole step on the device, nothing read back: loss, gradients, clipping, AdamW, EMA."""
         (self.masters or cast(AdamW, self.optimizer)).zero_grad()
-        with phase("forward"):
-            loss = self._compute(self, **inputs)
-        with phase("backward"):
-            try:
-                loss.backward()
-            finally:  # also after an error: a capture must not end before what it began
-                if self.masters is not None:
-                    self.masters.beside.join()
+        loss = self._gradients(inputs)
+        told: tuple[Tensor, ...] = (loss,)
+        if asked is not None:
+            with phase("exchange"):
+                told = self._exchange(loss, asked)
         with phase("optimizer"):
             if self.masters is not None:
-                return loss.detach(), self.masters.step(self.config.gradient_clip)
-            norm = self._clip()
-            cast(AdamW, self.optimizer).step()
-        assert follow is not None, "without masters `advance` gives it"
-        with phase("average"), torch.no_grad():
-            lerp(list(self.ema.parameters()), list(self.averaged.parameters()), follow)
-        return loss.detach(), norm
+                norm = self.masters.step(self.config.gradient_clip)
+            else:
+                norm = self._clip()
+                cast(AdamW, self.optimizer).step()
+        if self.masters is None:
+            assert follow is not None, "without masters `advance` gives it"
+            with phase("average"), torch.no_grad():
+                lerp(list(self.ema.parameters()), list(self.averaged.parameters()), follow)
+        return told[0], norm, *told[1:]
+
+    def _gradients(self, inputs: dict[str, Tensor]) -> Tensor:
+        """The loss of this process's rows, and in the parameters, or the masters, its gradient; part after part."""
+        parts = self.config.accumulate
+        losses = []
+        for i in range(parts):
+            own = inputs if parts == 1 else {k: v.chunk(parts)[i] if v.ndim else v for k, v in inputs.items()}
+            with phase("forward"):
+                loss = self._compute(self, **own)
+            with phase("backward"):
+                try:
+                    (loss if parts == 1 else loss / parts).backward()
+                finally:  # also after an error: a capture must not end before what it began
+                    if self.masters is not None:
+                        self.masters.beside.join()
+            if self.masters is not None:
+                self.masters.collect(i, parts)
+            losses.append(loss.detach())
+        return losses[0] if parts == 1 else torch.stack(losses).mean()
+
+    def _exchange(self, loss: Tensor, asked: Tensor) -> tuple[Tensor, ...]:
+        """The gradients become the means of all processes'; returns those of the loss, and of who is asked to stop."""
+        told = torch.stack([loss.float(), asked])
+        self.processes.mean_(told)
+        if self.masters is not None:
+            for segment, _ in self.masters.segments:
+                self.processes.mean_(segment.gradient)
+        else:
+            self.processes.mean_all_([p.grad for p in self.parameters if p.grad is not None])
+        return told.unbind()
 
     def _clip(self) -> Tensor:
         """The norm of all gradients, which then is at most `gradient_clip`."""

@@ -4,8 +4,9 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
@@ -19,6 +20,9 @@ from encdiff import __version__
 from encdiff.data import describe
 from encdiff.data.dataset import Source
 from encdiff.data.loader import Batches
+from encdiff.distributed.launch import launched
+from encdiff.distributed.processes import Processes, processes
+from encdiff.distributed.share import Share
 from encdiff.errors import InputError, Stopped
 from encdiff.files.checkpoint import load_tensors, save_tensors, step_of
 from encdiff.files.temporaries import errors_of
@@ -35,7 +39,9 @@ class Trainable(Protocol):
     UNIT: ClassVar[str]  # what the data's samples are called
     config: Any  # a dataclass with steps, batch_size, seed, log_every, checkpoint_every, picture_every
     device: torch.device
+    share: Share  # of each batch, this process's rows
     step: int
+    asked: bool  # to stop: of several processes `advance` tells the others, and gives what they tell as a term "asked"
 
     def begin(self, images: Tensor) -> None: ...  # whatever needs the first batch before step 0
     def prepare(self, batches: Batches) -> None: ...  # whatever is computed once for the data set, before any step
@@ -60,49 +66,123 @@ def fit(
     on_step: Callable[[T], None] | None = None,
 ) -> None:
     """Run a training to its last step in a run folder; see `train` for the arguments."""
-    config, writer_class = training.config, _summary_writer() if tensorboard else None
-    with RunFolder(run_dir, resume, overwrite) as folder:
+    config, writer_class, everyone = training.config, _summary_writer() if tensorboard else None, processes()
+    with _held(RunFolder(run_dir, resume, overwrite, check=False), everyone) as folder:
+        _check_same(training, dataset, everyone)
         with progress_bar(f"reading {training.UNIT}") as report:
-            batches = Batches(dataset, config.batch_size, config.seed, device=training.device, progress=report)
-        if resume:
-            _resume(training, dataset, folder)
+            batches = everyone.together(
+                lambda: Batches(dataset, config.batch_size, config.seed, None, training.device, report, training.share)
+            )
+        if folder.resume:
+            _resume(training, dataset, folder, everyone)
         else:
-            training.begin(batches.images(0))
+            training.begin(everyone.together(lambda: batches.images(0)))
         training.prepare(batches)
         begun = training.step
-        folder.begin()
-        folder.write_config(_described(training, dataset))
-        log = CsvLog(folder.path / "log.csv", ("step", *training.TERMS, "images_per_second", "seconds"), training.step)
-        shown = _Events(writer_class, folder.path / "tensorboard", training.step) if writer_class else nullcontext()
+        columns = ("step", *training.TERMS, "images_per_second", "seconds")
+        log: CsvLog | None = None
+
+        def begin() -> None:
+            nonlocal log
+            folder.begin()
+            folder.write_config(_described(training, dataset))
+            log = CsvLog(folder.path / "log.csv", columns, training.step)
+
+        everyone.by_first(begin)
+        shown = _Events(writer_class, folder.path / "tensorboard", training.step) if writer_class and log else None
         if begun >= config.steps:
             say(f"{folder.path}: is at its last step already")
-        with shown as events, Interrupt() as interrupt, Tasks() as tasks:
+        with shown or nullcontext() as events, Interrupt() as interrupt, Tasks() as tasks:
             _loop(training, batches, folder, _Recorder(training, log, tasks, events), interrupt, on_step)
-        if training.step > begun:
-            folder.forget_shown()
-        _save(training, folder)
+        _save(training, folder, changed=training.step > begun)
+        everyone.by_first(folder.end)
     if training.step < config.steps:
         raise Stopped(
             f"stopped after step {training.step}; saved {folder.checkpoint}, continue with resume=True (--resume)"
         )
 
 
+@contextmanager
+def _held(folder: RunFolder, everyone: Processes) -> Iterator[RunFolder]:
+    """The run's folder, locked by the first process; all know whether it is resumed."""
+    with ExitStack() as stack:
+
+        def take() -> bool:
+            folder.check()
+            return stack.enter_context(folder).resume
+
+        folder.resume = everyone.by_first(take)
+        yield folder
+
+
+def _check_same(training: Trainable, dataset: Source, everyone: Processes) -> None:
+    """InputError where processes were given different things."""
+    if everyone.size == 1:
+        return
+    found = everyone.together(lambda: describe(dataset))
+    data = {"data": f"{found['name']}, {found['images']:,} images", "sha256 of its images": found["sha256"]}
+    config = training.model_config() | asdict(training.config)
+    everyone.same(encdiff=__version__, torch=torch.__version__, device=training.device.type, **data, **config)
+
+
 def _loop(training, batches, folder, recorder, interrupt, on_step) -> None:
-    config, dataset = training.config, batches.dataset
+    config, dataset, everyone = training.config, batches.dataset, processes()
     shown = np.linspace(0, len(dataset) - 1, min(8, len(dataset))).astype(np.int64)
-    while training.step < config.steps and not interrupt.requested:
+    stops = _Stops(training, interrupt)
+    while training.step < config.steps and not stops.now:
         terms = training.advance(*batches.batch(training.step))
         step = training.step
+        stops.heed(terms)
         if on_step:
             on_step(training)
         if step % config.log_every == 0 or step == config.steps:
             recorder(terms)
         recorder.tell(terms)
         if step % config.picture_every == 0 or step == config.steps:  # before this step counts as done
-            recorder.show(training.picture(torch.from_numpy(dataset.read(shown)).to(training.device), folder.samples))
+
+            def picture() -> None:
+                images = torch.from_numpy(dataset.read(shown)).to(training.device)
+                recorder.show(training.picture(images, folder.samples))
+
+            everyone.by_first(picture)
         if step % config.checkpoint_every == 0:
-            folder.forget_shown()
             _save(training, folder)
+
+
+class _Stops:
+    """Whether to stop after a step: asked of this process or, as they tell one another in each step, of any.
+
+    What they tell is read BEHIND steps later on a GPU, so that the host is ahead of it; all stop after the same step.
+    """
+
+    BEHIND = 2
+
+    def __init__(self, training: Trainable, interrupt: "Interrupt"):
+        self.training, self.interrupt, self.heard = training, interrupt, False
+        self.several = processes().size > 1
+        self.told: deque[tuple[Tensor, Any]] = deque()
+
+    @property
+    def now(self) -> bool:
+        self.training.asked = self.interrupt.requested
+        return self.heard if self.several else self.interrupt.requested
+
+    def heed(self, terms: Mapping[str, Tensor | float]) -> None:
+        if not self.several:
+            return
+        asked = torch.as_tensor(terms["asked"])
+        if asked.is_cuda:
+            asked, read = (
+                torch.empty_like(asked, device="cpu", pin_memory=True).copy_(asked, non_blocking=True),
+                (torch.cuda.Event()),
+            )
+            read.record()
+            self.told.append((asked, read))
+            if len(self.told) <= self.BEHIND:
+                return
+            asked, read = self.told.popleft()
+            read.synchronize()
+        self.heard = self.heard or bool(asked > 0)
 
 
 def _described(training: Trainable, dataset: Source) -> dict:
@@ -116,22 +196,39 @@ def _described(training: Trainable, dataset: Source) -> dict:
     }
 
 
-def _resume(training: Trainable, dataset: Source, folder: RunFolder) -> None:
-    folder.check_same_run(_described(training, dataset))
-    tensors, metadata = load_tensors(folder.checkpoint)
-    step = step_of(metadata, folder.checkpoint)
+def _resume(training: Trainable, dataset: Source, folder: RunFolder, everyone: Processes) -> None:
+    """From the checkpoint, which the first process reads, and the others get from it."""
+    tensors: dict[str, Tensor] = {}
+    described = _described(training, dataset)
+
+    def read() -> tuple[dict[str, str], dict[str, tuple[torch.Size, torch.dtype]], int]:
+        folder.check_same_run(described)
+        found, metadata = load_tensors(folder.checkpoint)
+        tensors.update(found)
+        return metadata, {k: (t.shape, t.dtype) for k, t in found.items()}, step_of(metadata, folder.checkpoint)
+
+    metadata, like, step = everyone.by_first(read)
+    tensors = tensors or {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in like.items()}
+    everyone.from_first(list(tensors.values()))
     training.load(tensors, metadata, folder.checkpoint)
     training.step = step
 
 
-def _save(training: Trainable, folder: RunFolder) -> None:
-    tensors = training.tensors()
-    if not all(t.isfinite().all() for t in tensors.values()):
-        raise diverged(training.step, f"{folder.checkpoint} is of an earlier step and whole")
-    metadata = {"step": str(training.step)}
-    metadata |= {k: str(v) for k, v in training.model_config().items() if k == "scaling_factor"}
-    training.save_model(folder.model)
-    save_tensors(folder.checkpoint, tensors, metadata)  # last: with it the step is done
+def _save(training: Trainable, folder: RunFolder, changed: bool = True) -> None:
+    """Model and checkpoint, by the first process; `changed`: what shows the model as it was is removed first."""
+
+    def save() -> None:
+        if changed:
+            folder.forget_shown()
+        tensors = training.tensors()
+        if not all(t.isfinite().all() for t in tensors.values()):
+            raise diverged(training.step, f"{folder.checkpoint} is of an earlier step and whole")
+        metadata = {"step": str(training.step)}
+        metadata |= {k: str(v) for k, v in training.model_config().items() if k == "scaling_factor"}
+        training.save_model(folder.model)
+        save_tensors(folder.checkpoint, tensors, metadata)  # last: with it the step is done
+
+    processes().by_first(save)
 
 
 def diverged(step: int, state: str) -> InputError:
@@ -139,9 +236,12 @@ def diverged(step: int, state: str) -> InputError:
 
 
 class _Recorder:
-    """Writes the terms of a step to the log and TensorBoard, pictures to the latter; says how far the training is."""
+    """Writes the terms of a step to the log and TensorBoard, pictures to the latter; says how far the training is.
 
-    def __init__(self, training: Trainable, log: CsvLog, tasks: Tasks, events: "_Events | None"):
+    Of several processes all look whether the loss is finite, and the first, which has the log, writes.
+    """
+
+    def __init__(self, training: Trainable, log: CsvLog | None, tasks: Tasks, events: "_Events | None"):
         self.training, self.log, self.tasks, self.events = training, log, tasks, events
         self.began, self.since = time.monotonic(), training.step
         if training.step < training.config.steps:
@@ -152,6 +252,8 @@ class _Recorder:
         row = {name: float(terms.get(name, 0.0)) for name in self.training.TERMS}
         if not math.isfinite(row["loss"]):
             raise diverged(step, f"the loss is {row['loss']}; the checkpoint is of an earlier step and whole")
+        if self.log is None:
+            return
         row["images_per_second"] = self._speed()
         self.log.write(step=step, **row, seconds=round(self.log.seconds + seconds, 2))
         if self.events:
@@ -202,7 +304,10 @@ class _Events:
 
 
 class Interrupt:
-    """Inside the block the first Ctrl-C or SIGTERM only sets `requested`; the second ends the program."""
+    """Inside the block the first Ctrl-C or SIGTERM only sets `requested`; the second ends the program.
+
+    Under torchrun, which kills what does not end in time and may ask twice, no second one counts.
+    """
 
     requested = False
 
@@ -217,7 +322,7 @@ class Interrupt:
             signal.signal(signum, handler)
 
     def _request(self, signum: int, _) -> None:
-        if self.requested:
+        if self.requested and not launched():
             raise KeyboardInterrupt
         self.requested = True
 

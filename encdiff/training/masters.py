@@ -43,6 +43,7 @@ class Segment:
         ]
         self.master, self.exp_avg, self.exp_avg_sq = (zeros(starts[-1]) for _ in range(3))
         self.gradient = torch.zeros_like(self.master, dtype=dtype)
+        self.sum: Tensor | None = None  # of the gradients of a batch's parts
         self.copy = None if dtype == torch.float32 else torch.zeros_like(self.gradient)
         self.average = zeros(starts[len(averages)]) if averages else None
         self.weights = self.views(self.master if self.copy is None else self.copy)
@@ -59,6 +60,14 @@ class Segment:
         """The copy anew from the masters."""
         if self.copy is not None:
             self.copy.copy_(self.master)
+
+    def add(self, part: int, parts: int) -> None:
+        """The gradient becomes the sum of those of all parts of a batch so far, which is kept in float32."""
+        if self.sum is None:
+            self.sum = torch.zeros_like(self.master)
+        self.sum.copy_(self.gradient) if part == 0 else self.sum.add_(self.gradient)
+        if part == parts - 1:
+            self.gradient.copy_(self.sum)
 
     def norm(self) -> Tensor:
         return torch.linalg.vector_norm(self.gradient, dtype=torch.float32)
@@ -177,8 +186,8 @@ class Masters:
             p.grad = None
 
     @torch.no_grad()
-    def step(self, clip: float = 0.0) -> Tensor:
-        """Clip the gradients' norm to `clip` (0: not), AdamW, average, round; returns the norm before, float32."""
+    def collect(self, part: int = 0, parts: int = 1) -> None:
+        """Bring the gradients of a backward pass, part after part of a batch, to where `step` reads them."""
         self.beside.join()
         for segment, indices in self.segments:
             found = [(view, self.computing[i]) for i, view in zip(indices, segment.gradients, strict=True)]
@@ -187,6 +196,13 @@ class Masters:
             if missing := [v for v, p in found if p.grad is None and v.data_ptr() not in self.beside.written]:
                 torch._foreach_zero_(missing)
         self.zero_grad()  # their memory is free for what comes next
+        for segment, _ in self.segments if parts > 1 else ():
+            segment.add(part, parts)
+
+    @torch.no_grad()
+    def step(self, clip: float = 0.0) -> Tensor:
+        """Clip the norm of the gradients collected to `clip` (0: not), AdamW, average, round; returns the norm before,
+        float32."""
         norms = [segment.norm() for segment, _ in self.segments]
         norm = norms[0] if len(norms) == 1 else torch.hypot(*norms)
         scale = (clip / (norm + 1e-6)).clamp(max=1.0) if clip else None  # as torch.nn.utils.clip_grad_norm_

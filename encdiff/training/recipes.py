@@ -24,6 +24,9 @@ class DescentConfig(Checked):
     ema: Fraction = 0.9999  # the average decays by min(ema, (1 + n) / (10 + n))
     precision: Literal["float32", "tf32", "bf16"] = "float32"  # tf32: on a GPU; bf16: on a GPU with masters
     engine: Literal["auto", "eager", "compile", "graph"] = "auto"  # how a step runs: encdiff.engine
+    accumulate: Count = (
+        1  # parts that a batch is cut into, one after the other: less memory; batch norm's are of a part
+    )
     checkpoint_activations: bool = False  # compute residual blocks anew in the backward pass: less memory, more time
     seed: Seed = 0
     log_every: Count = 50

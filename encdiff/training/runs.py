@@ -15,6 +15,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
+from encdiff.distributed.launch import launch_id
 from encdiff.errors import InputError
 from encdiff.files.reading import read_json, refuse_special, whole_number
 from encdiff.files.temporaries import atomic_path, clear, errors_of, is_temporary
@@ -32,13 +33,25 @@ class RunFolder:
 
     SHOWN = ("metrics.json", "importance.png", "pictures", "fields")  # of one state of the model
     OWN = ("config.json", "log.csv", "checkpoint.safetensors", "samples", "model", "tensorboard", *SHOWN)
-    IGNORED = (".lock", ".DS_Store", "Thumbs.db", "desktop.ini")  # a killed training's, and what desktops leave
+    IGNORED = (
+        ".lock",
+        ".launch",
+        ".DS_Store",
+        "Thumbs.db",
+        "desktop.ini",
+    )  # a killed training's, and what desktops leave
 
-    def __init__(self, path: str | Path, resume: bool = False, overwrite: bool = False):
+    def __init__(self, path: str | Path, resume: bool = False, overwrite: bool = False, check: bool = True):
         self.path = Path(path)
         if resume and overwrite:
             raise InputError("resume and overwrite cannot both be given")
         self.resume, self.overwrite, self._lock = resume, overwrite, _Lock(self.path)
+        if check:
+            self.check()
+
+    def check(self) -> None:
+        """InputError where this is no folder for the run, or another training writes to it."""
+        self._restart()
         self._check()
         self._lock.check()
 
@@ -46,6 +59,13 @@ class RunFolder:
         if self.path.is_dir():
             self._take()
         return self
+
+    def _restart(self) -> None:
+        """Where this very launch began the run before it was restarted, go on: from its checkpoint, or anew."""
+        mine = launch_id()
+        if mine is not None and self.launch.is_file() and self.launch.read_text() == mine:
+            self.resume = self.checkpoint.is_file()
+            self.overwrite = not self.resume
 
     def __exit__(self, *error) -> None:
         self._lock.release()
@@ -82,6 +102,12 @@ class RunFolder:
         for folder in (self.path, self.samples, self.model, self.path / "pictures"):
             clear(folder, alone=True)
         self.samples.mkdir(exist_ok=True)
+        if (mine := launch_id()) is not None:
+            self.launch.write_text(mine)
+
+    def end(self) -> None:
+        """The run is saved as its training leaves it: no restart of the launch is to go on with it by itself."""
+        self.launch.unlink(missing_ok=True)
 
     def forget_shown(self) -> None:
         """Remove what shows the model as it was; to be called before another is saved."""
@@ -95,6 +121,10 @@ class RunFolder:
     @property
     def checkpoint(self) -> Path:
         return self.path / "checkpoint.safetensors"
+
+    @property
+    def launch(self) -> Path:
+        return self.path / ".launch"
 
     @property
     def samples(self) -> Path:

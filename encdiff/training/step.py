@@ -5,13 +5,16 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from encdiff import ops
 from encdiff.checked import check_types
 from encdiff.data import Dataset, to_float
-from encdiff.data.loader import Batches
+from encdiff.data.loader import READ, Batches
+from encdiff.distributed.processes import processes
+from encdiff.distributed.rows import shared_rows
 from encdiff.engine import float32_precision
 from encdiff.errors import InputError
 from encdiff.files.checkpoint import positive_number
@@ -37,7 +40,7 @@ class Training(Descent):
         """Divide latents by their standard deviation over the first batch, as the published code does."""
         if self.model.config.first_stage == "vq":
             with torch.no_grad(), float32_precision(self.config.precision != "float32"):
-                deviation = self.model.first_stage.encode(to_float(samples)).std().item()
+                deviation = _deviation(self.model.first_stage.encode(to_float(samples)))
             if not (math.isfinite(deviation) and deviation > 0):
                 raise InputError(f"first stage: its latents have standard deviation {deviation}; is it trained?")
             self.model.config = replace(self.model.config, scaling_factor=1 / deviation)
@@ -46,8 +49,15 @@ class Training(Descent):
         """Encode the whole data set once, if the run will see each image more often and the latents can be kept."""
         visits = self.config.steps * self.config.batch_size
         if self.model.config.first_stage == "vq" and batches.resident and visits > len(batches.dataset):
+            shape = (len(batches.dataset), *self.model.latent_shape)
+
+            def fill(part: np.ndarray, start: int) -> None:
+                encoded = (self.model.to_latents(to_float(x)) for x in batches.everything(start, start + len(part)))
+                np.concatenate([latents.cpu().numpy() for latents in encoded], out=part)
+
             with float32_precision(self.config.precision != "float32"):
-                self.latents = torch.cat([self.model.to_latents(to_float(x)) for x in batches.everything()])
+                latents = shared_rows(shape, np.float32, fill, processes(), READ)
+            self.latents = torch.from_numpy(latents).to(self.device)
 
     def advance(self, images: Tensor, indices: Tensor) -> dict[str, Tensor | float]:
         """One step on images uint8 (B, S, S, 3) and their indices int64 (B,), on the model's device; returns TERMS."""
@@ -78,6 +88,18 @@ class Training(Descent):
         path = samples / f"swap-{self.step:07d}.png"
         save_png(swap_grid(self.averaged_model(), images[:half], images[half : 2 * half], steps=20), path)
         return path
+
+
+def _deviation(latents: Tensor) -> float:
+    """The standard deviation over the latents of all processes, which hold equally many."""
+    if processes().size == 1:
+        return latents.std().item()
+    sums = torch.stack([latents.double().sum(), latents.double().square().sum()])
+    processes().mean_(sums)
+    count = latents.numel()
+    total = count * processes().size
+    mean, square = (sums / count).tolist()
+    return math.sqrt((square - mean**2) * total / (total - 1))
 
 
 def train(

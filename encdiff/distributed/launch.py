@@ -1,0 +1,26 @@
+"""What the environment says of the launch that this process belongs to; loads no torch."""
+
+import os
+
+NEEDED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # as torchrun sets them
+
+
+def launched() -> bool:
+    """Whether a launcher such as torchrun started this process, alone or with others."""
+    return all(name in os.environ for name in NEEDED)
+
+
+def launch_id() -> str | None:
+    """What is the same in every restart of one launch by the first machine's launcher, and in no other launch."""
+    if not launched():
+        return None
+    return f"{os.environ.get('TORCHELASTIC_RUN_ID', '')} {os.getppid()} {_born(os.getppid())}"
+
+
+def _born(process: int) -> str:
+    """When a process began, so that a number which is used again is not taken for it; empty where /proc is not."""
+    try:
+        with open(f"/proc/{process}/stat") as file:
+            return file.read().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return ""
