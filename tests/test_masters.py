@@ -153,6 +153,7 @@ def test_a_parameter_without_a_gradient_counts_as_zero():
     for p in ours.masters.computing:
         p.grad = None if p is still else torch.ones_like(p)
     ours.masters.prepare(1e-3, 0.1)
+    ours.masters.collect()
     ours.masters.step()
     gradients = dict(zip(indices, segment.gradients, strict=True))
     assert (gradients.pop(at) == 0).all() and all((g == 1).all() for g in gradients.values())

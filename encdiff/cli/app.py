@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Annotated
 
@@ -74,15 +73,15 @@ def main() -> None:
     Of several processes of one launch each runs it; one of them says what all meet.
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that half-written files are removed
-    says: Callable[[Exception], bool] = lambda error: True  # noqa: E731 - until the processes have met
+    everyone: Processes | None = None
     try:
         with _processes() as everyone:
-            says = everyone.says if everyone else says
             app()
     except Stopped as stopped:
-        say(str(stopped))
+        if everyone is None or everyone.first:
+            say(str(stopped))
     except (InputError, Lost, OSError) as error:
-        if says(error):
+        if everyone is None or everyone.says(error):
             print(f"error: {plain(str(error))}", file=sys.stderr)
         sys.exit(2)
 

@@ -13,3 +13,9 @@ Run = Annotated[Path, typer.Argument(help=RUN_HELP + ".", show_default=False)]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto takes a GPU if there is one.")]
 Seed = Annotated[int, typer.Option(help="Of all that is random.", min=0)]
 CheckpointEvery = Annotated[int | None, typer.Option(help="Steps between checkpoints. Default: 1,000.", min=1)]
+Several = Annotated[
+    int | None,
+    typer.Option(
+        "--processes", help="So many on this machine, on GPUs one each. Default: 1; machines: docs/scale.md.", min=1
+    ),
+]

@@ -1,6 +1,7 @@
 """What the commands share: options, devices, data, models, files."""
 
 import os
+import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import cache
@@ -10,6 +11,7 @@ from typer.core import TyperGroup
 
 from encdiff import pretrained
 from encdiff.checked import Range
+from encdiff.distributed.launch import launched
 from encdiff.errors import InputError
 from encdiff.terminal import say
 
@@ -26,6 +28,14 @@ class Commands(TyperGroup):
             return super().invoke(ctx)
         except EOFError as error:
             raise InputError(f"a file ends too early ({error}); copy it again") from None
+
+
+def spread(count: int | None) -> None:
+    """Where a command is to run in so many processes, run it again in each of them, and end with what they end with."""
+    if count is not None and count > 1 and not launched():
+        from encdiff.distributed.launcher import launch
+
+        sys.exit(launch(count, ["-m", "encdiff", *sys.argv[1:]]))
 
 
 def given_options(**options) -> dict:
@@ -120,15 +130,17 @@ def importance_plot(scores: Path) -> Path:
 def choose_device(name: str) -> str:
     import torch
 
+    from encdiff.distributed.processes import processes
+
     if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
         raise InputError(f"--device {name!r} must be auto, cpu, cuda or cuda:N") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise InputError(f"--device {name}: no GPU that PyTorch {torch.__version__} can use; take --device cpu")
-    return name
+    return processes().device(device)
 
 
 def told_of_precision(device: str, precision: str) -> str:

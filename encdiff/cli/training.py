@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from encdiff.cli.options import CheckpointEvery, Device
+from encdiff.cli.options import CheckpointEvery, Device, Several
 from encdiff.cli.support import (
     DATA_HELP,
     begun_size,
@@ -15,6 +15,7 @@ from encdiff.cli.support import (
     open_data,
     rebuilt,
     resumed,
+    spread,
     told_of_precision,
 )
 from encdiff.errors import InputError
@@ -26,7 +27,7 @@ Resume = Annotated[bool, typer.Option("--resume", help="Continue from the run's 
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the run in that folder.")]
 Folder = Annotated[Path, typer.Option(help="The folder of the run: checkpoint, log, pictures, model.")]
 Steps = Annotated[int | None, typer.Option(help="Default: the preset's.", min=1)]
-BatchSize = Annotated[int | None, typer.Option(help="Default: the preset's.", min=1)]
+BatchSize = Annotated[int | None, typer.Option(help="Of all processes together. Default: the preset's.", min=1)]
 Seed = Annotated[int | None, typer.Option(help="Default: 0.", min=0)]
 TensorBoard = Annotated[bool, typer.Option("--tensorboard", help="Also write TensorBoard events.")]
 
@@ -77,6 +78,9 @@ def train(
     ] = None,
     precision: HowPrecise = None,
     engine: HowRun = None,
+    accumulate: Annotated[
+        int | None, typer.Option(help="Parts of a batch, one after the other: less memory. Default: 1.", min=1)
+    ] = None,
     checkpoint_activations: Annotated[
         bool | None, typer.Option("--checkpoint-activations", help="Less memory, more time.")
     ] = None,
@@ -87,8 +91,10 @@ def train(
     resume: Resume = False,
     overwrite: Overwrite = False,
     tensorboard: TensorBoard = False,
+    processes: Several = None,
 ) -> None:
     """Train a model on images. Ctrl-C saves; --resume continues exactly there, with the run's own settings."""
+    spread(processes)
     import torch
 
     from encdiff.models import EncDiff, EncDiffConfig
@@ -99,7 +105,7 @@ def train(
     given = given_options(
         steps=steps, batch_size=batch_size, learning_rate=learning_rate, timesteps=timesteps and timesteps.value,
         precision=precision and precision.value, engine=engine and engine.value,
-        checkpoint_activations=checkpoint_activations,
+        accumulate=accumulate, checkpoint_activations=checkpoint_activations,
         checkpoint_every=checkpoint_every, picture_every=picture_every, seed=seed,
     )  # fmt: skip
     if resume:
@@ -140,8 +146,10 @@ def train_autoencoder(
     device: Device = "auto",
     resume: Resume = False,
     overwrite: Overwrite = False,
+    processes: Several = None,
 ) -> None:
     """Train the VQ first stage. The paper's presets need one before `train`."""
+    spread(processes)
     import torch
 
     from encdiff.models.autoencoder import VQAutoencoder

@@ -122,9 +122,15 @@ class Processes:
             return self.first
         return self._store.add(f"encdiff {'' if isinstance(error, Lost) else error}", 1) == 1
 
-    def device(self, name: str) -> str:
-        """The device that a name without a number stands for: the GPU of this process's place on its machine."""
-        return f"cuda:{self.local_rank}" if name == "cuda" and self.size > 1 else name
+    def device(self, wanted: torch.device) -> str:
+        """The device of this process, of those of its machine; InputError where several would take one GPU."""
+        if self.size == 1 or wanted.type != "cuda":
+            return str(wanted)
+        if wanted.index is not None:
+            raise InputError(f"--device {wanted}: is one GPU for {self.size} processes; take cuda, for one each")
+        if self.local_size > (there := torch.cuda.device_count()):
+            raise InputError(f"{self.local_size} processes on a machine with {there} GPUs; start as many as there are")
+        return f"cuda:{self.local_rank}"
 
 
 _alone = Processes()

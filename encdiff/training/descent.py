@@ -133,7 +133,7 @@ class Descent(ABC):
         self.step += 1
         if self.masters is not None:
             self.masters.updates += 1
-        terms = {"loss": loss, "gradient_norm": norm, "learning_rate": rate}
+        terms: dict[str, Tensor | float] = {"loss": loss, "gradient_norm": norm, "learning_rate": rate}
         return terms | ({"asked": asked[0]} if asked else {})
 
     def _work(self, follow: Tensor | None = None, asked: Tensor | None = None, **inputs: Tensor) -> tuple[Tensor, ...]:

@@ -1,0 +1,32 @@
+"""A launch from the command line itself: the processes of one machine, by the launcher that is behind torchrun."""
+
+import logging
+import os
+import sys
+import uuid
+from collections.abc import Sequence
+
+from torch.distributed.elastic.multiprocessing import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+
+def launch(count: int, command: Sequence[str]) -> int:
+    """Run `python *command` in so many processes, as `torchrun --standalone` does; returns what to exit with.
+
+    A signal to this process goes to all of them, which have half a minute to end. Without torchrun's own report: what
+    went wrong the processes have said.
+    """
+    logging.disable(logging.ERROR)
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // count)))
+    config = LaunchConfig(
+        min_nodes=1, max_nodes=1, nproc_per_node=count, max_restarts=0, monitor_interval=0.1, run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d", rdzv_endpoint="localhost:0",
+    )  # fmt: skip
+    try:
+        elastic_launch(config, sys.executable)(*command)
+    except SignalException:  # they have ended as they do when asked to, or were killed after their half minute
+        return 0
+    except ChildFailedError as error:
+        return min((failed.exitcode for failed in error.failures.values() if failed.exitcode > 0), default=1)
+    return 0
