@@ -24,6 +24,7 @@ from encdiff.models.autoencoder import VQAutoencoder
 from encdiff.training import AutoencoderTrainConfig, TrainConfig, train, train_autoencoder
 from encdiff.training.runs import CsvLog, RunFolder
 
+pytestmark = pytest.mark.usefixtures("quick_pictures")
 CONFIG = TrainConfig(steps=3, batch_size=8, warmup=1, log_every=1, checkpoint_every=1, picture_every=1)
 FILES = ["checkpoint.safetensors", "config.json", "log.csv", "model", "samples"]
 PICTURES = [f"swap-{step:07d}.png" for step in (1, 2, 3)]
@@ -93,9 +94,6 @@ def train_first_stage(dataset, run, **options) -> None:
 
 @pytest.mark.parametrize("work", [train_model, train_first_stage])
 def test_killed_between_any_two_files_a_run_loses_nothing(work, dataset, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        "encdiff.pictures.concepts.swap_grid", lambda *_, **__: Image.new("RGB", (2, 2))
-    )  # quickly drawn
     work(dataset, tmp_path / "whole")
     whole, run, moment = state(tmp_path / "whole"), tmp_path / "run", 0
     assert len(whole[-1]) == 2
