@@ -20,6 +20,7 @@ from PIL import ImageDraw
 
 from encdiff import EncDiff
 from encdiff.cli import app
+from encdiff.pictures import swap_grid
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
@@ -64,6 +65,12 @@ def images() -> torch.Tensor:
     generator = torch.Generator().manual_seed(1)
     colours, texture = torch.rand(4, 3, 1, 1, generator=generator), torch.rand(4, 3, 16, 16, generator=generator)
     return (0.7 * colours + 0.3 * texture) * 2 - 1
+
+
+@pytest.fixture
+def quick_pictures(monkeypatch) -> None:
+    """Trainings draw their swap grids, still of their weights, in one step of sampling in place of 20."""
+    monkeypatch.setattr("encdiff.training.step.swap_grid", lambda *images, steps: swap_grid(*images, steps=1))
 
 
 @pytest.fixture

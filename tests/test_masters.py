@@ -13,6 +13,7 @@ from encdiff.files.checkpoint import load_tensors
 from encdiff.ops._beside import give
 from encdiff.training import Training, train
 
+pytestmark = pytest.mark.usefixtures("quick_pictures")
 BF16 = replace(CONFIG, precision="bf16", steps=100)
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"

@@ -24,6 +24,8 @@ from encdiff.models.autoencoder import VQAutoencoder
 from encdiff.training import AutoencoderTrainConfig, TrainConfig, train, train_autoencoder
 from encdiff.training.runs import CsvLog, RunFolder
 
+pytestmark = pytest.mark.usefixtures("quick_pictures")
+SMALLER = replace(TINY, multipliers=(1,), attention_levels=(0,))  # what is within a model is all the same here
 CONFIG = TrainConfig(steps=3, batch_size=8, warmup=1, log_every=1, checkpoint_every=1, picture_every=1)
 FILES = ["checkpoint.safetensors", "config.json", "log.csv", "model", "samples"]
 PICTURES = [f"swap-{step:07d}.png" for step in (1, 2, 3)]
@@ -38,7 +40,7 @@ def dataset():
 
 def fresh() -> EncDiff:
     torch.manual_seed(0)
-    return EncDiff(TINY)
+    return EncDiff(SMALLER)
 
 
 def names(folder) -> list[str]:
@@ -93,9 +95,6 @@ def train_first_stage(dataset, run, **options) -> None:
 
 @pytest.mark.parametrize("work", [train_model, train_first_stage])
 def test_killed_between_any_two_files_a_run_loses_nothing(work, dataset, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        "encdiff.pictures.concepts.swap_grid", lambda *_, **__: Image.new("RGB", (2, 2))
-    )  # quickly drawn
     work(dataset, tmp_path / "whole")
     whole, run, moment = state(tmp_path / "whole"), tmp_path / "run", 0
     assert len(whole[-1]) == 2
@@ -237,7 +236,7 @@ def test_data_under_another_name_is_the_same_data(photos, tmp_path):
     moved = photos.rename(tmp_path / "pictures")
     train(fresh(), open_dataset(moved, 16), run, replace(CONFIG, steps=2), resume=True)
     assert load_tensors(run / "checkpoint.safetensors")[1]["step"] == "2"
-    once(run, asdict(TINY), replace(CONFIG, steps=2), open_dataset(moved, 16), None)  # is done
+    once(run, asdict(SMALLER), replace(CONFIG, steps=2), open_dataset(moved, 16), None)  # is done
     Image.new("RGB", (16, 16)).save(moved / "0.png")
     with pytest.raises(InputError, match="was begun with sha256"):
         train(fresh(), open_dataset(moved, 16), run, CONFIG, resume=True)

@@ -15,6 +15,7 @@ from encdiff.errors import Stopped
 from encdiff.files.checkpoint import load_tensors, save_tensors
 from encdiff.training import RECIPES, TrainConfig, Training, train
 
+pytestmark = pytest.mark.usefixtures("quick_pictures")
 CONFIG = TrainConfig(
     steps=6, batch_size=8, learning_rate=4e-3, warmup=2, log_every=2, checkpoint_every=4, picture_every=100
 )  # fmt: skip
