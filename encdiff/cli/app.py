@@ -20,10 +20,10 @@ from encdiff.cli.fields import fields_app
 from encdiff.cli.pictures import attend, swap, traverse
 from encdiff.cli.profile import profile
 from encdiff.cli.sample import sample
-from encdiff.cli.support import Commands
+from encdiff.cli.support import Commands, check_alone
 from encdiff.cli.training import train, train_autoencoder
 from encdiff.distributed.launch import launched
-from encdiff.errors import InputError, Lost, Stopped
+from encdiff.errors import InputError, Lost, Stopped, Told
 from encdiff.terminal import plain, say
 
 if TYPE_CHECKING:
@@ -55,9 +55,7 @@ def options(
     context: typer.Context,
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
 ) -> None:
-    command = context.invoked_subcommand
-    if launched() and command not in SHARED:
-        raise InputError(f"encdiff {command}: works in one process; start it without torchrun")
+    check_alone(context, SHARED)
 
 
 for command in (
@@ -81,7 +79,7 @@ def main() -> None:
         if everyone is None or everyone.first:
             say(str(stopped))
     except (InputError, Lost, OSError) as error:
-        if everyone is None or everyone.says(error):
+        if not isinstance(error, Told) if everyone is None else everyone.says(error):
             print(f"error: {plain(str(error))}", file=sys.stderr)
         sys.exit(2)
 

@@ -5,8 +5,8 @@ from typing import Annotated, Any
 
 import typer
 
-from encdiff.cli.options import RUN_HELP, Device, RunData, Seed
-from encdiff.cli.support import importance_plot, metric_names, open_model, results, writable
+from encdiff.cli.options import RUN_HELP, Device, RunData, Seed, Several
+from encdiff.cli.support import importance_plot, metric_names, open_model, results, spread, writable
 from encdiff.errors import InputError
 from encdiff.terminal import console, say
 
@@ -33,22 +33,19 @@ def evaluate(
     ] = None,
     seed: Seed = 0,
     device: Device = "auto",
+    several: Several = None,
 ) -> None:
     """Score a model's encoder, or the codes of any other. An untrained one is scored beside it.
 
     An .npz holds codes (n, N), factors (n, F) and, if you like, factor_names: four fifths of the rows teach the
     metrics, the others are scored.
     """
-    from encdiff.evaluation import (
-        evaluate_codes,
-        evaluate_model,
-        format_swaps,
-        format_table,
-        plot_importance,
-        stages,
-        write_metrics,
-    )  # fmt: skip
+    spread(several)
+    from encdiff.distributed.processes import processes
+    from encdiff.evaluation import evaluate_codes, evaluate_model, stages
     from encdiff.evaluation.drawn import DRAWN
+
+    everyone = processes()
 
     options: dict[str, Any] = {"metrics": metric_names(metrics), "seed": seed, "seeds": seeds}
     if pairs and "counterfactual" not in options["metrics"]:
@@ -57,6 +54,8 @@ def evaluate(
     if run.suffix.lower() == ".npz" and not run.is_dir():
         if data or protocol not in (None, "heldout"):
             raise InputError(f"{run}: codes have no --data, and their --protocol is heldout")
+        if everyone.size > 1:
+            raise InputError(f"{run}: codes are scored by one process; leave out --processes and torchrun")
         if drawn := DRAWN.keys() & options["metrics"]:
             raise InputError(f"--metrics {min(drawn)}: is of what a model draws; an .npz holds codes alone")
         out = writable(out or run.with_name(f"{run.stem}-metrics.json"))
@@ -66,8 +65,16 @@ def evaluate(
         if protocol == "published-cars3d":  # the paper's, on images read as the published evaluation misreads them
             protocol, data = "paper", f"{protocol}:{data}" if data else protocol
         model, dataset = open_model(run, data, device)
-        out = writable(out or results(run) / "metrics.json")
+        out = out or results(run) / "metrics.json"
+        everyone.by_first(lambda: writable(out) and None)
         scores = evaluate_model(model, dataset, protocol=protocol or "paper", baseline=baseline, **options)
+    everyone.by_first(lambda: _write(out, scores))
+
+
+def _write(out: Path, scores: dict[str, dict]) -> None:
+    """Print the scores, and write them and DCI's plot."""
+    from encdiff.evaluation import format_swaps, format_table, plot_importance, write_metrics
+
     console.print(format_table(scores))
     if "counterfactual" in next(iter(scores.values())):
         console.print(format_swaps(scores["trained"]["counterfactual"]))

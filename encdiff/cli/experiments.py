@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from encdiff.cli.options import CheckpointEvery, Device, Seed
-from encdiff.cli.support import DATA_HELP, choose_device, given_options, open_data
-from encdiff.terminal import say, say_table
+from encdiff.cli.options import CheckpointEvery, Device, Seed, Several
+from encdiff.cli.support import DATA_HELP, choose_device, given_options, open_data, spread
+from encdiff.terminal import console, say, say_table
 
 # Modules that load torch are imported inside the commands, so that --help answers at once.
 
@@ -31,7 +31,9 @@ _say = partial(say, style="bold")
 
 
 def _show(path: Path) -> None:
-    """The notes and the table of a Markdown file, and where it lies."""
+    """The notes and the table of a Markdown file, and where it lies; of several processes by the first."""
+    if console.quiet:
+        return
     lines = path.read_text("utf-8", "surrogateescape").splitlines()
     notes = [line.removeprefix("# ") for line in lines if line and not line.startswith("|")]
     header, _, *rows = ([c.strip(" *") for c in line[1:-1].split("|")] for line in lines if line.startswith("|"))
@@ -66,11 +68,13 @@ def reproduce(
         False
     ),
     device: Device = "auto",
+    several: Several = None,
 ) -> None:
     """From a data file to the paper's table. First stage, training, scores over seeds, beside the published figures.
 
     Ctrl-C keeps what is done; the same command continues there.
     """
+    spread(several)
     from encdiff.experiments.reproduce import reproduce as run
 
     out = out or Path("runs") / f"reproduce-{target.value}{'-quick' * quick}"
@@ -97,11 +101,13 @@ def ablate(
     ] = None,
     protocol: Annotated[str, typer.Option(help="paper, or quick (fewer samples, not comparable).")] = "paper",
     device: Device = "auto",
+    several: Several = None,
 ) -> None:
     """Train and score a preset under the paper's ablations. Their table is written, too.
 
     Ctrl-C keeps what is done; the same command continues there.
     """
+    spread(several)
     from encdiff.experiments.ablations import ablate as run
     from encdiff.experiments.ablations import ablated
 

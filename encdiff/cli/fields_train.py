@@ -6,9 +6,10 @@ from typing import Annotated
 import typer
 
 from encdiff.cli.fields_data import FIELDS_HELP
-from encdiff.cli.options import CheckpointEvery, Device
-from encdiff.cli.support import choose_device, given_options, rebuilt, resumed, told_of_precision
+from encdiff.cli.options import CheckpointEvery, Device, Several
+from encdiff.cli.support import choose_device, given_options, rebuilt, resumed, spread, told_of_precision
 from encdiff.cli.training import (
+    Accumulate,
     BatchSize,
     Folder,
     HowPrecise,
@@ -65,6 +66,7 @@ def train(
     exact: Annotated[
         float | None, typer.Option(help="Share of the samples whose sensors have no noise. Default: 0.5.")
     ] = None,
+    accumulate: Accumulate = None,
     precision: HowPrecise = None,
     engine: HowRun = None,
     checkpoint_every: CheckpointEvery = None,
@@ -74,8 +76,10 @@ def train(
     resume: Resume = False,
     overwrite: Overwrite = False,
     tensorboard: TensorBoard = False,
+    several: Several = None,
 ) -> None:
     """Train a model on fields. Ctrl-C saves; --resume continues exactly there, with the run's own settings."""
+    spread(several)
     import torch
 
     from encdiff.fields import FieldConfig, FieldModel, FieldTrainConfig, field_recipe, fitted_config, open_fields
@@ -84,7 +88,7 @@ def train(
 
     given = given_options(
         steps=steps, batch_size=batch_size, learning_rate=learning_rate, observed=_shares(observed), noise=noise,
-        exact=exact, precision=precision and precision.value, engine=engine and engine.value,
+        exact=exact, precision=precision and precision.value, engine=engine and engine.value, accumulate=accumulate,
         checkpoint_every=checkpoint_every, picture_every=picture_every, seed=seed,
     )  # fmt: skip
     if resume:

@@ -2,11 +2,12 @@
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
 
+import typer
 from typer.core import TyperGroup
 
 from encdiff import pretrained
@@ -36,6 +37,12 @@ def spread(count: int | None) -> None:
         from encdiff.distributed.launcher import launch
 
         sys.exit(launch(count, ["-m", "encdiff", *sys.argv[1:]]))
+
+
+def check_alone(context: typer.Context, shared: Collection[str]) -> None:
+    """InputError where several processes were started for a command that they do not share."""
+    if launched() and context.invoked_subcommand not in shared:
+        raise InputError(f"{context.command_path} {context.invoked_subcommand}: is for one process, without torchrun")
 
 
 def given_options(**options) -> dict:

@@ -29,6 +29,9 @@ Folder = Annotated[Path, typer.Option(help="The folder of the run: checkpoint, l
 Steps = Annotated[int | None, typer.Option(help="Default: the preset's.", min=1)]
 BatchSize = Annotated[int | None, typer.Option(help="Of all processes together. Default: the preset's.", min=1)]
 Seed = Annotated[int | None, typer.Option(help="Default: 0.", min=0)]
+Accumulate = Annotated[
+    int | None, typer.Option(help="Parts of a batch, one after the other: less memory. Default: 1.", min=1)
+]
 TensorBoard = Annotated[bool, typer.Option("--tensorboard", help="Also write TensorBoard events.")]
 
 
@@ -78,9 +81,7 @@ def train(
     ] = None,
     precision: HowPrecise = None,
     engine: HowRun = None,
-    accumulate: Annotated[
-        int | None, typer.Option(help="Parts of a batch, one after the other: less memory. Default: 1.", min=1)
-    ] = None,
+    accumulate: Accumulate = None,
     checkpoint_activations: Annotated[
         bool | None, typer.Option("--checkpoint-activations", help="Less memory, more time.")
     ] = None,
@@ -91,10 +92,10 @@ def train(
     resume: Resume = False,
     overwrite: Overwrite = False,
     tensorboard: TensorBoard = False,
-    processes: Several = None,
+    several: Several = None,
 ) -> None:
     """Train a model on images. Ctrl-C saves; --resume continues exactly there, with the run's own settings."""
-    spread(processes)
+    spread(several)
     import torch
 
     from encdiff.models import EncDiff, EncDiffConfig
@@ -146,10 +147,10 @@ def train_autoencoder(
     device: Device = "auto",
     resume: Resume = False,
     overwrite: Overwrite = False,
-    processes: Several = None,
+    several: Several = None,
 ) -> None:
     """Train the VQ first stage. The paper's presets need one before `train`."""
-    spread(processes)
+    spread(several)
     import torch
 
     from encdiff.models.autoencoder import VQAutoencoder

@@ -7,11 +7,13 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from encdiff.distributed.launch import launched
+from encdiff.distributed.meeting import meet
 from encdiff.errors import InputError, Lost, Told
 from encdiff.terminal import console
 
@@ -85,6 +87,25 @@ class Processes:
             dist.all_gather_object(values, value, group=self._waiting)
         return values
 
+    def concatenated(self, rows: np.ndarray) -> np.ndarray:
+        """The rows (n, ...) of all processes, one rank's behind the other's; some may have none."""
+        if self.size == 1:
+            return rows
+        parts = []
+        for rank, (shape, dtype) in enumerate(self.gather((rows.shape, rows.dtype.str))):
+            part = torch.from_numpy(np.ascontiguousarray(rows) if rank == self.rank else np.empty(shape, dtype))
+            if part.numel():
+                with _watched():
+                    dist.broadcast(part, rank, group=self._waiting)
+                parts.append(part.numpy())
+        return np.concatenate(parts) if parts else rows
+
+    def part(self, count: int, multiple: int = 1) -> tuple[int, int]:
+        """Where this process's part of so many rows begins and ends, each part at a multiple, as equal as can be."""
+        blocks = -(-count // multiple)
+        start, stop = (min(blocks * (self.rank + i) // self.size * multiple, count) for i in (0, 1))
+        return start, stop
+
     def together(self, work: Callable[[], T]) -> T:
         """`work()` in every process; where it fails in one for a reason that a user can mend, it fails in all."""
         if self.size == 1:
@@ -118,7 +139,7 @@ class Processes:
         """Whether it is this process that tells the user of an error: of one that several meet, the first that asks."""
         if self.size == 1:
             return True
-        if isinstance(error, Told):
+        if isinstance(error, Told) or self._store is None:  # not even met
             return self.first
         return self._store.add(f"encdiff {'' if isinstance(error, Lost) else error}", 1) == 1
 
@@ -178,17 +199,11 @@ def _begin(found: Processes) -> None:
     if torch.cuda.is_available():
         torch.cuda.set_device(found.local_rank % torch.cuda.device_count())
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    timeout = timedelta(seconds=seconds)
-    try:
-        found._store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
-        dist.init_process_group(backend, store=found._store, rank=rank, world_size=size, timeout=timeout)
-    except (dist.DistError, RuntimeError, ValueError) as error:
-        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        reason = str(error).partition("\n")[0]
-        raise InputError(
-            f"process {found.rank} of {found.size} did not meet the others at {where} within {seconds:g} s ({reason}); "
-            "start all of them by torchrun, with one port that is free"
-        ) from None
+    found._store = meet(found.rank, found.size, seconds)
+    with _watched():
+        dist.init_process_group(
+            backend, store=found._store, rank=found.rank, world_size=found.size, timeout=timedelta(seconds=seconds)
+        )
 
 
 def _attempt(work: Callable[[], T]) -> tuple[T | None, str | None]:

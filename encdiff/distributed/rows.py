@@ -44,9 +44,8 @@ def shared_rows(
     finally:
         if processes.local_rank == 0:  # they have it open; its name is no longer needed
             os.unlink(path)
-    blocks = -(-shape[0] // multiple)
-    start, stop = (blocks * (processes.local_rank + i) // processes.local_size * multiple for i in (0, 1))
-    processes.together(lambda: fill(out[start : min(stop, shape[0])], start))
+    start, stop = Processes(processes.local_rank, processes.local_size).part(shape[0], multiple)
+    processes.together(lambda: fill(out[start:stop], start))
     return out
 
 

@@ -4,6 +4,7 @@ import hashlib
 import time
 import zipfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from encdiff.evaluation.protocol import (
 )
 from encdiff.evaluation.scoring import over_seeds
 from encdiff.files.reading import refuse_special
+from encdiff.metrics.factor_vae import check_at_least
 
 
 def evaluate_codes(
@@ -39,13 +41,15 @@ def evaluate_codes(
     """
     codes, factors, names = read_codes(path)
     settings = settings_of("heldout", seed, **overrides)
+    check_at_least(1, seeds=seeds)
     began = time.perf_counter()
 
     def score(settings: Protocol) -> dict[str, dict]:
         return score_rows(codes, factors, settings, metrics, factor_names=names, n_jobs=n_jobs, report=progress)
 
     digest = hashlib.sha256(codes.tobytes() + factors.tobytes()).hexdigest()
-    return over_seeds(score, "heldout", settings, seeds, metrics) | {
+    scores = [score(replace(settings, seed=settings.seed + i)) for i in range(seeds)]
+    return over_seeds(scores, "heldout", settings, metrics) | {
         "data": {"name": Path(path).name, "rows": len(codes), "factor_names": names, "sha256": digest},
         "version": __version__,
         "seconds": {"score": time.perf_counter() - began},

@@ -1,9 +1,11 @@
 """Score an encoder on a labelled data set: encode every image once, then let the metrics index the codes."""
 
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,7 @@ from torch import Tensor
 from encdiff import __version__
 from encdiff.checked import check_types
 from encdiff.data import Dataset, describe
+from encdiff.distributed.processes import Processes, processes
 from encdiff.errors import InputError
 from encdiff.evaluation.drawn import DRAWN, check_drawn, score_drawn
 from encdiff.evaluation.encode import Encode, encode_dataset, untrained
@@ -69,49 +72,96 @@ def evaluate(
     Raises:
         InputError: unlabelled data, an unknown metric, protocol or field, or codes that are not finite.
     """
-    if not callable(encode):
-        raise InputError(f"encode is a {type(encode).__name__}, must be a model or a function of images")
-    check_types(dataset=(dataset, Dataset, "open_dataset"))
-    settings = settings_of(protocol, seed, **overrides)
-    if not dataset.factor_sizes:
-        raise InputError(f"{dataset.name} has no factors, which scores need; swap, traverse and attend need none")
-    one_per_cell = dataset.is_complete
-    if one_per_cell:
-        check_grid(len(dataset), dataset.factor_sizes)
-    elif settings.subset == "all":
-        raise InputError(f"{dataset.name} is no complete grid of factors with one image each: use protocol 'heldout'")
-    report = progress or silent
-    if isinstance(metrics, str):
-        raise InputError(f"metrics is the text {metrics!r}, must be a list of names")
-    drawn, of_codes = [m for m in metrics if m in DRAWN], [m for m in metrics if m not in DRAWN]
-    check_drawn(drawn, encode, dataset, pairs)
-    began = time.perf_counter()
-    function = encoder_of(encode, dataset) if isinstance(encode, EncDiff) else encode
-    codes = encode_dataset(function, dataset, batch_size, lambda done, total: report("encode", done, total))
-    encoded = time.perf_counter()
-
-    def score(settings: Protocol) -> dict[str, dict]:
-        if one_per_cell:
-            return score_grid(codes, dataset.factor_sizes, settings, of_codes, n_jobs=n_jobs, report=report)
-        factors = dataset.factors(np.arange(len(dataset)))
-        return score_rows(codes, factors, settings, of_codes, n_jobs=n_jobs, report=report)
-
-    results = over_seeds(score, protocol, settings, seeds, of_codes)
-    results = score_drawn(drawn, encode, dataset, results, seed, pairs, report) | results
-    if isinstance(encode, EncDiff) and (width := encode.config.concept_width) > 1:
-        results["protocol"]["code"] = f"first principal component of each concept's {width} numbers"
-    return results | {
-        "data": describe(dataset),
-        "version": __version__,
-        "seconds": {"encode": encoded - began, "score": time.perf_counter() - encoded},
-    }
+    options: dict[str, Any] = {"metrics": metrics, "protocol": protocol, "seed": seed, "seeds": seeds, "pairs": pairs}
+    options |= {"batch_size": batch_size, "n_jobs": n_jobs, **overrides}
+    return _evaluate_all([_Evaluation(encode, dataset, progress or silent, **options)])[0]
 
 
-def over_seeds(score, protocol: str, settings: Protocol, seeds: int, metrics: Sequence[str]) -> dict:
+class _Evaluation:
+    """What `evaluate` does, in stages: encode, then a score for each seed, then all of them together."""
+
+    def __init__(
+        self, encode: Encode | EncDiff, dataset: Dataset, report: Report, *, metrics: Sequence[str] = DEFAULT,
+        protocol: str = "paper", seed: int = 0, seeds: int = 1, pairs: int = 128, batch_size: int = 256,
+        n_jobs: int | None = None, **overrides: Any,
+    ):  # fmt: skip
+        if not callable(encode):
+            raise InputError(f"encode is a {type(encode).__name__}, must be a model or a function of images")
+        check_types(dataset=(dataset, Dataset, "open_dataset"))
+        self.settings = settings_of(protocol, seed, **overrides)
+        if not dataset.factor_sizes:
+            raise InputError(f"{dataset.name} has no factors, which scores need; swap, traverse and attend need none")
+        if dataset.is_complete:
+            check_grid(len(dataset), dataset.factor_sizes)
+        elif self.settings.subset == "all":
+            raise InputError(
+                f"{dataset.name} is no complete grid of factors with one image each: use protocol 'heldout'"
+            )
+        if isinstance(metrics, str):
+            raise InputError(f"metrics is the text {metrics!r}, must be a list of names")
+        check_at_least(1, seeds=seeds)
+        self.drawn, self.of_codes = [m for m in metrics if m in DRAWN], [m for m in metrics if m not in DRAWN]
+        check_drawn(self.drawn, encode, dataset, pairs)
+        self.model, self.dataset, self.report, self.protocol, self.pairs = encode, dataset, report, protocol, pairs
+        self.seeds, self.batch_size, self.n_jobs = [self.settings.seed + i for i in range(seeds)], batch_size, n_jobs
+        self.seconds = {"encode": 0.0, "score": 0.0}
+
+    def encode(self, among: Processes) -> None:
+        with self._timed("encode"):
+            function = encoder_of(self.model, self.dataset) if isinstance(self.model, EncDiff) else self.model
+            told = partial(self.report, "encode")
+            self.codes = encode_dataset(function, self.dataset, self.batch_size, told, among=among)
+
+    def score(self, seed: int) -> dict[str, dict]:
+        settings = replace(self.settings, seed=seed)
+        with self._timed("score"):
+            if self.dataset.is_complete:
+                return score_grid(
+                    self.codes,
+                    self.dataset.factor_sizes,
+                    settings,
+                    self.of_codes,
+                    n_jobs=self.n_jobs,
+                    report=self.report,
+                )
+            factors = self.dataset.factors(np.arange(len(self.dataset)))
+            return score_rows(self.codes, factors, settings, self.of_codes, n_jobs=self.n_jobs, report=self.report)
+
+    def result(self, scores: list[dict], among: Processes) -> dict:
+        found = over_seeds(scores, self.protocol, self.settings, self.of_codes)
+        if self.drawn:
+            given = self.drawn, self.model, self.dataset, found, self.settings.seed, self.pairs, self.report
+            with self._timed("score"):
+                found = among.by_first(lambda: score_drawn(*given)) | found
+        if isinstance(self.model, EncDiff) and (width := self.model.config.concept_width) > 1:
+            found["protocol"]["code"] = f"first principal component of each concept's {width} numbers"
+        return found | {"data": describe(self.dataset), "version": __version__, "seconds": self.seconds}
+
+    @contextmanager
+    def _timed(self, part: str) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self.seconds[part] += time.perf_counter() - began
+
+
+def _evaluate_all(evaluations: list[_Evaluation]) -> list[dict]:
+    """The result of each: of several processes every one encodes its part of the data, and scores some of the seeds."""
+    among = processes()
+    for evaluation in evaluations:
+        evaluation.encode(among)
+        if among.size > 1 and evaluation.n_jobs is None:
+            evaluation.n_jobs = max(1, (os.cpu_count() or 1) // among.local_size)
+    work = [(i, seed) for i, evaluation in enumerate(evaluations) for seed in evaluation.seeds]
+    mine = work[among.rank :: among.size]
+    own = among.together(lambda: {(i, seed): evaluations[i].score(seed) for i, seed in mine})
+    scores = {place: found for part in among.gather(own) for place, found in part.items()}
+    return [e.result([scores[i, seed] for seed in e.seeds], among) for i, e in enumerate(evaluations)]
+
+
+def over_seeds(results: list[dict], protocol: str, settings: Protocol, metrics: Sequence[str]) -> dict:
     """The first seed's results, plain enough for JSON, its protocol, and what all seeds say together."""
-    check_at_least(1, seeds=seeds)
-    results = [score(replace(settings, seed=settings.seed + i)) for i in range(seeds)]
     first = {name: _plain(result) for name, result in results[0].items()}
+    seeds = len(results)
     together = {"summary": {"seeds": seeds, **summarize(results, metrics)}} if seeds > 1 else {}
     return first | together | {"protocol": named(protocol, settings)}
 
@@ -131,18 +181,21 @@ def evaluate_model(
     models = {"trained": model}
     if baseline:
         models["untrained"] = untrained(model, dataset, seed)
-    results = {}
-    for name, scored in models.items():
-        with stages(name) as report:
-            results[name] = evaluate(scored, dataset, protocol=protocol, seed=seed, progress=report, **options)
-    return results
+    options |= {"protocol": protocol, "seed": seed}
+    with Tasks() as tasks:
+        evaluations = [_Evaluation(m, dataset, _report(tasks, name), **options) for name, m in models.items()]
+        return dict(zip(models, _evaluate_all(evaluations), strict=True))
 
 
 @contextmanager
 def stages(name: str) -> Iterator[Report]:
     """A progress bar for each stage of an evaluation."""
     with Tasks() as tasks:
-        yield lambda stage, done, total: tasks(f"{name}: {stage.replace('_', ' ')}", done, total)
+        yield _report(tasks, name)
+
+
+def _report(tasks: Tasks, name: str) -> Report:
+    return lambda stage, done, total: tasks(f"{name}: {stage.replace('_', ' ')}", done, total)
 
 
 def encoder_of(model: EncDiff, dataset: Dataset) -> Encode:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from encdiff.data import Dataset
+from encdiff.distributed.processes import processes
 from encdiff.errors import InputError
 from encdiff.evaluation import read_scores, write_metrics
 from encdiff.evaluation.protocol import settings_of
@@ -98,7 +99,7 @@ def ablate(
             say(f"{i + 1}/{len(work)} {name}, seed {recipe.seed}: {run}")
             train_once(run, configs[name], recipe, dataset, device=device, first_stage=first_stage)
             score_once(run, dataset, protocol=protocol, device=device)
-            write_tables(out)
+            processes().by_first(lambda: write_tables(out))
     return finished(out)
 
 

@@ -11,13 +11,14 @@ import torch
 
 from encdiff import __version__
 from encdiff.data import Dataset, describe, to_float, to_uint8
+from encdiff.distributed.processes import processes
 from encdiff.errors import InputError, Stopped
 from encdiff.evaluation import encode_dataset, evaluate_model, plot_importance, read_scores, write_metrics
 from encdiff.evaluation.protocol import DEFAULT
 from encdiff.evaluation.scoring import encoder_of
 from encdiff.evaluation.tables import score_fields
 from encdiff.files.checkpoint import step_of, tensor_shapes
-from encdiff.metrics.fid import fid, inception_features
+from encdiff.metrics.fid import frechet_distance, inception_features
 from encdiff.metrics.registry import METRICS
 from encdiff.models import EncDiff, EncDiffConfig
 from encdiff.terminal import progress_bar
@@ -33,11 +34,16 @@ def once(run: Path, model: dict, config: Any, dataset: Dataset, start: Callable[
 
     `model` and `config` are what its `config.json` is to hold; InputError if the folder holds another run.
     """
-    begun = (run / "checkpoint.safetensors").is_file()
-    if begun:
-        described = {"model": model, "training": asdict(config), "fingerprint": describe(dataset)}
-        RunFolder(run, resume=True).check_same_run(described)
-    if not begun or steps_done(run) < config.steps:
+
+    def look() -> tuple[bool, bool]:
+        begun = (run / "checkpoint.safetensors").is_file()
+        if begun:
+            described = {"model": model, "training": asdict(config), "fingerprint": describe(dataset)}
+            RunFolder(run, resume=True).check_same_run(described)
+        return begun, begun and steps_done(run) >= config.steps
+
+    begun, done = processes().by_first(look)
+    if not done:
         start(resume=begun, overwrite=not begun)
 
 
@@ -83,16 +89,16 @@ def score_once(run: Path, dataset: Dataset, *, protocol: str = "paper", device: 
     Of a grid of factors as `evaluate` gives them, of other images as `score_attributes`. Concepts that are vectors are
     scored by their first principal components, and the result's protocol says so.
     """
-    path = run / "metrics.json"
-    if path.is_file() and (kept := _read_scores(path, protocol, dataset)):
+    path, everyone = run / "metrics.json", processes()
+    if kept := everyone.by_first(lambda: _read_scores(path, protocol, dataset) if path.is_file() else None):
         return kept
     model = EncDiff.from_pretrained(run / "model", device=device)
     if dataset.factor_sizes and dataset.is_grid:
         result = evaluate_model(model, dataset, protocol=protocol, baseline=False)["trained"]
-        plot_importance(result, run / "importance.png")
+        everyone.by_first(lambda: plot_importance(result, run / "importance.png"))
     else:
         result = score_attributes(model, dataset, protocol)
-    write_metrics(path, {"trained": result})
+    everyone.by_first(lambda: write_metrics(path, {"trained": result}))
     return result
 
 
@@ -105,7 +111,7 @@ def score_attributes(model: EncDiff, dataset: Dataset, protocol: str = "paper") 
     """
     if dataset.factor_sizes:
         with progress_bar("encoding") as report:
-            codes = encode_dataset(encoder_of(model, dataset), dataset, progress=report)
+            codes = encode_dataset(encoder_of(model, dataset), dataset, progress=report, among=processes())
         found = METRICS["tad"](codes, dataset.factors(np.arange(len(dataset))))
         found |= {"captured": [dataset.factor_names[i] for i in cast(list[int], found["captured"])]}
     else:
@@ -122,22 +128,29 @@ def score_attributes(model: EncDiff, dataset: Dataset, protocol: str = "paper") 
 def _fid(model: EncDiff, dataset: Dataset, count: int, steps: int) -> dict:
     device = next(model.parameters()).device
     try:
-        features = inception_features(device=device)
+        features = processes().together(lambda: inception_features(device=device))
     except InputError as error:
         return {"fid": None, "undefined": str(error)}
     chosen = np.linspace(0, len(dataset) - 1, min(len(dataset), count)).astype(np.int64)
-    parts = [chosen[i : i + BATCH] for i in range(0, len(chosen), BATCH)]
+    first, last = processes().part(len(chosen), BATCH)
+    parts = [chosen[i : min(i + BATCH, last)] for i in range(first, last, BATCH)]  # of this process
 
-    def samples() -> Iterator[np.ndarray]:
+    def own() -> tuple[np.ndarray, np.ndarray]:
+        drawn, real = [], []
         with progress_bar("sampling for FID") as report:
             for i, part in enumerate(parts):
-                images = to_float(dataset.images(part)).to(device)
+                images = dataset.images(part)
                 ids = torch.from_numpy(part).to(device)
-                sampled = model.reconstruct(images, sample_ids=ids, sampler="ddim", steps=steps, eta=1.0)
-                yield to_uint8(sampled).cpu().numpy()
+                sampled = model.reconstruct(
+                    to_float(images).to(device), sample_ids=ids, sampler="ddim", steps=steps, eta=1.0
+                )
+                drawn.append(features(to_uint8(sampled).cpu().numpy()))
+                real.append(features(images))
                 report(i + 1, len(parts))
+        return np.concatenate(drawn or [none]), np.concatenate(real or [none])
 
-    distance = fid(samples(), (dataset.images(part) for part in parts), features)
+    none = np.empty((0, 0))
+    distance = frechet_distance(*map(processes().concatenated, processes().together(own)))
     return {"fid": distance, "images": len(chosen), "sampler": "ddim", "steps": steps, "eta": 1.0}
 
 

@@ -2,12 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from encdiff.data import Dataset, describe, open_dataset
+from encdiff.distributed.processes import processes
 from encdiff.errors import InputError
 from encdiff.evaluation import read_scores, write_metrics
 from encdiff.experiments.phases import (
@@ -121,7 +123,7 @@ def reproduce(
             say(f"seed {recipe.seed} of 0 to {seeds - 1}: {recipe.steps:,} steps of {recipe.batch_size} in {run}")
             train_once(run, config, recipe, dataset, device=device, first_stage=first_stage)
             score_once(run, dataset, protocol="quick" if quick else "paper", device=device)
-            results = write_results(out, about, range(recipe.seed + 1))
+            results = processes().by_first(partial(write_results, out, about, range(recipe.seed + 1)))
     return results
 
 

@@ -95,7 +95,6 @@ def fit(
         with shown or nullcontext() as events, Interrupt() as interrupt, Tasks() as tasks:
             _loop(training, batches, folder, _Recorder(training, log, tasks, events), interrupt, on_step)
         _save(training, folder, changed=training.step > begun)
-        everyone.by_first(folder.end)
     if training.step < config.steps:
         raise Stopped(
             f"stopped after step {training.step}; saved {folder.checkpoint}, continue with resume=True (--resume)"

@@ -105,10 +105,6 @@ class RunFolder:
         if (mine := launch_id()) is not None:
             self.launch.write_text(mine)
 
-    def end(self) -> None:
-        """The run is saved as its training leaves it: no restart of the launch is to go on with it by itself."""
-        self.launch.unlink(missing_ok=True)
-
     def forget_shown(self) -> None:
         """Remove what shows the model as it was; to be called before another is saved."""
         self._remove(self.SHOWN)
