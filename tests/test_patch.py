@@ -188,17 +188,22 @@ def test_repeated_blocks_compile():
         assert relative(unet(**given).sample, expected) < 1e-5
 
 
+def rms_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """Of all numbers: the greatest error of one is another on every processor."""
+    return float((actual - expected).norm() / expected.norm())
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_as_near_to_float32_as_stock(dtype):
     unet, given = unet_of("sd1"), inputs("sd1")
     with torch.no_grad():
         exact = unet(**given).sample
         rounded = {name: t.to(dtype) if isinstance(t, torch.Tensor) else t for name, t in given.items()}
-        stock = relative(unet.to(dtype)(**rounded).sample.float(), exact)
+        stock = rms_error(unet.to(dtype)(**rounded).sample.float(), exact)
         encdiff.patch(unet)
         ours = unet(**rounded).sample
     assert ours.dtype == dtype
-    assert relative(ours.float(), exact) < 1.2 * stock
+    assert rms_error(ours.float(), exact) < 1.15 * stock
 
 
 def test_autocast():
@@ -206,9 +211,9 @@ def test_autocast():
     with torch.no_grad():
         exact = unet(**given).sample
         with torch.autocast("cpu", torch.bfloat16):
-            stock = relative(unet(**given).sample.float(), exact)
+            stock = rms_error(unet(**given).sample.float(), exact)
             encdiff.patch(unet)
-            assert relative(unet(**given).sample.float(), exact) < 1.2 * stock
+            assert rms_error(unet(**given).sample.float(), exact) < 1.15 * stock
 
 
 @pytest.mark.parametrize("slices", ["auto", "max", 1])

@@ -3,7 +3,7 @@
     python -m tests.campaign.workers [--count 20] [--seed 0]
 
 Two processes train; one of them is killed at a random moment, so often, and the last weights must be those of an
-unbroken run in one process within 1e-5. Then two launchers, as of two machines, meet at a port, and must end there, too.
+unbroken run in one process within 1e-5. The same holds for two launchers, as of two machines, that meet at a port.
 """
 
 import argparse
