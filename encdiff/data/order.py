@@ -17,8 +17,8 @@ class KeyedPermutation:
     """A permutation of range(n), 1 <= n <= 2^62, that seed and epoch alone decide; no array of it is ever made.
 
     `permutation[positions]` are the indices at integer positions of any shape, as int64, and `inverse(indices)` the
-    positions of indices. A Feistel network of 8 rounds permutes the numbers of as many bits as n - 1 has; one that comes
-    out above n - 1 goes through it again until it does not (cycle walking: less than twice on average, n > 3).
+    positions of indices. A Feistel network of 8 rounds permutes the numbers of as many bits as n - 1 has; one that is
+    then above n - 1 goes through it again until it does not (cycle walking: less than twice on average, n > 3).
     InputError for n, a seed or an epoch out of range, and for positions that are no integers in 0..n-1.
     """
 
