@@ -87,6 +87,7 @@ class CelebA(Dataset):
             there = set(self._members)
         else:
             raise InputError(f"{folder}: holds neither {IMAGES}/*.jpg nor {IMAGES}.zip; CelebA's images must lie here")
+        self.parallel = self._zip is None  # whose file has one place that is read
         missing = next((file for file in self._files if file not in there), None)
         if missing:
             raise InputError(f"{self._folder or packed}: holds no {missing}, but {ATTRIBUTES} names it")

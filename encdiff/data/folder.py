@@ -28,6 +28,8 @@ class ImageFolder(Dataset):
     folder once. InputError for a missing or empty folder, and from `images` for a file that is no readable 8-bit image.
     """
 
+    parallel = True
+
     def __init__(self, path: str | os.PathLike, image_size: int | None):
         self.path, self.name = Path(path), Path(path).resolve().name
         if image_size is None or image_size < 1:

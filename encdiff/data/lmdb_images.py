@@ -30,6 +30,8 @@ class LmdbImages(Dataset):
     package, and from `images` for a value that is no readable image, with its key.
     """
 
+    parallel = True  # each read has a transaction of its own
+
     def __init__(self, path: str | os.PathLike, image_size: int | None):
         self.path, self.name = Path(path), Path(path).resolve().name
         if image_size is None or image_size < 1:
