@@ -87,8 +87,11 @@ def _open_folder(path: Path, image_size: int | None, progress: Progress | None) 
     from encdiff.data.celeba import ATTRIBUTES, CelebA
     from encdiff.data.folder import ImageFolder
     from encdiff.data.lmdb_images import LmdbImages, is_lmdb
+    from encdiff.data.shards import ShardedArrays, is_sharded
     from encdiff.data.smallnorb import SmallNORB, smallnorb_files
 
+    if is_sharded(path):
+        return ShardedArrays(path, image_size)
     if cars_folder(path):
         return _open_cars(path, image_size, progress, False)
     if (path / ATTRIBUTES).is_file():
