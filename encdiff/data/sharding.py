@@ -93,7 +93,7 @@ def _write_images(folder: Path, dataset: Dataset, length: int, progress: Progres
             header = {"descr": "|u1", "fortran_order": False, "shape": (count, *shape)}
             np.lib.format.write_array_header_1_0(file, header)
             for step in range(shard * per_file, shard * per_file + math.ceil(count / batch)):
-                file.write(np.ascontiguousarray(ahead.read(step, indices).numpy()))
+                file.write(np.ascontiguousarray(ahead.read(step, indices).numpy()).data)
                 if progress:
                     progress(int(indices(step)[-1]) + 1, total)
 

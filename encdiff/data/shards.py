@@ -125,7 +125,7 @@ def _read_index(path: Path) -> dict[str, Any]:
     index = read_json(path)
     if not isinstance(index, dict) or index.get("format") != FORMAT or index.get("version") != VERSION:
         raise InputError(f"{path}: must be of format {FORMAT} and version {VERSION}; is it of a later encdiff?")
-    size, lengths, factors = index.get("image_size"), index.get("lengths"), index.setdefault("factors", None)
+    size, lengths, factors = _entries(index, "image_size", "lengths", "factors")
     _need(path, "image_size", size, _whole(size, LARGEST), f"a number in 1..{LARGEST}")
     counts = isinstance(lengths, list) and all(_whole(n, MOST) for n in lengths) and 1 <= sum(lengths) <= MOST
     _need(path, "lengths", lengths, counts, "numbers above 0, one a file")
@@ -136,20 +136,25 @@ def _read_index(path: Path) -> dict[str, Any]:
 
 
 def _check_factors(path: Path, factors: dict[str, Any], count: int) -> None:
-    names, sizes, labels = (factors.get(key) for key in ("names", "sizes", "labels"))
+    names, sizes, labels = _entries(factors, "names", "sizes", "labels")
     _need(path, "names", names, _texts(names) and 1 <= len(names) <= MOST_FACTORS, "different texts, one a factor")
     fits = isinstance(sizes, list) and len(sizes) == len(names) and all(_whole(n, 2**31) for n in sizes)
     _need(path, "sizes", sizes, fits, "numbers above 0, one a factor")
     fits = isinstance(labels, list) and len(labels) == len(names) and all(map(_numbers, labels, sizes))
     _need(path, "labels", labels, fits, "lists of numbers, one a factor, as many as it has values")
     for key in ("cyclic", "categories"):
-        named = factors.get(key)
+        (named,) = _entries(factors, key)
         _need(path, key, named, _texts(named) and set(named) <= set(names), "names of factors")
-    grid, instances = factors.get("grid"), factors.get("instances")
+    grid, instances = _entries(factors, "grid", "instances")
     _need(path, "grid", grid, isinstance(grid, bool), "true or false")
     _need(path, "instances", instances, _whole(instances, MOST), "a number above 0")
     if grid and math.prod(sizes) * instances != count:
         raise InputError(f"{path}: {count} images, but a grid of {' x '.join(map(str, sizes))} x {instances}")
+
+
+def _entries(given: dict[str, Any], *keys: str) -> list[Any]:
+    """The entries of these names, None where one is missing, which it is from now on."""
+    return [given.setdefault(key, None) for key in keys]
 
 
 def _need(path: Path, key: str, value: Any, fits: bool, must: str) -> None:
