@@ -110,7 +110,7 @@ def test_a_failing_read_is_raised():
 class Many(Numbered):
     """Of a billion; read by many threads, in parts whose sizes are kept."""
 
-    parallel = True
+    images_per_thread = 8
 
     def __init__(self, count, shape=(2, 2, 3)):
         super().__init__(count)
@@ -213,7 +213,7 @@ def test_batches_ahead_are_bounded_by_memory(side, depth):
 
 class Reading:
     def __init__(self, size):
-        self.bytes = size
+        self.bytes, self.indices = size, None
 
     def result(self):
         return None

@@ -109,6 +109,7 @@ def test_files_hold_what_numpy_reads(tmp_path, count, length, monkeypatch):
 @pytest.mark.parametrize("open_files", [1, 3, 128])
 def test_any_indices_in_any_order(tmp_path, open_files, monkeypatch):
     monkeypatch.setattr(shards, "OPEN", open_files)
+    monkeypatch.setattr(shards, "AT_ONCE", 7)
     data, rng = Noise(61, 7), np.random.default_rng()
     again = ShardedArrays(written(tmp_path, data))
     for size in (0, 1, 5, 200):

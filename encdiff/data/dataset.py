@@ -58,7 +58,7 @@ class Dataset(ABC):
     instances: int = 1  # images of each combination of factors; consecutive
     cyclic: tuple[str, ...] = ()  # factors whose last value is next to the first: hues, full turns
     categories: tuple[str, ...] = ()  # factors whose values have no order
-    parallel: bool = False  # whether threads may read at once and gain by it
+    images_per_thread: int = 0  # how many are worth a thread of their own; 0 where threads must not read at once
     sample_dtype: ClassVar[torch.dtype] = torch.uint8
 
     def __len__(self) -> int:
@@ -179,7 +179,7 @@ class SubGrid(Dataset):
         self.dataset, self.name, self.image_size = dataset, dataset.name, dataset.image_size
         self.factor_names, self.cyclic, self.categories = dataset.factor_names, dataset.cyclic, dataset.categories
         self.images_per_chunk, self.instances = dataset.images_per_chunk, dataset.instances
-        self.parallel = dataset.parallel
+        self.images_per_thread = dataset.images_per_thread
         self.values = grid_values(dataset, dataset.factor_sizes, grid)
         self.factor_sizes = tuple(len(values) for values in self.values)
         self.label_values = tuple(full[v] for full, v in zip(dataset.label_values, self.values, strict=True))

@@ -12,7 +12,7 @@ from weakref import WeakValueDictionary
 import numpy as np
 
 from encdiff.data.dataset import Dataset, Indices
-from encdiff.data.folder import load_square
+from encdiff.data.folder import PICTURES, load_square
 from encdiff.data.lmdb_check import check_lmdb
 from encdiff.errors import InputError
 
@@ -30,7 +30,7 @@ class LmdbImages(Dataset):
     package, and from `images` for a value that is no readable image, with its key.
     """
 
-    parallel = True  # each read has a transaction of its own
+    images_per_thread = PICTURES  # each read has a transaction of its own
 
     def __init__(self, path: str | os.PathLike, image_size: int | None):
         self.path, self.name = Path(path), Path(path).resolve().name

@@ -81,11 +81,12 @@ class Batches:
 
         Of another `Source` what that reads.
         """
-        indices = self._to_device(self._host(self.batch_indices(step)))
         if self._data is not None:
+            indices = self._to_device(self._host(self.batch_indices(step)))
             return self._data[indices], indices
         assert self._ahead is not None, "of a set that is not resident"
-        return self._to_device(self._ahead.read(step, self.batch_indices)), indices
+        images, found = self._ahead.read(step, self.batch_indices)
+        return self._to_device(images), self._to_device(self._host(found))
 
     def images(self, step: int) -> torch.Tensor:
         """The images of `batch(step)`."""
@@ -101,7 +102,7 @@ class Batches:
         return tensor.pin_memory() if self.device.type == "cuda" else tensor
 
     def _to_device(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.to(self.device, non_blocking=True)
+        return tensor if self.device.type == "cpu" else tensor.to(self.device, non_blocking=True)
 
     def _permutation(self, epoch: int) -> np.ndarray | KeyedPermutation:
         if epoch not in self._permutations:

@@ -93,9 +93,10 @@ def _write_images(folder: Path, dataset: Dataset, length: int, progress: Progres
             header = {"descr": "|u1", "fortran_order": False, "shape": (count, *shape)}
             np.lib.format.write_array_header_1_0(file, header)
             for step in range(shard * per_file, shard * per_file + math.ceil(count / batch)):
-                file.write(np.ascontiguousarray(ahead.read(step, indices).numpy()).data)
+                images, written = ahead.read(step, indices)
+                file.write(np.ascontiguousarray(images.numpy()).data)
                 if progress:
-                    progress(int(indices(step)[-1]) + 1, total)
+                    progress(int(written[-1]) + 1, total)
 
 
 def _write_index(folder: Path, dataset: Dataset, length: int) -> None:
