@@ -18,7 +18,8 @@ Indices = Sequence[int] | np.ndarray  # (n,) integers
 Factors = Sequence[Sequence[int]] | np.ndarray  # (n, F) integers
 ACCEPTED = (  # by `open_dataset`, and said where something else is met
     "must be procedural[:5,5,5,4,4,5] or sprites[:3,6,40,32,32]; a 3dshapes .h5 file; an .npz file of Shapes3D "
-    "(`images`), MPI3D or dSprites; the files of Cars3D, SmallNORB or CelebA; an LMDB of images; or a folder of images"
+    "(`images`), MPI3D or dSprites; the files of Cars3D, SmallNORB or CelebA; an LMDB of images; "
+    "a folder of images, or of shards that `encdiff data convert --shards` wrote; or Hugging Face Datasets, hf:PATH"
 )
 
 
