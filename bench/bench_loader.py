@@ -1,6 +1,6 @@
 """Random batches of a data set that is not kept in memory, against what bounds them.
 
-`ours` is `Batches`, read ahead by as many threads as there are cores; `bound`, for arrays, is one plain copy of as many
+`ours` is `Batches`, which reads pictures ahead by as many threads as there are cores; `bound`, for arrays, is one plain copy of as many
 bytes, and for pictures Pillow decoding, resizing and cropping them in as many threads, without batches, order or
 checks. `samples_per_second` are images; files lie in the page cache, as they do from the second epoch on if they fit.
 

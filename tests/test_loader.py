@@ -123,7 +123,8 @@ class Many(Numbered):
     def read(self, indices):
         self.threads.add(threading.current_thread())
         self.parts.append(len(indices))
-        return np.broadcast_to((indices % 251).astype(np.uint8)[:, None, None, None], (len(indices), *self.shape))
+        pixels = (indices % 251).astype(np.uint8)[:, None, None, None]
+        return np.broadcast_to(pixels, (len(indices), *self.shape)).copy()
 
 
 @pytest.fixture
@@ -202,9 +203,8 @@ def test_a_part_that_fails_fails_the_batch(cores):
 @pytest.mark.parametrize("side, depth", [(2, DEPTH), (1672, 3), (4000, 1)])
 def test_batches_ahead_are_bounded_by_memory(side, depth):
     """Of 10 images; of those nothing is made."""
-    ahead = ReadAhead(Many(100, (side, side, 3)))
-    ahead._begin = lambda indices: asked.append(len(asked)) or Reading(10 * 3 * side**2)
-    asked = []
+    ahead, asked = ReadAhead(Many(100, (side, side, 3))), []
+    ahead._begin = lambda batches: [Reading(asked.append(0), batch) for batch in batches]
     ahead.read(0, lambda step: np.arange(10))
     assert len(asked) == 1 + depth == 1 + max(1, min(DEPTH, BYTES // (30 * side**2)))
     ahead.read(1, lambda step: np.arange(10))
@@ -212,11 +212,48 @@ def test_batches_ahead_are_bounded_by_memory(side, depth):
 
 
 class Reading:
-    def __init__(self, size):
-        self.bytes, self.indices = size, None
+    parts, shared = (), False
+
+    def __init__(self, _, indices):
+        self.indices = indices
 
     def result(self):
         return None
+
+
+@pytest.mark.parametrize("jumps", [(0, 1, 2, 3, 30, 31, 32, 33, 34, 35, 2), (5, 7, 8, 10, 13, 9, 9)])
+def test_several_batches_at_once(cores, jumps):
+    """Of seven images each, of which thirty are worth a thread."""
+    data = Many(10**9)
+    data.images_per_thread = 30
+    batches = Batches(data, 7, 3)
+    for step in jumps:
+        images, indices = batches.batch(step)
+        np.testing.assert_array_equal(indices.numpy(), batches.batch_indices(step))
+        np.testing.assert_array_equal(images.numpy(), np.broadcast_to((indices % 251).view(-1, 1, 1, 1), (7, 2, 2, 3)))
+        batches._ahead.wait()
+        assert 4 <= len(batches._ahead._begun) <= 8
+    assert set(data.parts) == {7, 28}
+
+
+def test_one_that_fails_among_several_fails_alone(cores):
+    data = Many(10**9)
+    data.images_per_thread = 30
+    batches = Batches(data, 7, 3)
+    bad = batches.batch_indices(4)[5]
+
+    def read(indices):
+        if bad in indices:
+            raise InputError(f"{bad}.png: not a readable image")
+        return Many.read(data, indices)
+
+    data.read = read
+    for step in range(9):
+        if step == 4:
+            with pytest.raises(InputError, match=f"{bad}.png"):
+                batches.images(step)
+        else:
+            assert batches.images(step).shape == (7, 2, 2, 3)
 
 
 def test_threads_end_with_their_batches():

@@ -59,7 +59,7 @@ class Dataset(ABC):
     instances: int = 1  # images of each combination of factors; consecutive
     cyclic: tuple[str, ...] = ()  # factors whose last value is next to the first: hues, full turns
     categories: tuple[str, ...] = ()  # factors whose values have no order
-    images_per_thread: int = 0  # how many are worth a thread of their own; 0 where threads must not read at once
+    images_per_thread: int = 0  # how many are worth a thread's while; 0 where threads must not read at once
     sample_dtype: ClassVar[torch.dtype] = torch.uint8
 
     def __len__(self) -> int:

@@ -11,6 +11,7 @@ import math
 import mmap
 import os
 from functools import lru_cache, partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,14 @@ import numpy as np
 
 from encdiff.data.arrays import resize
 from encdiff.data.dataset import Dataset, Indices
-from encdiff.data.npz import Header, npy_header
+from encdiff.data.npz import npy_header
 from encdiff.errors import InputError
 from encdiff.files.reading import damage, read_json, refuse_special
 
 FORMAT, VERSION = "encdiff-shards", 1
 INDEX, FACTORS = "index.json", "factors.npy"
 BEGINNING = f'{{"format": "{FORMAT}"'  # of the index; what the folder is known by
-OPEN, AT_ONCE = 128, 32  # files kept mapped, each at the price of a descriptor; images read at once of more files
+OPEN = 128  # files kept mapped, each at the price of a descriptor
 INTEGERS = (np.uint8, np.uint16, np.uint32, np.int64)  # that factors are kept as
 LARGEST, MOST, MOST_FACTORS = 2**14, 2**62, 4096  # side of an image; images; factors
 
@@ -38,7 +39,7 @@ class ShardedArrays(Dataset):
     the files: at once where one is missing, special or too short, and from `images` where its header says otherwise.
     """
 
-    images_per_thread = 1024
+    images_per_thread = 512
 
     def __init__(self, path: str | os.PathLike, image_size: int | None = None):
         self.path = Path(path)
@@ -70,22 +71,25 @@ class ShardedArrays(Dataset):
         self._open()
 
     def images(self, indices: Indices) -> np.ndarray:
-        wanted, tail = self.check_indices(indices), (self._stored, self._stored, 3)
-        shards = np.searchsorted(self._starts, wanted, side="right") - 1
-        places = (wanted - self._starts[shards]) * math.prod(tail)
-        step = max(1, len(wanted)) if len(self._lengths) <= OPEN else AT_ONCE
-        parts = [
-            self._copy(shards[start : start + step], places[start : start + step])
-            for start in range(0, len(wanted), step)
-        ]
-        pixels = parts[0] if len(parts) == 1 else bytearray().join(parts)
-        return resize(np.frombuffer(pixels, np.uint8).reshape(-1, *tail), self.image_size)
+        wanted = self.check_indices(indices)
+        out = np.empty((len(wanted), *self.sample_shape), np.uint8)
+        self.read_into(wanted, out)
+        return out
 
-    def _copy(self, shards: np.ndarray, places: np.ndarray) -> bytearray:
-        """The images at these places: one join, without Python's lock from 1 MB on; arrays take two calls for each."""
-        numbers, ends = shards.tolist(), (places + 3 * self._stored**2).tolist()
-        maps = {number: self._map(number) for number in set(numbers)}
-        return bytearray().join([maps[n][at:end] for n, at, end in zip(numbers, places.tolist(), ends, strict=True)])
+    def read_into(self, indices: Indices, out: np.ndarray) -> None:
+        """As `images`, into `out`; in the order of the files."""
+        wanted, stored = self.check_indices(indices), (self._stored, self._stored, 3)
+        whole = out if self.image_size == self._stored else np.empty((len(wanted), *stored), np.uint8)
+        rows = np.argsort(wanted)
+        shards = np.searchsorted(self._starts, wanted[rows], side="right") - 1
+        places = wanted[rows] - self._starts[shards]
+        cuts = np.flatnonzero(np.diff(shards, prepend=-1, append=-1)).tolist()
+        for start, stop in pairwise(cuts):
+            images = self._map(int(shards[start]))
+            for row, place in zip(rows[start:stop].tolist(), places[start:stop].tolist(), strict=True):
+                whole[row] = images[place]  # one fancy index would copy twice, and a join would keep Python's lock
+        if whole is not out:
+            out[...] = resize(whole, self.image_size)
 
     def factors(self, indices: Indices) -> np.ndarray:
         if self.is_grid:
@@ -100,8 +104,7 @@ class ShardedArrays(Dataset):
         self._map = lru_cache(OPEN)(partial(_map_shard, self._folder, self._lengths, tail))
         if not self.is_grid:
             shape = len(self), len(self.factor_names)
-            mapped, header = _map(self._folder / FACTORS, shape, "integers", INTEGERS)
-            self._factors = np.frombuffer(mapped, header.dtype, math.prod(shape), header.length).reshape(shape)
+            self._factors = _map(self._folder / FACTORS, shape, "integers", INTEGERS)
 
 
 def is_sharded(path: Path) -> bool:
@@ -183,14 +186,12 @@ def _check_size(path: Path, least: int) -> None:
         raise InputError(f"{path}: holds {path.stat().st_size} bytes, its images have {least}; copy it again")
 
 
-def _map_shard(folder: Path, lengths: list[int], tail: tuple[int, ...], shard: int) -> memoryview:
-    """The bytes of its images."""
-    mapped, header = _map(folder / shard_name(shard), (lengths[shard], *tail), "uint8", (np.uint8,))
-    return memoryview(mapped)[header.length :]
+def _map_shard(folder: Path, lengths: list[int], tail: tuple[int, ...], shard: int) -> np.ndarray:
+    return _map(folder / shard_name(shard), (lengths[shard], *tail), "uint8", (np.uint8,))
 
 
-def _map(path: Path, shape: tuple[int, ...], must: str, kinds: tuple[type, ...]) -> tuple[mmap.mmap, Header]:
-    """A `.npy` file, mapped, and its header; InputError unless it is of this shape and one of these types."""
+def _map(path: Path, shape: tuple[int, ...], must: str, kinds: tuple[type, ...]) -> np.ndarray:
+    """The array of a `.npy` file, mapped; InputError unless it is of this shape and one of these types."""
     _check_size(path, math.prod(shape))
     with damage(f"{path}: a damaged or foreign .npy file"), open(path, "rb") as file:
         header, size = npy_header(file), os.fstat(file.fileno()).st_size
@@ -200,4 +201,5 @@ def _map(path: Path, shape: tuple[int, ...], must: str, kinds: tuple[type, ...])
             raise InputError(
                 f"{path}: holds {size} bytes, which are not those of {header.dtype} {shape}; copy it again"
             )
-        return mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ), header
+        mapped = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
+    return np.frombuffer(mapped, header.dtype, math.prod(shape), header.length).reshape(shape)
