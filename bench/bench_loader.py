@@ -1,10 +1,10 @@
 """Random batches of a data set that is not kept in memory, against what bounds them.
 
-`ours` is `Batches`, which reads pictures ahead by as many threads as there are cores; `bound`, for arrays, is one plain copy of as many
-bytes, and for pictures Pillow decoding, resizing and cropping them in as many threads, without batches, order or
-checks. `samples_per_second` are images; files lie in the page cache, as they do from the second epoch on if they fit.
+`ours` is `Batches`, reading ahead; `bound`, for arrays, is one plain copy of as many bytes, and for pictures Pillow
+decoding, resizing and cropping them in as many threads, without batches, order or checks. `samples_per_second` are
+images; files lie in the page cache, as they do from the second epoch on if they fit.
 
-    python -m bench.bench_loader [rounds]    # images/s of each kind, the best of interleaved rounds
+    python -m bench.bench_loader [rounds [kind ...]]    # images/s of each kind, the best of interleaved rounds
 """
 
 import itertools
@@ -113,7 +113,7 @@ def main() -> None:
     """The two take turns of four batches and 0.1 seconds at least; the best turn of each counts."""
     rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 25
     print(f"best of {rounds} rounds, batches of {BATCH} of {SIZE}x{SIZE}, images/s")
-    for kind in KINDS:
+    for kind in sys.argv[2:] or KINDS:
         with tempfile.TemporaryDirectory() as folder:
             data = make(kind, COUNT[kind], Path(folder))
             rates = compare(Batches(data, BATCH, resident_gib=0), bound(data, BATCH, Path(folder)), rounds)

@@ -24,8 +24,8 @@ class ReadAhead:
 
     A data set whose `images_per_thread` is 1 to 64 is read by as many threads as this process has cores, 8 at most,
     which share a batch in parts of so many images. Any other is read by one thread: if more than 64 are worth it, as
-    many batches at once as make so many, since threads that only copy would wait for one another. Batches lie in pinned memory if `pin`. A read that fails raises when its step is asked for, and is tried anew when
-    that is asked for again.
+    many batches at once as make so many, since threads that only copy would wait for one another. Batches lie in pinned
+    memory if `pin`. A read that fails raises when its step is asked for, and is tried anew when it is asked for again.
     """
 
     def __init__(self, source: Source, pin: bool = False):
