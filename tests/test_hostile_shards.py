@@ -1,4 +1,4 @@
-"""Damaged and hostile folders of `.npy` files: one line with the file's name, before anything is mapped or unpickled."""
+"""Damaged and hostile folders of `.npy` files: one line with the name, before anything is mapped or unpickled."""
 
 import json
 import os
