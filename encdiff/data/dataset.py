@@ -83,7 +83,7 @@ class Dataset(ABC):
         return self.images(indices)
 
     def read_into(self, indices: Indices, out: np.ndarray) -> None:
-        """As `read`, into `out` (n, *sample_shape)."""
+        """As `read`, into `out`, an array of that shape and type."""
         out[...] = self.read(indices)
 
     def about(self) -> dict[str, Any]:

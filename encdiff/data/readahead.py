@@ -37,7 +37,7 @@ class ReadAhead:
         weakref.finalize(self, self._pool.shutdown, wait=False, cancel_futures=True)
 
     def read(self, step: int, indices: Callable[[int], np.ndarray]) -> tuple[torch.Tensor, np.ndarray]:
-        """The samples (n, *sample_shape) at int64 `indices(step)` (n,), and these; the next are begun.
+        """The samples at int64 `indices(step)` (n,), and these; the next are begun.
 
         Those are 4, more where a thread reads several at once, but no more than 256 MiB hold beyond the first.
         """
