@@ -150,7 +150,10 @@ class Descent(ABC):
 
     def _work(self, follow: Tensor | None = None, asked: Tensor | None = None, **inputs: Tensor) -> tuple[Tensor, ...]:
         """The whole step on the device, nothing read back: loss, gradients, clipping, AdamW, EMA."""
-        (self.masters or cast(AdamW, self.optimizer)).zero_grad()
+        if self.masters is not None:
+            self.masters.zero_grad()
+        for p in self.parameters:
+            p.grad = None
         loss = self._gradients(inputs)
         told: tuple[Tensor, ...] = (loss,)
         if asked is not None:
