@@ -18,6 +18,7 @@ from encdiff.cli.training import (
     PictureEvery,
     Resume,
     Seed,
+    ShardModel,
     Steps,
     TensorBoard,
 )
@@ -67,6 +68,7 @@ def train(
         float | None, typer.Option(help="Share of the samples whose sensors have no noise. Default: 0.5.")
     ] = None,
     accumulate: Accumulate = None,
+    shard: ShardModel = None,
     precision: HowPrecise = None,
     engine: HowRun = None,
     checkpoint_every: CheckpointEvery = None,
@@ -88,8 +90,8 @@ def train(
 
     given = given_options(
         steps=steps, batch_size=batch_size, learning_rate=learning_rate, observed=_shares(observed), noise=noise,
-        exact=exact, precision=precision and precision.value, engine=engine and engine.value, accumulate=accumulate,
-        checkpoint_every=checkpoint_every, picture_every=picture_every, seed=seed,
+        exact=exact, precision=precision and precision.value, engine=engine and engine.value,
+        accumulate=accumulate, shard=shard, checkpoint_every=checkpoint_every, picture_every=picture_every, seed=seed,
     )  # fmt: skip
     if resume:
         if method or preset:

@@ -32,6 +32,10 @@ Seed = Annotated[int | None, typer.Option(help="Default: 0.", min=0)]
 Accumulate = Annotated[
     int | None, typer.Option(help="Parts of a batch, one after the other: less memory. Default: 1.", min=1)
 ]
+ShardModel = Annotated[
+    bool | None,
+    typer.Option("--shard", help="Of several processes each keeps a part of the U-Net. Default: the whole."),
+]
 TensorBoard = Annotated[bool, typer.Option("--tensorboard", help="Also write TensorBoard events.")]
 
 
@@ -82,6 +86,7 @@ def train(
     precision: HowPrecise = None,
     engine: HowRun = None,
     accumulate: Accumulate = None,
+    shard: ShardModel = None,
     checkpoint_activations: Annotated[
         bool | None, typer.Option("--checkpoint-activations", help="Less memory, more time.")
     ] = None,
@@ -106,7 +111,7 @@ def train(
     given = given_options(
         steps=steps, batch_size=batch_size, learning_rate=learning_rate, timesteps=timesteps and timesteps.value,
         precision=precision and precision.value, engine=engine and engine.value,
-        accumulate=accumulate, checkpoint_activations=checkpoint_activations,
+        accumulate=accumulate, shard=shard, checkpoint_activations=checkpoint_activations,
         checkpoint_every=checkpoint_every, picture_every=picture_every, seed=seed,
     )  # fmt: skip
     if resume:
