@@ -71,6 +71,15 @@ def parts(out: Path) -> dict:
     return run(out / "parts", accumulate=2, steps=6, model=VQ)
 
 
+def shards(out: Path) -> dict:
+    """In shards, in parts, with a resume; of one process, whole."""
+    first = run(out / "shards", shard=True, steps=4, accumulate=2, decay=0.0)
+    last = run(out / "shards", shard=True, steps=7, accumulate=2, decay=0.0, resume=True)
+    return {"losses": torch.cat([first["losses"], last["losses"]])} | {
+        name: value for name, value in last.items() if name.startswith("average.")
+    }
+
+
 def masters(out: Path) -> dict:
     found = {}
     for accumulate in (1, 2):
@@ -147,7 +156,7 @@ def rows(out: Path) -> dict:
 
 
 WORK: dict[str, Callable[[Path], dict]] = {
-    work.__name__: work for work in (training, long, parts, masters, resumed, first_stage, scores, norm, rows)
+    work.__name__: work for work in (training, long, parts, shards, masters, resumed, first_stage, scores, norm, rows)
 }
 
 

@@ -1,6 +1,8 @@
 """Opening data, float and back, and batches that are a function of the step."""
 
 import threading
+import time
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -11,8 +13,10 @@ from PIL import Image
 
 from encdiff.data import Dataset, open_dataset, to_float, to_uint8
 from encdiff.data.folder import ImageFolder
-from encdiff.data.loader import Batches, read_all
+from encdiff.data.loader import LISTED, Batches, read_all
+from encdiff.data.order import KeyedPermutation
 from encdiff.data.procedural import ProceduralShapes3D
+from encdiff.data.readahead import BYTES, DEPTH, ReadAhead
 from encdiff.data.shapes3d import Shapes3D, write_shapes3d
 from encdiff.errors import InputError
 
@@ -78,29 +82,189 @@ def test_budget_is_in_bytes_of_the_set():
     assert not Batches(data, 3, resident_gib=1199 / 2**30).resident
 
 
-def test_next_batch_is_read_by_a_thread():
+def test_next_batches_are_read_by_a_thread():
     data = Numbered(50)
     batches = Batches(data, 4, resident_gib=0)
     batches.images(0)
-    batches._next[1].result()
-    assert data.threads and threading.current_thread() not in data.threads
+    batches._ahead.wait()
+    assert len(data.threads) == 1 and threading.current_thread() not in data.threads
 
 
 def test_a_failing_read_is_raised():
     data = Numbered(50)
     batches = Batches(data, 4, resident_gib=0)
     batches.images(0)
-    batches._next[1].result()
+    batches._ahead.wait()
 
     def fail(indices):
         raise InputError("7.png: not a readable image")
 
     data.images = fail
-    batches.images(1)  # was read before
-    with pytest.raises(InputError, match=r"7\.png"):
-        batches.images(2)
-    with pytest.raises(InputError, match=r"7\.png"):
-        batches.images(2)
+    for step in range(1, 1 + DEPTH):  # were read before
+        batches.images(step)
+    for _ in range(2):
+        with pytest.raises(InputError, match=r"7\.png"):
+            batches.images(1 + DEPTH)
+
+
+class Many(Numbered):
+    """Of a billion; read by many threads, in parts whose sizes are kept."""
+
+    images_per_thread = 8
+
+    def __init__(self, count, shape=(2, 2, 3)):
+        super().__init__(count)
+        self.shape, self.parts = shape, []
+
+    @property
+    def sample_shape(self):
+        return self.shape
+
+    def read(self, indices):
+        self.threads.add(threading.current_thread())
+        self.parts.append(len(indices))
+        pixels = (indices % 251).astype(np.uint8)[:, None, None, None]
+        return np.broadcast_to(pixels, (len(indices), *self.shape)).copy()
+
+
+@pytest.fixture
+def cores(monkeypatch):
+    monkeypatch.setattr("encdiff.data.readahead._cores", lambda: 3)
+
+
+def test_a_billion_in_no_memory():
+    tracemalloc.start()
+    begin = time.thread_time()
+    batches = Batches(Many(10**9), 500, 11)
+    seen = np.concatenate([batches.batch_indices(step) for step in (0, 1, 10**6, 5 * 10**12)])
+    assert time.thread_time() - begin < 0.5 and tracemalloc.get_traced_memory()[1] < 2**21
+    tracemalloc.stop()
+    assert seen.dtype == np.int64 and len(set(seen.tolist())) > 1990 and seen.min() >= 0 and seen.max() < 10**9
+    epoch, offset = divmod(10**6 * 500, 10**9)
+    np.testing.assert_array_equal(seen[1000:1500], KeyedPermutation(10**9, 11, epoch)[offset + np.arange(500)])
+
+
+@pytest.mark.parametrize("over", [0, 1])
+def test_the_order_is_a_list_up_to_its_length(over, monkeypatch):
+    monkeypatch.setattr("encdiff.data.loader.LISTED", 1000)
+    count = 1000 + over
+    batches = Batches(Numbered(count), 300, 5)
+    stream = np.concatenate([batches.batch_indices(step) for step in range(12)])
+    for epoch in range(3):
+        listed = np.random.default_rng((5, epoch)).permutation(count)
+        expected = KeyedPermutation(count, 5, epoch)[np.arange(count)] if over else listed
+        np.testing.assert_array_equal(stream[epoch * count : (epoch + 1) * count], expected)
+
+
+def test_lists_reach_to_a_length_that_is_never_changed():
+    assert LISTED == 2**24, "else runs on sets between the two would resume on other images"
+
+
+def test_threads_share_a_batch(cores):
+    data = Many(10**9)
+    batches = Batches(data, 100, 3)
+    for step in (0, 1, 2, 40, 41, 3, 3, 0):
+        images, indices = batches.batch(step)
+        np.testing.assert_array_equal(indices.numpy(), batches.batch_indices(step))
+        np.testing.assert_array_equal(
+            images.numpy(), np.broadcast_to((indices % 251).view(-1, 1, 1, 1), (100, 2, 2, 3))
+        )
+    batches._ahead.wait()
+    assert set(data.parts) == {33, 34} and 1 < len(data.threads) <= 3
+    assert threading.current_thread() not in data.threads
+
+
+@pytest.mark.parametrize("count, parts", [(1, [1]), (15, [15]), (16, [8, 8]), (23, [11, 12])])
+def test_small_batches_are_cut_less(cores, count, parts):
+    data = Many(10**9)
+    ReadAhead(data).read(0, lambda step: np.arange(count if step == 0 else 0))
+    assert sorted(n for n in data.parts if n) == parts
+
+
+def test_a_part_that_fails_fails_the_batch(cores):
+    data = Many(10**9)
+    batches = Batches(data, 90, 3)
+    bad = batches.batch_indices(4)[77]
+
+    def read(indices):
+        if bad in indices:
+            raise InputError(f"{bad}.png: not a readable image")
+        return Many.read(data, indices)
+
+    data.read = read
+    for step in (3, 4, 4, 5, 4, 6):
+        if step == 4:
+            with pytest.raises(InputError, match=f"{bad}.png"):
+                batches.images(step)
+        else:
+            assert batches.images(step).shape == (90, 2, 2, 3)
+
+
+@pytest.mark.parametrize("side, depth", [(2, DEPTH), (1672, 3), (4000, 1)])
+def test_batches_ahead_are_bounded_by_memory(side, depth):
+    """Of 10 images; of those nothing is made."""
+    ahead, asked = ReadAhead(Many(100, (side, side, 3))), []
+    ahead._begin = lambda batches: [Reading(asked.append(0), batch) for batch in batches]
+    ahead.read(0, lambda step: np.arange(10))
+    assert len(asked) == 1 + depth == 1 + max(1, min(DEPTH, BYTES // (30 * side**2)))
+    ahead.read(1, lambda step: np.arange(10))
+    assert len(asked) == 2 + depth, "one more"
+
+
+class Reading:
+    parts, shared = (), False
+
+    def __init__(self, _, indices):
+        self.indices = indices
+
+    def result(self):
+        return None
+
+
+@pytest.mark.parametrize("jumps", [(0, 1, 2, 3, 30, 31, 32, 33, 34, 35, 2), (5, 7, 8, 10, 13, 9, 9)])
+def test_several_batches_at_once(cores, jumps):
+    """Of seven images each, of which thirty are worth a thread."""
+    data = Many(10**9)
+    data.images_per_thread = 30
+    batches = Batches(data, 7, 3)
+    for step in jumps:
+        images, indices = batches.batch(step)
+        np.testing.assert_array_equal(indices.numpy(), batches.batch_indices(step))
+        np.testing.assert_array_equal(images.numpy(), np.broadcast_to((indices % 251).view(-1, 1, 1, 1), (7, 2, 2, 3)))
+        batches._ahead.wait()
+        assert 4 <= len(batches._ahead._begun) <= 8
+    assert set(data.parts) == {7, 28}
+
+
+def test_one_that_fails_among_several_fails_alone(cores):
+    data = Many(10**9)
+    data.images_per_thread = 30
+    batches = Batches(data, 7, 3)
+    bad = batches.batch_indices(4)[5]
+
+    def read(indices):
+        if bad in indices:
+            raise InputError(f"{bad}.png: not a readable image")
+        return Many.read(data, indices)
+
+    data.read = read
+    for step in range(9):
+        if step == 4:
+            with pytest.raises(InputError, match=f"{bad}.png"):
+                batches.images(step)
+        else:
+            assert batches.images(step).shape == (7, 2, 2, 3)
+
+
+def test_threads_end_with_their_batches():
+    batches = Batches(Many(10**9), 16)
+    batches.images(0)
+    threads = list(batches._ahead._pool._threads)
+    assert threads and Batches(Numbered(9), 3)._ahead is None, "a resident set has none"
+    del batches
+    for thread in threads:
+        thread.join(10)
+        assert not thread.is_alive()
 
 
 def test_changing_a_batch_changes_nothing_else():

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from encdiff.data import open_dataset
 from encdiff.data.procedural import ProceduralShapes3D
 from encdiff.data.shapes3d import write_shapes3d
+from encdiff.data.sharding import write_shards
 from encdiff.errors import InputError
 
 
@@ -59,7 +60,12 @@ def files(folder):
     return open_dataset(folder, 8)
 
 
-KINDS = [h5, lmdb, celeba, npz, files]
+def shards(folder):
+    write_shards(folder / "shards", ProceduralShapes3D(8, (1, 1, 1, 2, 2, 2)), 700)
+    return open_dataset(folder / "shards")
+
+
+KINDS = [h5, lmdb, celeba, npz, files, shards]
 
 
 @pytest.fixture(params=KINDS, ids=lambda make: make.__name__)
@@ -92,7 +98,7 @@ def test_images_stay_in_their_file(tmp_path):
     assert len(pickle.dumps(open_dataset(tmp_path / "mpi3d.npz"))) < 10_000
 
 
-@pytest.mark.parametrize("kind", [h5, lmdb, celeba, npz])
+@pytest.mark.parametrize("kind", [h5, lmdb, celeba, npz, shards])
 def test_a_file_that_is_gone_is_named(kind, tmp_path):
     folder = tmp_path / "folder"
     folder.mkdir()
@@ -105,14 +111,14 @@ def test_a_file_that_is_gone_is_named(kind, tmp_path):
 
 @pytest.mark.parametrize("start", ["spawn", "forkserver", "fork"])
 def test_workers_read(start, tmp_path):
-    datasets = [kind(tmp_path) for kind in (h5, lmdb, celeba)]
+    datasets = [kind(tmp_path) for kind in (h5, lmdb, celeba, shards)]
     batches = DataLoader(Rows(datasets), 3, num_workers=2, multiprocessing_context=start)
     found = np.concatenate([batch.numpy() for batch in batches])
     expected = [dataset.images(np.arange(len(dataset))) for dataset in datasets]
     np.testing.assert_array_equal(found, np.concatenate(expected))
 
 
-@pytest.mark.parametrize("kind", [h5, lmdb, celeba, npz])
+@pytest.mark.parametrize("kind", [h5, lmdb, celeba, npz, shards])
 def test_forked_processes_do_not_disturb_one_another(kind, tmp_path):
     dataset = kind(tmp_path)
     expected = dataset.images(np.arange(len(dataset)))  # what is open here, they have too

@@ -44,9 +44,32 @@ def render(
 
 
 @data_app.command()
-def convert(data: Data, out: Out, image_size: ImageSize = None, overwrite: Overwrite = False) -> None:
-    """Rewrite any grid of factors as a 3dshapes file. Smaller, or in chunks that random batches read fast."""
-    _write(open_data(data, image_size), out, overwrite)
+def convert(
+    data: Data,
+    out: Annotated[
+        Path, typer.Argument(help="The .h5 file, or with --shards the folder, to write.", show_default=False)
+    ],
+    image_size: ImageSize = None,
+    shards: Annotated[
+        str | None,
+        typer.Option(help="Write a folder of .npy files of at most this size, such as 1GB. Default: one .h5 file."),
+    ] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Rewrite a data set. Smaller, or so that random batches are read fast.
+
+    A grid of factors becomes a 3dshapes file, anything else, a folder of photos too, a folder of .npy files (--shards).
+    """
+    if shards is None:
+        return _write(open_data(data, image_size), out, overwrite)
+    from encdiff.data.sharding import check_place, parse_bytes, write_shards
+
+    size = parse_bytes(shards)
+    check_place(out, overwrite)
+    dataset = open_data(data, image_size)
+    with progress_bar("writing") as report:
+        write_shards(out, dataset, size, overwrite, report)
+    say(f"{len(dataset):,} images: {out}")
 
 
 @data_app.command()
@@ -73,7 +96,7 @@ def _write(dataset, out: Path, overwrite: bool) -> None:
     from encdiff.data.shapes3d import write_shapes3d
 
     if out.suffix not in (".h5", ".hdf5"):
-        raise InputError(f"{out}: must end in .h5: it becomes an HDF5 file")
+        raise InputError(f"{out}: must end in .h5: it becomes an HDF5 file (convert --shards 1GB writes a folder)")
     if out.exists() and not overwrite:
         raise InputError(f"{out}: exists already; use --overwrite to replace it")
     with progress_bar("writing") as report:

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from encdiff.data.dataset import Dataset, Indices
-from encdiff.data.folder import load_rgb
+from encdiff.data.folder import PICTURES, load_rgb
 from encdiff.data.npz import read_member
 from encdiff.errors import InputError
 from encdiff.files.reading import damage, read_text
@@ -87,6 +87,7 @@ class CelebA(Dataset):
             there = set(self._members)
         else:
             raise InputError(f"{folder}: holds neither {IMAGES}/*.jpg nor {IMAGES}.zip; CelebA's images must lie here")
+        self.images_per_thread = 0 if self._zip else PICTURES  # a zip file has one place that is read
         missing = next((file for file in self._files if file not in there), None)
         if missing:
             raise InputError(f"{self._folder or packed}: holds no {missing}, but {ATTRIBUTES} names it")

@@ -18,7 +18,8 @@ Indices = Sequence[int] | np.ndarray  # (n,) integers
 Factors = Sequence[Sequence[int]] | np.ndarray  # (n, F) integers
 ACCEPTED = (  # by `open_dataset`, and said where something else is met
     "must be procedural[:5,5,5,4,4,5] or sprites[:3,6,40,32,32]; a 3dshapes .h5 file; an .npz file of Shapes3D "
-    "(`images`), MPI3D or dSprites; the files of Cars3D, SmallNORB or CelebA; an LMDB of images; or a folder of images"
+    "(`images`), MPI3D or dSprites; the files of Cars3D, SmallNORB or CelebA; an LMDB of images; "
+    "a folder of images, or of shards that `encdiff data convert --shards` wrote; or Hugging Face Datasets, hf:PATH"
 )
 
 
@@ -58,6 +59,7 @@ class Dataset(ABC):
     instances: int = 1  # images of each combination of factors; consecutive
     cyclic: tuple[str, ...] = ()  # factors whose last value is next to the first: hues, full turns
     categories: tuple[str, ...] = ()  # factors whose values have no order
+    images_per_thread: int = 0  # how many are worth a thread's while; 0 where threads must not read at once
     sample_dtype: ClassVar[torch.dtype] = torch.uint8
 
     def __len__(self) -> int:
@@ -79,6 +81,10 @@ class Dataset(ABC):
     def read(self, indices: Indices) -> np.ndarray:
         """The images, as batches are cut from them."""
         return self.images(indices)
+
+    def read_into(self, indices: Indices, out: np.ndarray) -> None:
+        """As `read`, into `out`, an array of that shape and type."""
+        out[...] = self.read(indices)
 
     def about(self) -> dict[str, Any]:
         """What `describe` says of this kind of data."""
@@ -174,6 +180,7 @@ class SubGrid(Dataset):
         self.dataset, self.name, self.image_size = dataset, dataset.name, dataset.image_size
         self.factor_names, self.cyclic, self.categories = dataset.factor_names, dataset.cyclic, dataset.categories
         self.images_per_chunk, self.instances = dataset.images_per_chunk, dataset.instances
+        self.images_per_thread = dataset.images_per_thread
         self.values = grid_values(dataset, dataset.factor_sizes, grid)
         self.factor_sizes = tuple(len(values) for values in self.values)
         self.label_values = tuple(full[v] for full, v in zip(dataset.label_values, self.values, strict=True))

@@ -16,6 +16,7 @@ from encdiff.errors import InputError
 from encdiff.files.reading import refuse_special
 
 FORMATS = ("PNG", "JPEG", "WEBP")  # whatever a file's name says: Pillow would run Ghostscript on others
+PICTURES = 8  # of which decoding takes far longer than handing it to a thread
 SLIMMEST = 1000  # sides at most so many times as long as each other
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
 
@@ -27,6 +28,8 @@ class ImageFolder(Dataset):
     `image_size`, and cropped at the centre. Hidden files and folders are left out; linked folders are followed, each
     folder once. InputError for a missing or empty folder, and from `images` for a file that is no readable 8-bit image.
     """
+
+    images_per_thread = PICTURES
 
     def __init__(self, path: str | os.PathLike, image_size: int | None):
         self.path, self.name = Path(path), Path(path).resolve().name

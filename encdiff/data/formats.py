@@ -36,6 +36,7 @@ def open_dataset(spec: str | os.PathLike, image_size: int | None = None, progres
     the names shapes3d, mpi3d_toy, mpi3d_realistic, mpi3d_real, mpi3d_real_complex, cars3d, dsprites, smallnorb and
     celeba. A part is selected after a colon: values per factor of a grid (`procedural:5,5,5,4,4,5`), or the train,
     valid or test images of CelebA. `published-cars3d[:PATH]` is Cars3D as the published evaluation misreads it.
+    `hf:PATH` and `hf:OWNER/NAME`, then perhaps `:split=train,image=photo`, are Hugging Face Datasets.
     Images are reduced to `image_size` if it is given; a folder of images needs it. `progress(done, total)` is called
     where a file must be unpacked or read whole first. InputError for anything else.
     """
@@ -45,6 +46,8 @@ def open_dataset(spec: str | os.PathLike, image_size: int | None = None, progres
         dataset = _render(kind, 64 if image_size is None else image_size, selection if colon else None)
         dataset.spec = spec
         return dataset
+    if kind == "hf":
+        return _open_hf(spec, image_size)
     published = kind == PUBLISHED_CARS
     path, selection = _find((selection if colon else "cars3d") if published else spec)
     dataset = _open_cars(path, image_size, progress, True) if published else open_path(path, image_size, progress)
@@ -68,6 +71,7 @@ def open_path(path: Path, image_size: int | None = None, progress: Progress | No
         return _open_zip(path, image_size, progress)
     from encdiff.data.cars3d import is_tar
     from encdiff.data.celeba import ATTRIBUTES, CelebA
+    from encdiff.data.hf_datasets import HubImages, is_hf
     from encdiff.data.lmdb_images import LmdbImages, is_lmdb
     from encdiff.data.smallnorb import SmallNORB, is_smallnorb
 
@@ -77,6 +81,8 @@ def open_path(path: Path, image_size: int | None = None, progress: Progress | No
         return SmallNORB(path.parent, image_size, progress)
     if is_lmdb(path):
         return LmdbImages(path, image_size)
+    if is_hf(path):
+        return HubImages(path, image_size)
     if is_tar(path):
         return _open_cars(path, image_size, progress, False)
     return _open_shapes3d(path, image_size, progress)  # names what is wrong
@@ -86,9 +92,13 @@ def _open_folder(path: Path, image_size: int | None, progress: Progress | None) 
     from encdiff.data.cars3d import cars_folder
     from encdiff.data.celeba import ATTRIBUTES, CelebA
     from encdiff.data.folder import ImageFolder
+    from encdiff.data.hf_datasets import HubImages, is_hf
     from encdiff.data.lmdb_images import LmdbImages, is_lmdb
+    from encdiff.data.shards import ShardedArrays, is_sharded
     from encdiff.data.smallnorb import SmallNORB, smallnorb_files
 
+    if is_sharded(path):
+        return ShardedArrays(path, image_size)
     if cars_folder(path):
         return _open_cars(path, image_size, progress, False)
     if (path / ATTRIBUTES).is_file():
@@ -97,7 +107,26 @@ def _open_folder(path: Path, image_size: int | None, progress: Progress | None) 
         return SmallNORB(path, image_size, progress)
     if is_lmdb(path):
         return LmdbImages(path, image_size)
+    if is_hf(path):
+        return HubImages(path, image_size)
     return ImageFolder(path, image_size)
+
+
+def _open_hf(spec: str, image_size: int | None) -> Dataset:
+    """A file or folder here, or in ENCDIFF_DATA, before the Hub's data set of that name."""
+    from encdiff.data.hf_datasets import GRAMMAR, HubImages, is_hf, is_hub_name, parse_spec
+
+    name, options = parse_spec(spec)
+    path = next((path for path in _candidates(name) if path.exists()), None)
+    if path is not None:
+        refuse_special(path)
+        if not is_hf(path):
+            raise InputError(f"{path}: neither a folder of save_to_disk nor Parquet; must be {GRAMMAR}")
+    elif not is_hub_name(name):
+        raise InputError(f"data {spec!r}: not found here, and no name of the Hub's; must be {GRAMMAR}")
+    dataset = HubImages(path or name, image_size, options)
+    dataset.spec = f"hf:{path.resolve() if path else name}{spec.removeprefix('hf:' + name)}"
+    return dataset
 
 
 def _open_zip(path: Path, image_size: int | None, progress: Progress | None) -> Dataset:

@@ -12,7 +12,7 @@ from weakref import WeakValueDictionary
 import numpy as np
 
 from encdiff.data.dataset import Dataset, Indices
-from encdiff.data.folder import load_square
+from encdiff.data.folder import PICTURES, load_square
 from encdiff.data.lmdb_check import check_lmdb
 from encdiff.errors import InputError
 
@@ -29,6 +29,8 @@ class LmdbImages(Dataset):
     common tools add, are left out. Needs the package `lmdb`. InputError for a damaged or empty database, a missing
     package, and from `images` for a value that is no readable image, with its key.
     """
+
+    images_per_thread = PICTURES  # each read has a transaction of its own
 
     def __init__(self, path: str | os.PathLike, image_size: int | None):
         self.path, self.name = Path(path), Path(path).resolve().name

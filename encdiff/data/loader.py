@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import torch
 
 from encdiff.data.dataset import Source
+from encdiff.data.order import KeyedPermutation
+from encdiff.data.readahead import ReadAhead
 from encdiff.distributed.processes import Processes, processes
 from encdiff.distributed.rows import shared_rows
 from encdiff.distributed.share import Share
@@ -19,16 +20,18 @@ from encdiff.errors import InputError
 log = logging.getLogger("encdiff.data")
 
 READ = 512  # images read at once when the whole set is loaded
+LISTED = 2**24  # images of a set whose order is a list in memory; above, it is computed
 
 
 class Batches:
     """Shuffled batches of a data set, without an end.
 
-    Every epoch visits each image once, in the order of `np.random.default_rng((seed, epoch)).permutation(n)`; the
+    Every epoch visits each image once, in the order of `np.random.default_rng((seed, epoch)).permutation(n)`, or of
+    `encdiff.data.order.KeyedPermutation(n, seed, epoch)`, which takes no memory, for more than 2^24 images; the
     epochs are one stream cut into batches, so nothing is dropped and a batch may span epochs. Images stay on `device`
     as uint8 if they fit in `resident_gib` GiB, by default 4 of a CPU's memory or 0.4 of what a GPU has free (read at
-    construction; `progress(done, total)` is called meanwhile); otherwise a thread reads the batch after the one just
-    asked for, for a GPU into pinned memory, so that it is copied beside the work.
+    construction; `progress(done, total)` is called meanwhile); otherwise threads read the batches after the one just
+    asked for (`encdiff.data.readahead`), for a GPU into pinned memory, so that they are copied beside the work.
     share: which rows of each batch this process reads (`distributed.Share`); None: all.
     InputError for an empty set, a batch below 1 or that cannot be shared, or a negative seed.
     """
@@ -52,9 +55,8 @@ class Batches:
         self.dataset, self.batch_size, self.seed, self.device = dataset, batch_size, seed, torch.device(device)
         self.rows = (share or Share()).rows(batch_size)
         resident_gib = _resident_gib(self.device) if resident_gib is None else resident_gib
-        self._permutations: dict[int, np.ndarray] = {}
-        self._next: tuple[int, Future] | None = None
-        self._pool: ThreadPoolExecutor | None = None
+        self._permutations: dict[int, np.ndarray | KeyedPermutation] = {}
+        self._ahead: ReadAhead | None = None
         self._data: torch.Tensor | None = None
         if len(dataset) * math.prod(dataset.sample_shape) * dataset.sample_dtype.itemsize <= resident_gib * 2**30:
             self._data = read_all(dataset, progress, processes()).to(self.device)
@@ -65,7 +67,7 @@ class Batches:
                     " `encdiff data convert`",
                     dataset.name, dataset.images_per_chunk,
                 )  # fmt: skip
-            self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="encdiff-batches")
+            self._ahead = ReadAhead(dataset, pin=self.device.type == "cuda")
 
     @property
     def resident(self) -> bool:
@@ -85,13 +87,12 @@ class Batches:
 
         Of another `Source` what that reads.
         """
-        indices = self._to_device(self._host(self.batch_indices(step)))
         if self._data is not None:
+            indices = self._to_device(self._host(self.batch_indices(step)))
             return self._data[indices], indices
-        ready, self._next = self._next, None
-        images = ready[1].result() if ready and ready[0] == step else self._submit(step).result()
-        self._next = step + 1, self._submit(step + 1)
-        return self._to_device(images), indices
+        assert self._ahead is not None, "of a set that is not resident"
+        images, found = self._ahead.read(step, self.batch_indices)
+        return self._to_device(images), self._to_device(self._host(found))
 
     def images(self, step: int) -> torch.Tensor:
         """The images of `batch(step)`."""
@@ -102,24 +103,25 @@ class Batches:
         assert self._data is not None, "of a resident set"
         yield from self._data[start:stop].split(READ)
 
-    def _submit(self, step: int) -> Future:
-        assert self._pool is not None, "of a set that is not resident"
-        indices = self.batch_indices(step)
-        return self._pool.submit(lambda: self._host(self.dataset.read(indices)))
-
     def _host(self, array: np.ndarray) -> torch.Tensor:
         tensor = torch.from_numpy(array)
         return tensor.pin_memory() if self.device.type == "cuda" else tensor
 
     def _to_device(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.to(self.device, non_blocking=True)
+        return tensor if self.device.type == "cpu" else tensor.to(self.device, non_blocking=True)
 
-    def _permutation(self, epoch: int) -> np.ndarray:
+    def _permutation(self, epoch: int) -> np.ndarray | KeyedPermutation:
         if epoch not in self._permutations:
             if len(self._permutations) > 1:  # two suffice: a batch touches an epoch and perhaps the next
                 del self._permutations[min(self._permutations)]
-            self._permutations[epoch] = np.random.default_rng((self.seed, epoch)).permutation(len(self.dataset))
+            self._permutations[epoch] = _order(len(self.dataset), self.seed, epoch)
         return self._permutations[epoch]
+
+
+def _order(count: int, seed: int, epoch: int) -> np.ndarray | KeyedPermutation:
+    if count > LISTED:
+        return KeyedPermutation(count, seed, epoch)
+    return np.random.default_rng((seed, epoch)).permutation(count)
 
 
 def _resident_gib(device: torch.device) -> float:

@@ -7,7 +7,7 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 import numpy as np
 
@@ -68,14 +68,20 @@ def read_header(path: Path, archive: zipfile.ZipFile, key: str) -> Header:
         raise InputError(f"{path}: an archive without {key}; must be an .npz with the key `{key}`")
     member = check_member(path, archive, f"{key}.npy")
     with damage(f"{path}: a damaged or foreign .npz file: {key}"), archive.open(member) as stream:
-        version = np.lib.format.read_magic(stream)
-        shape, fortran, dtype = VERSIONS[version](stream)
-        header = Header(shape, dtype, fortran, stream.tell())
+        header = npy_header(stream)
+    shape, dtype = header.shape, header.dtype
     if dtype.kind not in "biufU":
         raise InputError(f"{path}: a damaged or foreign .npz file, not an .npz of arrays: {key} are {dtype}")
     if min(shape, default=1) < 0 or member.file_size != header.length + math.prod(shape) * dtype.itemsize:
         raise InputError(f"{path}: a damaged or foreign .npz file ({key} are not {shape}); copy it again")
     return header
+
+
+def npy_header(stream: IO[bytes]) -> Header:
+    """What a .npy file says of itself; of a damaged one an error of any kind."""
+    version = np.lib.format.read_magic(stream)
+    shape, fortran, dtype = VERSIONS[version](stream)
+    return Header(shape, dtype, fortran, stream.tell())
 
 
 def read_array(path: Path, archive: zipfile.ZipFile, key: str) -> np.ndarray:

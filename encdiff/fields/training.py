@@ -190,4 +190,4 @@ def train_fields(
     part = learnt_part(data, config.held_out)
     training = FieldTraining(model, config, data.times)
     fit(training, part, run_dir, resume=resume, overwrite=overwrite, tensorboard=tensorboard, on_step=on_step)
-    return training.averaged_model()
+    return FieldModel.from_pretrained(Path(run_dir) / "model") if training.sharded else training.averaged_model()

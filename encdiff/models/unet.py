@@ -165,6 +165,22 @@ class UNet(nn.Module):
             emb = emb + self.concept_embed(tokens.flatten(1))
         return project_times(emb, self.res_blocks)
 
+    @property
+    def stages(self) -> list[nn.Module]:
+        """Its parts in the order in which they compute."""
+        return [*self.input_blocks, self.middle_block, *self.output_blocks]
+
+    def read_ahead(self) -> list[nn.Parameter]:
+        """Parameters of stages that are read before these compute: the projections of all stages are one product."""
+        linears = [module for block in self.res_blocks for module in block.emb_layers]
+        linears += [
+            linear
+            for block in self.attending
+            if block.cross_attention
+            for linear in (block.attn2.to_k, block.attn2.to_v)
+        ]
+        return [parameter for linear in linears for parameter in linear.parameters()]
+
     def _times(self, t: Tensor, tokens: Tensor, sampling: Sampling | None) -> list[tuple[Tensor, ...]]:
         if sampling is None or sampling.times is None:
             return self.project(t, tokens)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
@@ -183,6 +184,9 @@ class AutoencoderTraining:
 
     def model_config(self) -> dict:
         return dict(self.model.config)
+
+    def assembled(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def tensors(self) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = {}

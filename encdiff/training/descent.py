@@ -2,7 +2,8 @@
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -12,13 +13,15 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 from encdiff.data.loader import Batches
-from encdiff.distributed.processes import processes
+from encdiff.distributed.processes import Processes, processes
+from encdiff.distributed.shards import like, local, norm, part_of, shard, whole
 from encdiff.distributed.share import Share
 from encdiff.engine import Graph, choose, float32_precision
 from encdiff.engine.graph import unowned
 from encdiff.errors import InputError
 from encdiff.files.checkpoint import load_state
 from encdiff.models.layers import channels_last, share_statistics
+from encdiff.models.unet import UNet
 from encdiff.profiling import phase
 from encdiff.training.masters import Masters
 from encdiff.training.recipes import DescentConfig
@@ -53,18 +56,25 @@ class Descent(ABC):
     ):
         if masters and config.precision != "bf16":
             raise InputError(f"masters is True, needs precision 'bf16', but it is {config.precision!r}")
-        self.model: Any = channels_last(model.train())
+        self.sharded = config.shard and processes().size > 1
+        self.model: Any = model.train() if self.sharded else channels_last(model.train())
         self.part, self.config, self.step = averaged, config, 0
         self.processes, self.asked = processes(), False
         self.device = next(model.parameters()).device
         self.processes.from_first([*model.parameters(), *model.buffers()])  # each may have begun elsewhere
         share_statistics(model)
         self.ema: nn.Module = copy.deepcopy(self.averaged).requires_grad_(False)
+        if self.sharded:
+            for part in (self.averaged, self.ema):
+                _shard(part.to(memory_format=torch.contiguous_format), self.processes)  # type: ignore[call-overload]
+        self._assembled: dict[str, Tensor] | None = None  # of a model in shards, while it is saved or shown
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.masters: Masters | None = None  # or `optimizer`, one of them
         self.optimizer: AdamW | None = None
         engine, on_gpu = choose(config.engine, self.device), self.device.type == "cuda"
-        if masters or (masters is None and config.precision == "bf16" and on_gpu):
+        if self.sharded:
+            engine = _engine_of_shards(config.engine)
+        if not self.sharded and (masters or (masters is None and config.precision == "bf16" and on_gpu)):
             aside = aside and engine == "graph" and not config.checkpoint_activations  # which is to save memory
             self.masters = Masters(model, self.averaged, self.ema, config.betas, config.weight_decay, fixed, aside)
         else:
@@ -89,8 +99,10 @@ class Descent(ABC):
         """Of what `advance` was given, on the device, by `computing`."""
 
     def _adamw(self) -> AdamW:
+        # of what is in shards the own part: the arithmetic is of single numbers
+        self.own = [nn.Parameter(local(p.detach())) if self.sharded else p for p in self.parameters]
         return AdamW(
-            self.parameters,
+            self.own,
             torch.tensor(self.config.learning_rate, device=self.device),  # a tensor: a captured graph reads it anew
             self.config.betas,
             weight_decay=self.config.weight_decay,
@@ -138,7 +150,10 @@ class Descent(ABC):
 
     def _work(self, follow: Tensor | None = None, asked: Tensor | None = None, **inputs: Tensor) -> tuple[Tensor, ...]:
         """The whole step on the device, nothing read back: loss, gradients, clipping, AdamW, EMA."""
-        (self.masters or cast(AdamW, self.optimizer)).zero_grad()
+        if self.masters is not None:
+            self.masters.zero_grad()
+        for p in self.parameters:
+            p.grad = None
         loss = self._gradients(inputs)
         told: tuple[Tensor, ...] = (loss,)
         if asked is not None:
@@ -149,11 +164,15 @@ class Descent(ABC):
                 norm = self.masters.step(self.config.gradient_clip)
             else:
                 norm = self._clip()
+                if self.sharded:
+                    for own, p in zip(self.own, self.parameters, strict=True):
+                        own.grad = None if p.grad is None else local(p.grad)
                 cast(AdamW, self.optimizer).step()
         if self.masters is None:
             assert follow is not None, "without masters `advance` gives it"
             with phase("average"), torch.no_grad():
-                lerp(list(self.ema.parameters()), list(self.averaged.parameters()), follow)
+                averages, weights = ([local(p) for p in m.parameters()] for m in (self.ema, self.averaged))
+                lerp(averages, weights, follow)
         return told[0], norm, *told[1:]
 
     def _gradients(self, inputs: dict[str, Tensor]) -> Tensor:
@@ -183,11 +202,18 @@ class Descent(ABC):
             for segment, _ in self.masters.segments:
                 self.processes.mean_(segment.gradient)
         else:
-            self.processes.mean_all_([p.grad for p in self.parameters if p.grad is not None])
+            gradients = [p.grad for p in self.parameters if p.grad is not None]
+            self.processes.mean_all_([g for g in gradients if local(g) is g])  # those in shards are the means already
         return told.unbind()
 
     def _clip(self) -> Tensor:
         """The norm of all gradients, which then is at most `gradient_clip`."""
+        if self.sharded:
+            found = norm([p.grad for p in self.parameters if p.grad is not None], self.processes)
+            if self.config.gradient_clip:
+                scale = (self.config.gradient_clip / (found + 1e-6)).clamp(max=1.0)
+                torch._foreach_mul_([local(p.grad) for p in self.parameters if p.grad is not None], scale)
+            return found
         if self.config.gradient_clip:
             return nn.utils.clip_grad_norm_(self.parameters, self.config.gradient_clip)
         return nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
@@ -200,24 +226,60 @@ class Descent(ABC):
     def model_config(self) -> dict:
         return asdict(self.model.config)
 
+    @contextmanager
+    def assembled(self) -> Iterator[None]:
+        """Inside, the first process has the whole of a model that is in shards, on the CPU; all must come to this."""
+        if self.sharded:
+            self._assembled = self._whole()
+        try:
+            yield
+        finally:
+            self._assembled = None
+
+    def _whole(self) -> dict[str, Tensor]:
+        """`tensors`, whole, in the first process; one after the other in the others."""
+        moments = optimizer_tensors(cast(AdamW, self.optimizer))
+        of = {str(i): p for i, p in enumerate(self.parameters)}
+        shards = {k: v if v.ndim == 0 else like(v, of[k.split(".")[1]]) for k, v in moments.items()}
+        found = {}
+        for name, tensor in (self._states() | shards).items():
+            full = whole(tensor)
+            if self.processes.first:
+                found[name] = full
+        return found
+
+    def _states(self) -> dict[str, Tensor]:
+        model = {f"model.{k}": v for k, v in self.model.state_dict().items()}
+        return model | {f"ema.{k}": v for k, v in self.ema.state_dict().items()}
+
     def averaged_model(self) -> Any:
-        """A copy to sample from, its averaged part that average, the rest as it stands; eval mode."""
-        model = copy.deepcopy(self.model)
-        getattr(model, self.part).load_state_dict(self.ema.state_dict())
+        """A copy to sample from, its averaged part that average, the rest as it stands; eval mode.
+
+        Of a model in shards on the CPU, and only within `assembled`.
+        """
+        if self.sharded:
+            assert self._assembled is not None, "within `assembled`"
+            model, held = type(self.model)(self.model.config), self._assembled
+            model.load_state_dict({k.removeprefix("model."): v for k, v in held.items() if k.startswith("model.")})
+            average = {k.removeprefix("ema."): v for k, v in held.items() if k.startswith("ema.")}
+        else:
+            model, average = copy.deepcopy(self.model), self.ema.state_dict()
+        getattr(model, self.part).load_state_dict(average)
         return model.eval()
 
     def save_model(self, folder: Path) -> None:
         self.averaged_model().save_pretrained(folder)
 
     def tensors(self) -> dict[str, Tensor]:
-        model = {f"model.{k}": v for k, v in self.model.state_dict().items()}
-        ema = {f"ema.{k}": v for k, v in self.ema.state_dict().items()}
-        return (
-            model | ema | (self.masters.tensors() if self.masters else optimizer_tensors(cast(AdamW, self.optimizer)))
-        )
+        if self._assembled is not None:
+            return self._assembled
+        moments = self.masters.tensors() if self.masters else optimizer_tensors(cast(AdamW, self.optimizer))
+        return self._states() | moments
 
     def load(self, tensors: dict[str, Tensor], metadata: dict[str, str], source: Path) -> None:
         """Continue from `tensors`; InputError, naming `source`, if they are of another configuration."""
+        if self.sharded:
+            tensors = self._own(tensors, source)
         for prefix, module in (("model.", self.model), ("ema.", self.ema)):
             own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
             load_state(module, own, source)
@@ -225,6 +287,30 @@ class Descent(ABC):
             load_optimizer(cast(AdamW, self.optimizer), tensors, source)
         else:
             self.masters.load(tensors, source)
+
+    def _own(self, tensors: dict[str, Tensor], source: Path) -> dict[str, Tensor]:
+        """Of whole tensors this process's parts."""
+        of: dict[str, Tensor] = {f"optimizer.{i}": p for i, p in enumerate(self.parameters)}
+        of |= self._states()
+
+        def own(name: str, full: Tensor) -> Tensor:
+            parameter = of.get(name, of.get(name.rpartition(".")[0], full))
+            part = part_of(full, parameter, self.processes)
+            return part if name.startswith("optimizer.") else like(part, parameter)
+
+        return {name: own(name, full) for name, full in tensors.items()}
+
+
+def _shard(part: nn.Module, among: Processes) -> None:
+    """The stages of a part's U-Net in shards."""
+    unet = next(module for module in part.modules() if isinstance(module, UNet))
+    shard(unet, unet.stages, unet.read_ahead(), among)
+
+
+def _engine_of_shards(engine: str) -> str:
+    if engine not in ("auto", "eager"):
+        raise InputError(f"engine is {engine!r}, must be 'eager' or 'auto' with shard: parts come and go between calls")
+    return "eager"
 
 
 def lerp(into: list[Tensor], of: list[Tensor], weight: Tensor) -> None:

@@ -6,7 +6,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
@@ -49,6 +49,7 @@ class Trainable(Protocol):
         self, images: Tensor, indices: Tensor
     ) -> Mapping[str, Tensor | float]: ...  # one step on what the data reads, such as images uint8 (B, S, S, 3)
     def model_config(self) -> dict: ...
+    def assembled(self) -> AbstractContextManager[None]: ...  # all processes: for the first to save or show the model
     def tensors(self) -> dict[str, Tensor]: ...  # all that `load` needs
     def load(self, tensors: dict[str, Tensor], metadata: dict[str, str], source: Path) -> None: ...
     def save_model(self, folder: Path) -> None: ...
@@ -143,7 +144,8 @@ def _loop(training, batches, folder, recorder, interrupt, on_step) -> None:
                 images = torch.from_numpy(dataset.read(shown)).to(training.device)
                 recorder.show(training.picture(images, folder.samples))
 
-            everyone.by_first(picture)
+            with training.assembled():
+                everyone.by_first(picture)
         if step % config.checkpoint_every == 0:
             _save(training, folder)
 
@@ -227,7 +229,8 @@ def _save(training: Trainable, folder: RunFolder, changed: bool = True) -> None:
         training.save_model(folder.model)
         save_tensors(folder.checkpoint, tensors, metadata)  # last: with it the step is done
 
-    processes().by_first(save)
+    with training.assembled():
+        processes().by_first(save)
 
 
 def diverged(step: int, state: str) -> InputError:

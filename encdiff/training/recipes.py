@@ -27,6 +27,7 @@ class DescentConfig(Checked):
     accumulate: Count = (
         1  # parts that a batch is cut into, one after the other: less memory; batch norm's are of a part
     )
+    shard: bool = False  # of several processes each keeps a part of the U-Net's weights, moments and averages (FSDP2)
     checkpoint_activations: bool = False  # compute residual blocks anew in the backward pass: less memory, more time
     seed: Seed = 0
     log_every: Count = 50

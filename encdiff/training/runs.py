@@ -138,6 +138,7 @@ class RunFolder:
         """A resumed run may be logged otherwise, or made longer; anything else would make it another run."""
         now, before = json.loads(json.dumps(described)), read_config(self.path)
         free = {"log_every", "checkpoint_every", "picture_every", "scaling_factor", "engine", "checkpoint_activations"}
+        free |= {"shard"}
         free.add("name")  # of the data: of a file or folder that may have been moved; its images are compared
         if not now["training"].get("decay"):  # else the number of steps shapes the learning rate
             free.add("steps")

@@ -139,4 +139,4 @@ def train(
         raise InputError(f"batch_size is {config.batch_size}, must be at least 2 for a model with normalize_scalars")
     training = Training(model, config)
     fit(training, dataset, run_dir, resume=resume, overwrite=overwrite, tensorboard=tensorboard, on_step=on_step)
-    return training.averaged_model()
+    return EncDiff.from_pretrained(Path(run_dir) / "model") if training.sharded else training.averaged_model()

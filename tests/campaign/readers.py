@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import tarfile
+import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from encdiff import EncDiff, EncDiffConfig
 from encdiff.cli.support import factor_groups, rebuilt
 from encdiff.data import describe, mpi3d, open_dataset
 from encdiff.data.shapes3d import write_shapes3d
+from encdiff.data.sharding import write_shards
 from encdiff.edit import Edit, uce
 from encdiff.evaluation import Direction, evaluate_codes, load_direction
 from encdiff.experiments.phases import seconds_per_step
@@ -89,6 +91,16 @@ def make_lmdb(folder: Path) -> None:
 def make_h5(folder: Path) -> None:
     write_shapes3d(folder / "sprites.h5", open_dataset("sprites:2,2,2,2,2", 8))
     write_shapes3d(folder / "room.h5", open_dataset("procedural:2,2,2,1,1,2", 8))
+
+
+def make_shards(folder: Path) -> None:
+    write_shards(folder, open_dataset("procedural:2,2,2,1,1,2", 8), 1000, overwrite=True)
+
+
+def make_shards_of_faces(folder: Path) -> None:
+    with tempfile.TemporaryDirectory() as faces:
+        make_celeba(Path(faces))
+        write_shards(folder, open_dataset(faces, 8), 500, overwrite=True)
 
 
 def make_npz(folder: Path) -> None:
@@ -274,6 +286,8 @@ READERS = {
     "pictures": Reader(make_pictures, lambda folder: read_all(folder, 8)),
     "lmdb": Reader(make_lmdb, lambda folder: read_all(folder, 8)),
     "hdf5": Reader(make_h5, read_all, "*.h5"),
+    "shards": Reader(make_shards, read_all),
+    "shards of faces": Reader(make_shards_of_faces, read_all),
     "npz": Reader(make_npz, read_all, "*.npz"),
     "fields": Reader(make_fields, read_fields, "*.*"),
     "cars": Reader(make_cars, read_all),
