@@ -8,10 +8,10 @@ PIP := .venv/bin/python -m pip install --disable-pip-version-check -c constraint
 PIP_OLDEST := .venv-oldest/bin/python -m pip install --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test campaign oldest lint docs gate sanitize bench gpu wheel notebook clean
+.PHONY: help demo test campaign distributed oldest lint docs gate sanitize bench gpu wheel notebook clean
 
 help:  ## list these targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
 
 demo: .venv/.installed  ## render data, train a small model, evaluate it, draw pictures: all in runs/demo
 	.venv/bin/encdiff demo
@@ -23,6 +23,9 @@ campaign: .venv/.installed-dev  ## minutes of random kills, full disks and damag
 	OMP_NUM_THREADS=1 .venv/bin/python -m tests.campaign.kills $(ARGS)
 	OMP_NUM_THREADS=1 .venv/bin/python -m tests.campaign.full_disk $(ARGS)
 	OMP_NUM_THREADS=1 .venv/bin/python -m tests.campaign.files $(ARGS)
+
+distributed: .venv/.installed-dev  ## minutes: processes of a launch killed at random, two launchers as of two machines
+	OMP_NUM_THREADS=1 .venv/bin/python -m tests.campaign.workers $(ARGS)
 
 # By hand, not in CI: some gigabytes. Its library also serves .venv, since the ABI is stable.
 oldest: .venv-oldest/.installed  ## the tests in a second environment, of the oldest torch; needs nvcc for the CUDA half

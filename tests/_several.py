@@ -32,7 +32,7 @@ RECIPE = TrainConfig(
 VQ = dict(first_stage="vq", vq_width=32, vq_multipliers=(1,), vq_depth=1, vq_codes=16)
 
 
-def run(folder: Path, resume: bool = False, model: dict | None = None, **changes) -> dict[str, torch.Tensor]:
+def run(folder: Path, resume: bool = False, model: dict | None = None, **changes) -> dict:
     """Losses of a training, the indices that this process read, and what the run ended with."""
     seen, losses, data = [], [], open_dataset(DATA, 16)
     torch.manual_seed(processes().rank)  # the first process's weights count
@@ -52,7 +52,7 @@ def run(folder: Path, resume: bool = False, model: dict | None = None, **changes
         Training.advance = advance
     weights = {f"model.{k}": v for k, v in network.state_dict().items()}
     weights |= {f"average.{k}": v for k, v in averaged.state_dict().items()}
-    scale = torch.tensor(network.config.scaling_factor)
+    scale = network.config.scaling_factor
     return {"losses": torch.tensor(losses), "indices": torch.stack(seen), "scale": scale} | weights
 
 

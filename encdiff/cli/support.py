@@ -42,7 +42,7 @@ def spread(count: int | None) -> None:
 def check_alone(context: typer.Context, shared: Collection[str]) -> None:
     """InputError where several processes were started for a command that they do not share."""
     if launched() and context.invoked_subcommand not in shared:
-        raise InputError(f"{context.command_path} {context.invoked_subcommand}: is for one process, without torchrun")
+        raise InputError(f"{context.invoked_subcommand}: is for one process; start it without torchrun")
 
 
 def given_options(**options) -> dict:
