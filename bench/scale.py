@@ -281,8 +281,8 @@ def table(head: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
 
 
 def scaling(found: Sequence[Row]) -> str:
-    head = ("GPUs", "images of each", "step, ms", "batch norm, ms", "gradients, ms", "efficiency")
-    head += ("images/s", "with overlap")
+    head = ["GPUs", "images of each", "step, ms", "batch norm, ms", "gradients, ms", "efficiency", "images/s"]
+    head.append("with overlap")
     cells = [
         (f"{r.n}", f"{r.batch:g}", f"{1e3 * r.step:.2f}", f"{1e3 * r.norms:.2f}", f"{1e3 * (r.exposed - r.norms):.2f}",
          f"{r.efficiency:.1%}", f"{r.images:,.0f}", f"{r.step / (r.step + r.overlapped):.1%}")
