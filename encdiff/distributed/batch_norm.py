@@ -21,10 +21,11 @@ class _BatchNorm(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         over = _over(x)
-        own = torch.stack(torch.var_mean(x.float(), over, correction=0)[::-1])  # mean, variance: (2, C)
-        means, variances = processes().stacked(own).unbind(1)
-        mean = means.mean(0)
-        variance = (variances + (means - mean).square()).mean(0)  # of all, without cancellation
+        variance, mean = torch.var_mean(x.float(), over, correction=0)
+        # one exchange for both, in float64, where the square of a mean far above the deviation takes nothing away
+        moments = torch.stack([mean.double(), variance.double() + mean.double().square()])
+        processes().mean_(moments)
+        mean, variance = moments[0].float(), (moments[1] - moments[0].square()).float()
         ctx.save_for_backward(x, weight, mean, (variance + eps).rsqrt())
         ctx.mark_non_differentiable(mean, variance)
         return F.batch_norm(x, mean, variance, weight, bias, training=False, eps=eps), mean, variance
