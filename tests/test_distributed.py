@@ -62,7 +62,7 @@ def test_the_run_is_the_same_whatever_the_number_of_processes(tmp_path):
         assert (several[0]["losses"] - one["losses"]).abs().max() < 1e-5
         assert torch.equal(torch.cat([found["indices"] for found in several], dim=1), one["indices"])
         assert all(torch.equal(value, several[0][name]) for found in several for name, value in found.items()
-                   if name != "indices"), "every process has the same weights, to the bit"  # fmt: skip
+                   if name not in ("indices", "scale")), "every process has the same weights, to the bit"  # fmt: skip
         assert_near(several[0], one, 1e-5)
 
 
@@ -71,7 +71,7 @@ def test_two_processes_do_what_one_does(tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     two.mkdir()
     names = ["parts", "shards", "masters", "first_stage", "scores", "resumed", "norm", "rows"]
-    _several.run(two / "begun", steps=4, decay=0.0)
+    _several.run(two / "begun", steps=3, decay=0.0)
     shutil.copytree(two / "begun", one / "begun")
     first, second = by_several(2, two, *names)
     expected = {name: _several.WORK[name](one) for name in names[:-1]}
@@ -113,6 +113,7 @@ def assert_rows(first: dict, second: dict) -> None:
     said = ["process 1: the last one cannot", "batch is 0 in process 0, but 1 in process 1"]
     assert first["said"] == second["said"] == said
     assert first["mean"] == second["mean"] == [0.5, 1.0]
+    assert first["says"] + second["says"] == 1, "what several meet is said once"
     assert first["told"] == second["told"] == 0 and first["gathered"] == second["gathered"] == [0, 1]
 
 
@@ -197,15 +198,13 @@ def test_a_launch_is_stopped_and_refused_as_one_process_is(tmp_path):
     while training.poll() is None and not (run / "log.csv").is_file():
         time.sleep(0.1)
     second = encdiff(*begin, "--overwrite")
-    third = encdiff("train", "--processes", "4", "--run", str(tmp_path / "other"), *data)
-    refused, unshared = (one.communicate(timeout=120)[1] for one in (second, third))
+    refused = second.communicate(timeout=120)[1]
     training.send_signal(signal.SIGTERM)
     said, wrong = training.communicate(timeout=120)
     assert training.returncode == 0 and wrong == "", wrong
     assert said.count("stopped after step") == 1 and (run / "checkpoint.safetensors").is_file()
     assert second.returncode == 2 and refused.count("\n") == 1, refused
     assert "a training writes to it now, process" in refused
-    assert (third.returncode, unshared) == (2, "error: batch_size is 6, must be a multiple of 4, for 4 processes\n")
 
 
 def test_commands_that_are_for_one_process():

@@ -10,11 +10,13 @@ from importlib.util import resolve_name
 from pathlib import Path
 
 import pytest
+import torch
 from _tiny import TINY
 
 import encdiff
 from encdiff.evaluation import evaluate_model
 from encdiff.models.autoencoder import VQAutoencoder
+from encdiff.ops._compiling import asked_once
 from encdiff.training import AutoencoderTrainConfig, train_autoencoder
 
 ROOT = Path(__file__).parent.parent
@@ -208,3 +210,15 @@ def test_completion_offers_the_same_names_before_and_after_rooms_are_loaded():
     assert python(code, ROOT).stdout.strip() == "True"
     assert {"train", "evaluate", "ops", "models", "__version__"} <= set(dir(encdiff))
     assert encdiff.train.__module__ == "encdiff.training.step", "the function, whatever rooms are loaded"
+
+
+def test_a_start_loads_no_compiler():
+    heavy = "{'torch._dynamo', 'torch.distributed.fsdp'}"
+    code = f"import encdiff.training, encdiff.pictures, sys; print(sorted({heavy} & sys.modules.keys()))"
+    done = python(code, ROOT)
+    assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stderr
+
+
+def test_asked_once_is_what_torch_makes_of_a_function():
+    ours, theirs = asked_once(lambda: 0), torch.compiler.assume_constant_result(lambda: 0)
+    assert vars(ours) == vars(theirs) != {}

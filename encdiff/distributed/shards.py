@@ -5,14 +5,15 @@ optimiser and the average keep is of the parts alone.
 """
 
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Shard
 
 from encdiff.distributed.processes import Processes
+
+if TYPE_CHECKING:  # else loaded with the first shard: it takes half a second
+    from torch.distributed.tensor import DTensor
 
 
 def shard(root: nn.Module, blocks: Sequence[nn.Module], whole: Iterable[nn.Parameter], among: Processes) -> None:
@@ -20,6 +21,9 @@ def shard(root: nn.Module, blocks: Sequence[nn.Module], whole: Iterable[nn.Param
 
     Everything else of root stays whole in every process. The parameters must be contiguous.
     """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
     of_blocks = {p for block in blocks for p in block.parameters()} - set(whole)
     kept = {p for p in root.parameters() if p not in of_blocks}
     mesh = init_device_mesh(next(root.parameters()).device.type, (among.size,))
@@ -28,20 +32,26 @@ def shard(root: nn.Module, blocks: Sequence[nn.Module], whole: Iterable[nn.Param
     fully_shard(root, mesh=mesh, ignored_params=kept)
 
 
+def in_shards(tensor: Tensor) -> "TypeGuard[DTensor]":
+    return hasattr(tensor, "to_local")
+
+
 def local(tensor: Tensor) -> Tensor:
     """The part of this process, which shares its memory; of a tensor that is whole, itself."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if in_shards(tensor) else tensor
 
 
 def whole(tensor: Tensor) -> Tensor:
     """All of it, on the CPU: every process must ask, and the memory of the first alone need hold more than one."""
-    return tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor.detach().cpu()
+    return tensor.full_tensor().cpu() if in_shards(tensor) else tensor.detach().cpu()
 
 
 def like(part: Tensor, parameter: Tensor) -> Tensor:
     """What goes with a parameter, such as a moment, as it is in shards: a part like the parameter's own."""
-    if not isinstance(parameter, DTensor):
+    if not in_shards(parameter):
         return part
+    from torch.distributed.tensor import DTensor
+
     return DTensor.from_local(
         part, parameter.device_mesh, parameter.placements, shape=parameter.shape, stride=parameter.stride()
     )
@@ -49,17 +59,15 @@ def like(part: Tensor, parameter: Tensor) -> Tensor:
 
 def part_of(full: Tensor, parameter: Tensor, among: Processes) -> Tensor:
     """Of a whole tensor what this process has of the parameter."""
-    if not isinstance(parameter, DTensor) or full.shape != parameter.shape:
+    if not in_shards(parameter) or full.shape != parameter.shape:
         return full
-    (placement,) = parameter.placements
-    assert isinstance(placement, Shard), "as fully_shard places them"
-    parts = full.chunk(among.size, placement.dim)
-    return parts[among.rank] if among.rank < len(parts) else full.narrow(placement.dim, 0, 0)
+    parts = full.chunk(among.size)  # as fully_shard cuts them, along the first dimension
+    return parts[among.rank] if among.rank < len(parts) else full[:0]
 
 
 def norm(gradients: Iterable[Tensor], among: Processes) -> Tensor:
     """Of all gradients, some in shards, as if they were whole."""
-    squares = [(isinstance(g, DTensor), local(g).float().square().sum()) for g in gradients]
+    squares = [(in_shards(g), local(g).float().square().sum()) for g in gradients]
     in_shards = sum((square for is_part, square in squares if is_part), torch.zeros_like(squares[0][1]))
     among.mean_(in_shards)
     return (in_shards * among.size + sum(square for is_part, square in squares if not is_part)).sqrt()

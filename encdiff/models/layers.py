@@ -1,5 +1,6 @@
 """PyTorch's linear layer and convolution by way of `ops`, which has faster gradients of their biases on a GPU."""
 
+from collections.abc import Callable
 from typing import TypeGuard, TypeVar, cast
 
 import torch
@@ -35,10 +36,9 @@ class _SharedStatistics(nn.modules.batchnorm._BatchNorm):
     shared = False
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._together(x) if self.shared and self.training else super().forward(x)
+        return _uncompiled(self, x) if self.shared and self.training else super().forward(x)
 
-    @torch.compiler.disable
-    def _together(self, x: Tensor) -> Tensor:
+    def together(self, x: Tensor) -> Tensor:
         y, mean, variance = batch_norm(x, self.weight, self.bias, self.eps)
         count = processes().size * x.numel() // x.shape[1]
         with torch.no_grad():
@@ -46,6 +46,9 @@ class _SharedStatistics(nn.modules.batchnorm._BatchNorm):
             self.running_mean.lerp_(mean, self.momentum)  # type: ignore[union-attr, arg-type]
             self.running_var.lerp_(variance * (count / (count - 1)), self.momentum)  # type: ignore[union-attr, arg-type]
         return y
+
+
+_uncompiled: Callable[[_SharedStatistics, Tensor], Tensor]  # `together`: what others tell is in no compiled graph
 
 
 class BatchNorm2d(_SharedStatistics, nn.BatchNorm2d):
@@ -58,9 +61,12 @@ class BatchNorm1d(_SharedStatistics, nn.BatchNorm1d):
 
 def share_statistics(module: M) -> M:
     """The module, whose batch norms, while they train, take the rows of all processes for one batch."""
+    global _uncompiled
+    if several := processes().size > 1:
+        _uncompiled = torch.compiler.disable(_SharedStatistics.together)  # here: it loads the compiler
     for norm in module.modules():
         if isinstance(norm, _SharedStatistics):
-            norm.shared = processes().size > 1
+            norm.shared = several
     return module
 
 

@@ -16,6 +16,7 @@ import torch
 from torch.autograd import forward_ad
 
 from encdiff.errors import InputError
+from encdiff.ops._compiling import asked_once
 
 log = logging.getLogger("encdiff.ops")
 
@@ -76,7 +77,7 @@ def _is_dual(x) -> bool:
     return isinstance(x, torch.Tensor) and forward_ad.unpack_dual(x).tangent is not None
 
 
-@torch.compiler.assume_constant_result  # asked while a graph is traced; compiled code is guarded by the answer
+@asked_once  # while a graph is traced; compiled code is guarded by the answer
 def _is_in_torch_func() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None
 

@@ -8,6 +8,7 @@ import torch
 
 from encdiff.kernels._second import refusal
 from encdiff.ops import _build
+from encdiff.ops._compiling import asked_once
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _KINDS = {"x0": 0, "epsilon": 1, "v": 2, "flow": 3}  # csrc/noise.h: Target
@@ -40,7 +41,7 @@ def _load() -> tuple[str | None, bool]:
     return None, hasattr(ctypes.CDLL(path), "encdiff_has_cuda")
 
 
-@torch.compiler.assume_constant_result
+@asked_once
 def _problem(device: str) -> str | None:
     problem, has_cuda = load()
     return problem or (None if device == "cpu" or has_cuda else "the native engine was built without its CUDA half")

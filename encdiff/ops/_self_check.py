@@ -30,6 +30,7 @@ from encdiff.files.reading import read_json
 from encdiff.files.temporaries import atomic_path
 from encdiff.ops import _build
 from encdiff.ops._check import FAMILIES, Finding, Variant, check, is_lost, title
+from encdiff.ops._compiling import asked_once
 from encdiff.ops._triton import autocast_off
 
 UNCHECKED = "not checked on this card yet: call it once before a graph is captured"
@@ -62,7 +63,7 @@ def is_asked(x: Tensor) -> bool:
     return x.is_cuda and os.environ.get("ENCDIFF_SELF_CHECK") != "0" and os.environ.get("TRITON_INTERPRET") != "1"
 
 
-@torch.compiler.assume_constant_result  # no graph break: a compiler gets the verdict
+@asked_once  # no graph break: a compiler gets the verdict
 def _reasons(family: str, variant: Variant, gradients: bool, device: int) -> list[str]:
     key = device, family, variant, gradients
     found = _known.get(key)
