@@ -225,14 +225,33 @@ def test_no_interval_loses_less_than_youngs():
     assert least == pytest.approx(best, rel=0.06)
 
 
-def test_the_command_prints_what_the_page_shows(paper, monkeypatch, capsys):
-    """docs/scale.md has the table and the sentences as printed."""
-    monkeypatch.setattr(scale, "count", lambda: paper)
-    monkeypatch.setattr(sys, "argv", ["scale"])
+def printed(monkeypatch, capsys, *options: str) -> str:
+    monkeypatch.setattr(sys, "argv", ["scale", *options])
     scale.main()
-    said = capsys.readouterr().out
+    return capsys.readouterr().out
+
+
+def test_the_command_prints_what_the_page_shows(paper, monkeypatch, capsys):
+    """docs/scale.md has the tables as printed, and its sentences figures of them."""
+    monkeypatch.setattr(scale, "count", lambda: paper)
+    said = printed(monkeypatch, capsys)
     assert said.startswith("Predicted from one GPU's step; not measured on several GPUs.")
     lines = [line for line in said.splitlines() if line.startswith("|")]
     assert len(lines) == 2 * (2 + len(COUNTS)) + 2 + 4
     page = (Path(__file__).parent.parent / "docs/scale.md").read_text()
     assert "\n".join(lines[: 2 + len(COUNTS)]) in page and "\n".join(lines[-6:]) in page
+    shared = {row[0]: row for row in ([cell.strip() for cell in line.split("|")[1:-1]] for line in lines[14:-6])}
+    rate, most = shared["128"][6], shared["512"][6]
+    assert f"a step of 32 images would take {shared['128'][2]} ms" in page
+    assert f"{rate} images/s there, {most} on 512" in page
+    assert f"{paper.bytes() / 1e6:.2f} MB, of which {sum(paper.gradients) / 1e6:.2f} are gradients" in page
+    assert f"exchanges, {sum(paper.norms) / 1e6:.2f} MB together, take {lines[11].split('|')[4].strip()} ms" in page
+
+
+def test_the_page_has_the_figures_of_a_slow_link(paper, monkeypatch, capsys):
+    monkeypatch.setattr(scale, "count", lambda: paper)
+    lines = printed(monkeypatch, capsys, "--link", "ethernet").splitlines()
+    rows = {cells[1].strip(): cells for cells in (line.split("|") for line in reversed(lines)) if len(cells) == 10}
+    few, many = ([rows[n][i].strip().rstrip("%") for i in (6, 8)] for n in ("16", "512"))
+    page = (Path(__file__).parent.parent / "docs/scale.md").read_text().replace("\n  ", " ")
+    assert f"efficiency of {few[0]} %, and {few[1]} with buckets; 512 have {many[0]} and {many[1]}." in page
