@@ -306,9 +306,7 @@ def main() -> None:
     print(summary(exchanges, cluster, o.link))
     print(f"\n{o.batch} images for each GPU, machines joined by {o.link}\n")
     print(scaling(rows(exchanges, step, cluster)))
-    print(
-        f"\n{o.global_batch:,} images for all together. Assumed: {FIXED:.0%} of a step at {o.batch} stays\n"
-    )
+    print(f"\n{o.global_batch:,} images for all together. Assumed: {FIXED:.0%} of a step at {o.batch} stays\n")
     print(scaling(rows(exchanges, step, cluster, o.global_batch)))
     print(f"\nFailures: {o.days:g} days between two of one machine, {o.restart:g} s to go on, {o.save:g} s to save\n")
     print(failures(step.seconds(o.batch), o.save, o.restart, o.days))
