@@ -3,8 +3,8 @@
     python -m bench.scale [--step-ms 9.76] [--batch 128] [--global-batch 4096] [--link infiniband|ethernet|nvlink]
 
 What processes tell each other in a step is counted: a training step of the real code runs on the meta device, with
-torch.distributed replaced. What an exchange takes is a formula: launch + hops x latency + bytes / bandwidth. An
-all-reduce of V bytes over m machines of g GPUs adds up V / g a GPU within each machine (a ring over NVLink), takes
+all-reduces, the only exchange in it, written down. What one takes is a formula: launch + hops x latency + bytes /
+bandwidth. One of V bytes over m machines of g GPUs adds up V / g a GPU within each machine (a ring over NVLink), takes
 these parts to all machines (a ring or a tree, the quicker one), and spreads them in the machine again.
 
 Links are as their makers state them, each way, for one GPU: fourth-generation NVLink 900 GB/s both ways together (data
@@ -19,10 +19,10 @@ lost (ENCDIFF_TIMEOUT) and one to begin anew: both are assumed. One failure of a
 
 import argparse
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from unittest import mock
 
 import torch
@@ -37,9 +37,8 @@ from encdiff.training import TrainConfig
 from encdiff.training.step import Training
 
 COUNTS = tuple(2**i for i in range(10))
-COPY = 0.9e-6  # seconds from one kernel of a graph to the next on an H200: `all_gather` copies what each process sent
 OPTIMIZER = 0.37e-3  # seconds of AdamW and averages, of the step on an H200 (docs/performance.md)
-FIXED = 0.54  # of a step, what a smaller batch saves nothing of: see `Step`
+FIXED = 0.54  # of a step, what a smaller batch saves nothing of; assumed: see `Step`
 BUCKET = 25 * 2**20  # bytes, as DistributedDataParallel cuts gradients
 
 
@@ -105,52 +104,23 @@ class Cluster:
             ways.append(base + min(ring, tree))
         return min(ways)
 
-    def all_gather(self, size: int, n: int) -> float:
-        """Seconds until the `size` bytes of each GPU are on all n, in one ring through all of them."""
-        m, g = self.machines(n)
-        if n == 1:
-            return 0.0
-        return min(
-            p.launch
-            + (n - m) * self.inside.ring[i] + (n - 1) * size / (p.share * self.inside.bandwidth)
-            + (m - 1) * self.between.ring[i] + (n - g) * size / g / (p.share * self.between.bandwidth)
-            for i, p in enumerate(self.protocols)
-        )  # fmt: skip
-
-
-class Exchange(NamedTuple):
-    """One call of torch.distributed: its name, and the bytes that each process gives."""
-
-    kind: str
-    bytes: int
-
-    def seconds(self, n: int, cluster: Cluster) -> float:
-        if self.kind == "all_reduce":
-            return cluster.all_reduce(self.bytes, n)
-        return cluster.all_gather(self.bytes, n) + (n * COPY if self.kind == "all_gather" and n > 1 else 0)
-
 
 class Exchanges(NamedTuple):
-    """Of one step: those of batch norm, forward and backward, the two numbers told, the gradients. Of a run, the bytes
-    of a checkpoint."""
+    """Of one step the bytes of each all-reduce: those of batch norm, forward and backward, the two numbers told, the
+    gradients. Of a run the bytes of a checkpoint."""
 
-    norms: list[Exchange]
-    told: list[Exchange]
-    gradients: list[Exchange]
+    norms: list[int]
+    told: list[int]
+    gradients: list[int]
     checkpoint: int
 
     def bytes(self) -> int:
-        return sum(e.bytes for e in (*self.norms, *self.told, *self.gradients))
-
-    def gathered_by(self, kind: str) -> list[Exchange]:
-        """Those of batch norm as they would be if what is gathered, its means and variances, went by another call."""
-        return [e._replace(kind=kind) if e.kind.startswith("all_gather") else e for e in self.norms]
+        return sum((*self.norms, *self.told, *self.gradients))
 
     def of(self, parameters: float) -> "Exchanges":
         """Those of a model with so many parameters that learn, all in bfloat16."""
-        scale = parameters * 2 / sum(e.bytes for e in self.gradients)
-        gradients = [Exchange("all_reduce", round(2 * parameters))]
-        return self._replace(gradients=gradients, checkpoint=round(scale * self.checkpoint))
+        scale = parameters * 2 / sum(self.gradients)
+        return self._replace(gradients=[round(2 * parameters)], checkpoint=round(scale * self.checkpoint))
 
 
 def count(config: EncDiffConfig | None = None) -> Exchanges:
@@ -158,7 +128,7 @@ def count(config: EncDiffConfig | None = None) -> Exchanges:
 
     config: None for the paper's.
     """
-    called: list[Exchange] = []
+    called: list[int] = []
     after: list[int] = []
 
     class Counted(Training):
@@ -180,18 +150,14 @@ def count(config: EncDiffConfig | None = None) -> Exchanges:
 
 
 @contextmanager
-def _imagined(called: list[Exchange]) -> Iterator[None]:
-    """Inside, this process is the first of two, and what it would send is written down."""
+def _imagined(called: list[int]) -> Iterator[None]:
+    """Inside, this process is the first of two, and the bytes of what it would add to theirs are written down."""
 
-    def written(kind: str) -> Callable[..., None]:
-        def call(*tensors: Any, **_: object) -> None:  # the last one is what this process gives
-            called.append(Exchange(kind, tensors[-1].numel() * tensors[-1].element_size()))
-
-        return call
+    def all_reduce(tensor: Tensor) -> None:
+        called.append(tensor.numel() * tensor.element_size())
 
     with ExitStack() as stack:
-        for kind in ("all_reduce", "all_gather", "all_gather_into_tensor"):
-            stack.enter_context(mock.patch.object(dist, kind, written(kind)))
+        stack.enter_context(mock.patch.object(dist, "all_reduce", all_reduce))
         stack.enter_context(mock.patch.object(Processes, "from_first", lambda *_: None))
         stack.enter_context(mock.patch.object(processes, "_joined", [Processes(0, 2, 0, 2)]))
         stack.enter_context(mock.patch.object(Training, "_autocast", lambda _: nullcontext()))  # meta has none
@@ -200,10 +166,10 @@ def _imagined(called: list[Exchange]) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Step:
-    """The step of one GPU: measured at one batch, and at another batch `fixed` of it and the rest in proportion.
+    """The step of one GPU: measured at one batch; at others, it is assumed, `fixed` of it stays and the rest shrinks.
 
-    0.54 is of a line through what a sampling evaluation takes on an H200 at batch 1 and 128 (1.77 and 3.24 ms, block
-    `switches` of run 4): the training step was timed at 128 alone.
+    No training step at another batch was timed. 0.54 is of a line through what a sampling evaluation takes on an H200
+    at batch 1 and 128 (1.77 and 3.24 ms, block `switches` of run 4).
     """
 
     measured: float
@@ -221,10 +187,10 @@ class Step:
 def exposed(exchanges: Exchanges, n: int, cluster: Cluster, backward: float | None = None) -> float:
     """Seconds that a step waits for exchanges: all of them, as the code has it; or with gradients in buckets, each on
     its way as soon as the backward pass, which takes so long, has made it."""
-    always = sum(e.seconds(n, cluster) for e in (*exchanges.norms, *exchanges.told))
+    always = sum(cluster.all_reduce(size, n) for size in (*exchanges.norms, *exchanges.told))
     if backward is None:
-        return always + sum(e.seconds(n, cluster) for e in exchanges.gradients)
-    size = sum(e.bytes for e in exchanges.gradients)
+        return always + sum(cluster.all_reduce(size, n) for size in exchanges.gradients)
+    size = sum(exchanges.gradients)
     buckets = math.ceil(size / BUCKET)
     end = 0.0
     for i in range(buckets):
@@ -259,7 +225,7 @@ def rows(exchanges: Exchanges, step: Step, cluster: Cluster, whole: int | None =
         batch = step.batch if whole is None else whole / n
         if batch < 1:
             break
-        norms = sum(e.seconds(n, cluster) for e in exchanges.norms)
+        norms = sum(cluster.all_reduce(size, n) for size in exchanges.norms)
         hidden = exposed(exchanges, n, cluster, step.backward(batch))
         found.append(Row(n, batch, step.seconds(batch), norms, exposed(exchanges, n, cluster), hidden))
     return found
@@ -307,19 +273,14 @@ def failures(step: float, save: float, restart: float, days: float) -> str:
 
 
 def summary(exchanges: Exchanges, cluster: Cluster, link: str, n: int = COUNTS[-1]) -> str:
-    """What a step sends, and what batch norm takes on n GPUs as it is and by other calls."""
+    """What a step sends, by one and by each of n GPUs, and the size of a checkpoint."""
     calls = len(exchanges.norms) + len(exchanges.told) + len(exchanges.gradients)
-    gradients = sum(e.bytes for e in exchanges.gradients)
+    gradients = sum(exchanges.gradients)
     inside, outside = cluster.sent(gradients, n)
-    ways = {"as it is": exchanges.norms} | {
-        f"by {kind}": exchanges.gathered_by(kind) for kind in ("all_gather_into_tensor", "all_reduce")
-    }
-    times = [f"{1e3 * sum(e.seconds(n, cluster) for e in norms):.2f} ms {way}" for way, norms in ways.items()]
     return "\n".join((
         f"A step: {calls} exchanges, {len(exchanges.norms)} of them for batch norm; {exchanges.bytes() / 1e6:.2f} MB, "
         f"{gradients / 1e6:.2f} of them gradients.",
         f"Of {n} GPUs each sends {inside / 1e6:.0f} MB of them within its machine, {outside / 1e6:.0f} MB over {link}.",
-        f"Batch norm on {n} GPUs: {', '.join(times)}.",
         f"A checkpoint: {exchanges.checkpoint / 1e6:.0f} MB.",
     ))  # fmt: skip
 
@@ -345,7 +306,7 @@ def main() -> None:
     print(summary(exchanges, cluster, o.link))
     print(f"\n{o.batch} images for each GPU, machines joined by {o.link}\n")
     print(scaling(rows(exchanges, step, cluster)))
-    print(f"\n{o.global_batch:,} images for all together; {FIXED:.0%} of a step at {o.batch} shrinks with no batch\n")
+    print(f"\n{o.global_batch:,} images for all together. Assumed: {FIXED:.0%} of a step at {o.batch} stays\n")
     print(scaling(rows(exchanges, step, cluster, o.global_batch)))
     print(f"\nFailures: {o.days:g} days between two of one machine, {o.restart:g} s to go on, {o.save:g} s to save\n")
     print(failures(step.seconds(o.batch), o.save, o.restart, o.days))

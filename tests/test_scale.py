@@ -12,7 +12,7 @@ from _tiny import TINY
 from torch import nn
 
 from bench import scale
-from bench.scale import COUNTS, LINKS, PROTOCOLS, Cluster, Exchange, Exchanges, Link, Protocol, Step
+from bench.scale import COUNTS, LINKS, PROTOCOLS, Cluster, Exchanges, Link, Protocol, Step
 from encdiff import EncDiff
 from encdiff.errors import InputError
 from encdiff.training import TrainConfig
@@ -93,13 +93,7 @@ def test_one_gpu_takes_exactly_its_step(paper):
 
 
 def test_without_latency_and_with_infinite_bandwidth_nothing_is_lost(paper):
-    """But for the copies of a gather, which are kernels."""
-    free = cluster()
-    gathers = sum(e.kind == "all_gather" for e in paper.norms)
-    for row in scale.rows(paper, Step(0.01), free):
-        assert row.exposed == pytest.approx(gathers * row.n * scale.COPY if row.n > 1 else 0)
-    into = paper._replace(norms=paper.gathered_by("all_gather_into_tensor"))
-    assert all(row.efficiency == 1 for row in scale.rows(into, Step(0.01), free))
+    assert all(row.exposed == 0 and row.efficiency == 1 for row in scale.rows(paper, Step(0.01), cluster()))
 
 
 def test_an_all_reduce_is_latency_and_bandwidth_in_closed_form():
@@ -114,11 +108,6 @@ def test_an_all_reduce_is_latency_and_bandwidth_in_closed_form():
     assert cluster(**ways, hop=0.2).all_reduce(size, 8) == pytest.approx(within)
 
 
-def test_a_gather_brings_every_machine_what_all_others_have():
-    found = cluster(bandwidth=50.0, inside=70.0, inside_hop=0.3, hop=2.0).all_gather(11, 24)
-    assert found == pytest.approx(21 * 0.3 + 2 * 2.0 + 23 * 11 / 70 + 16 * 11 / 8 / 50)
-
-
 def alone(link: Link, i: int) -> Link:
     return Link(link.bandwidth, link.ring[i : i + 1], link.tree[i : i + 1])
 
@@ -129,7 +118,6 @@ def test_the_quickest_protocol_is_taken():
             Cluster(alone(LINKS["infiniband"], i), alone(LINKS["nvlink"], i), 8, (p,)) for i, p in enumerate(PROTOCOLS)
         ]
         assert REAL.all_reduce(size, 64) == min(c.all_reduce(size, 64) for c in single)
-        assert REAL.all_gather(size, 64) == min(c.all_gather(size, 64) for c in single)
 
 
 def test_time_grows_with_gpus_and_falls_with_bandwidth(paper):
@@ -153,21 +141,19 @@ def padded(parameters: list[nn.Parameter]) -> int:
 
 @pytest.mark.parametrize("config", [TINY, None], ids=["tiny", "paper"])
 def test_exchanges_are_those_of_the_modules(config, paper):
-    """Two for each batch norm, forward its means and variances and backward its two sums; then the two numbers told,
-    gradients in bfloat16, and those of batch norm in float32."""
+    """Two for each batch norm, forward its two moments in float64 and backward its two sums in float32; then the two
+    numbers told, gradients in bfloat16, and those of batch norm in float32."""
     found = paper if config is None else scale.count(config)
     with torch.device("meta"):
         model = EncDiff(*[config] if config else [scale.EncDiffConfig()])
     norms = [m for m in model.cond_stage_model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    sizes = [2 * 4 * m.num_features for m in norms]
-    assert len(norms) > 2 and len(found.norms) == 2 * len(norms)
-    assert sorted(e.bytes for e in found.norms) == sorted(2 * sizes)
-    assert sum(e.kind.startswith("all_gather") for e in found.norms) == len(norms)
-    assert found.told == [Exchange("all_reduce", 2 * 4)]
+    forward, backward = ([2 * size * m.num_features for m in norms] for size in (8, 4))
+    assert len(norms) > 2 and found.norms == forward + backward[::-1]
+    assert found.told == [2 * 4]
     exact = [p for m in norms for p in m.parameters()]
     learn = [p for p in model.parameters() if p.requires_grad and not any(p is q for q in exact)]
-    assert found.gradients == [Exchange("all_reduce", 2 * padded(learn)), Exchange("all_reduce", 4 * padded(exact))]
-    assert found.bytes() == sum(2 * sizes) + 8 + 2 * padded(learn) + 4 * padded(exact)
+    assert found.gradients == [2 * padded(learn), 4 * padded(exact)]
+    assert found.bytes() == sum(forward + backward) + 8 + 2 * padded(learn) + 4 * padded(exact)
 
 
 def test_a_checkpoint_is_as_large_as_one_of_a_cpu():
@@ -178,13 +164,13 @@ def test_a_checkpoint_is_as_large_as_one_of_a_cpu():
 
 def test_other_numbers_of_parameters_send_two_bytes_each(paper):
     larger = paper.of(1.1e9)
-    assert larger.gradients == [Exchange("all_reduce", 2_200_000_000)] and larger.norms == paper.norms
-    assert larger.checkpoint / paper.checkpoint == pytest.approx(2.2e9 / sum(e.bytes for e in paper.gradients))
+    assert larger.gradients == [2_200_000_000] and larger.norms == paper.norms
+    assert larger.checkpoint / paper.checkpoint == pytest.approx(2.2e9 / sum(paper.gradients))
 
 
 def test_overlap_hides_all_but_the_last_bucket_of_a_long_backward_pass():
     size = 4 * scale.BUCKET - 11
-    given = Exchanges([], [], [Exchange("all_reduce", size)], 0)
+    given = Exchanges([], [], [size], 0)
     one = REAL.all_reduce(-(-size // 4), 64)
     assert scale.exposed(given, 64, REAL, backward=1.0) == pytest.approx(one)
     assert scale.exposed(given, 64, REAL, backward=0.0) == pytest.approx(4 * one)
@@ -193,7 +179,7 @@ def test_overlap_hides_all_but_the_last_bucket_of_a_long_backward_pass():
 
 
 def test_overlap_cannot_hide_batch_norm(paper):
-    norms = sum(e.seconds(64, REAL) for e in (*paper.norms, *paper.told))
+    norms = sum(REAL.all_reduce(size, 64) for size in (*paper.norms, *paper.told))
     hidden, whole = scale.exposed(paper, 64, REAL, 1.0), scale.exposed(paper, 64, REAL)
     assert norms < hidden < whole
 
@@ -239,14 +225,33 @@ def test_no_interval_loses_less_than_youngs():
     assert least == pytest.approx(best, rel=0.06)
 
 
-def test_the_command_prints_what_the_page_shows(paper, monkeypatch, capsys):
-    """docs/scale.md has the table and the sentences as printed."""
-    monkeypatch.setattr(scale, "count", lambda: paper)
-    monkeypatch.setattr(sys, "argv", ["scale"])
+def printed(monkeypatch, capsys, *options: str) -> str:
+    monkeypatch.setattr(sys, "argv", ["scale", *options])
     scale.main()
-    said = capsys.readouterr().out
+    return capsys.readouterr().out
+
+
+def test_the_command_prints_what_the_page_shows(paper, monkeypatch, capsys):
+    """docs/scale.md has the tables as printed, and its sentences figures of them."""
+    monkeypatch.setattr(scale, "count", lambda: paper)
+    said = printed(monkeypatch, capsys)
     assert said.startswith("Predicted from one GPU's step; not measured on several GPUs.")
     lines = [line for line in said.splitlines() if line.startswith("|")]
     assert len(lines) == 2 * (2 + len(COUNTS)) + 2 + 4
     page = (Path(__file__).parent.parent / "docs/scale.md").read_text()
     assert "\n".join(lines[: 2 + len(COUNTS)]) in page and "\n".join(lines[-6:]) in page
+    shared = {row[0]: row for row in ([cell.strip() for cell in line.split("|")[1:-1]] for line in lines[14:-6])}
+    rate, most = shared["128"][6], shared["512"][6]
+    assert f"a step of 32 images would take {shared['128'][2]} ms" in page
+    assert f"{rate} images/s there, {most} on 512" in page
+    assert f"{paper.bytes() / 1e6:.2f} MB, of which {sum(paper.gradients) / 1e6:.2f} are gradients" in page
+    assert f"exchanges, {sum(paper.norms) / 1e6:.2f} MB together, take {lines[11].split('|')[4].strip()} ms" in page
+
+
+def test_the_page_has_the_figures_of_a_slow_link(paper, monkeypatch, capsys):
+    monkeypatch.setattr(scale, "count", lambda: paper)
+    lines = printed(monkeypatch, capsys, "--link", "ethernet").splitlines()
+    rows = {cells[1].strip(): cells for cells in (line.split("|") for line in reversed(lines)) if len(cells) == 10}
+    few, many = ([rows[n][i].strip().rstrip("%") for i in (6, 8)] for n in ("16", "512"))
+    page = (Path(__file__).parent.parent / "docs/scale.md").read_text().replace("\n  ", " ")
+    assert f"efficiency of {few[0]} %, and {few[1]} with buckets; 512 have {many[0]} and {many[1]}." in page
