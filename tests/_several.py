@@ -72,12 +72,13 @@ def parts(out: Path) -> dict:
 
 
 def shards(out: Path) -> dict:
-    """In shards, in parts, with a resume; of one process, whole."""
-    first = run(out / "shards", shard=True, steps=4, accumulate=2, decay=0.0)
-    last = run(out / "shards", shard=True, steps=7, accumulate=2, decay=0.0, resume=True)
-    return {"losses": torch.cat([first["losses"], last["losses"]])} | {
-        name: value for name, value in last.items() if name.startswith("average.")
-    }
+    """In shards, whole, and in shards again, in parts; in one process always whole."""
+    runs = [
+        run(out / "shards", shard=steps != 4, steps=steps, accumulate=2, decay=0.0, resume=steps > 2)
+        for steps in (2, 4, 6)
+    ]
+    averages = {name: value for name, value in runs[-1].items() if name.startswith("average.")}
+    return {"losses": torch.cat([one["losses"] for one in runs])} | averages
 
 
 def masters(out: Path) -> dict:

@@ -68,6 +68,6 @@ def part_of(full: Tensor, parameter: Tensor, among: Processes) -> Tensor:
 def norm(gradients: Iterable[Tensor], among: Processes) -> Tensor:
     """Of all gradients, some in shards, as if they were whole."""
     squares = [(in_shards(g), local(g).float().square().sum()) for g in gradients]
-    in_shards = sum((square for is_part, square in squares if is_part), torch.zeros_like(squares[0][1]))
-    among.mean_(in_shards)
-    return (in_shards * among.size + sum(square for is_part, square in squares if not is_part)).sqrt()
+    of_parts = sum((square for is_part, square in squares if is_part), torch.zeros_like(squares[0][1]))
+    among.mean_(of_parts)
+    return (of_parts * among.size + sum(square for is_part, square in squares if not is_part)).sqrt()
