@@ -295,7 +295,7 @@ def test_what_an_interrupted_run_wrote_after_its_checkpoint_is_shown_once(datase
 
 
 def test_a_restart_goes_on_and_nothing_else_does(tmp_path, monkeypatch):
-    """torchrun restarts a process in the folder that the one before began; another launch, or a second training, not."""
+    """torchrun restarts a process in the folder that the one before began; no other launch, no second training."""
 
     def began(launch) -> RunFolder:
         monkeypatch.setattr("encdiff.training.runs.launch_id", lambda: launch)
