@@ -22,6 +22,7 @@ from encdiff.distributed.rows import shared_rows
 from encdiff.errors import InputError
 from encdiff.models.autoencoder import VQAutoencoder
 from encdiff.training import AutoencoderTrainConfig, train_autoencoder
+from encdiff.training.loop import share_start
 from encdiff.training.step import Training
 
 DATA = "procedural:3,2,3,2,2,2"
@@ -143,8 +144,15 @@ def rows(out: Path) -> dict:
         if everyone.rank == everyone.size - 1:
             raise InputError("the last one cannot")
 
+    def other_model() -> None:  # of another shape, too, which must not be sent
+        share_start({"depth": 1 + everyone.rank}, RECIPE, [torch.nn.Linear(9 - everyone.rank, 2)], everyone)
+
     said = []
-    for attempt in (lambda: everyone.together(fails), lambda: everyone.same(steps=5, batch=everyone.rank)):
+    for attempt in (
+        lambda: everyone.together(fails),
+        lambda: everyone.same(steps=5, batch=everyone.rank),
+        other_model,
+    ):
         try:
             attempt()
         except InputError as error:

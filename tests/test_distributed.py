@@ -19,7 +19,7 @@ from encdiff import EncDiff, TrainConfig, open_dataset
 from encdiff.data.loader import Batches
 from encdiff.distributed.processes import Processes, processes
 from encdiff.distributed.share import Share
-from encdiff.errors import InputError
+from encdiff.errors import InputError, Lost, Told
 from encdiff.training.step import Training
 
 ROOT = Path(__file__).parent.parent
@@ -111,6 +111,7 @@ def assert_rows(first: dict, second: dict) -> None:
     assert first["whole"] and second["whole"]
     assert (first["calls"], second["calls"]) == ([(0, 12)], [(12, 11)])
     said = ["process 1: the last one cannot", "batch is 0 in process 0, but 1 in process 1"]
+    said += ["depth is 1 in process 0, but 2 in process 1"]
     assert first["said"] == second["said"] == said
     assert first["mean"] == second["mean"] == [0.5, 1.0]
     assert first["says"] + second["says"] == 1, "what several meet is said once"
@@ -153,6 +154,21 @@ def test_batches_of_shares_are_the_batch(resident):
             assert torch.equal(own, images[torch.from_numpy(one.rows)])
 
 
+def test_all_processes_hold_the_data_or_none(monkeypatch):
+    """One has less memory free than the others: none reads its part of a whole that nobody else reads."""
+    monkeypatch.setattr(Processes, "gather", lambda self, fits: [fits, False])
+    assert not Batches(open_dataset(_several.DATA, 16), 4).resident
+
+
+def test_who_speaks_when_the_store_is_gone():
+    """It was kept by a process that ended: everyone left says what it met, in place of a traceback."""
+    everyone, kept = Processes(1, 2), torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    everyone._store = torch.distributed.TCPStore("localhost", kept.port, is_master=False)
+    assert everyone.says(Lost("x")) and not everyone.says(Lost("y")) and not everyone.says(Told("z"))
+    del kept
+    assert everyone.says(Lost("x"))
+
+
 def test_a_batch_that_cannot_be_shared():
     with pytest.raises(InputError, match=r"batch_size is 10, must be a multiple of 6, for 3 processes x 2 parts"):
         Share(0, 3, 2).rows(10)
@@ -179,7 +195,7 @@ def test_one_process_alone_needs_no_launch():
 
 def test_engine_of_a_model_in_shards(monkeypatch):
     monkeypatch.setattr("encdiff.training.descent.processes", lambda: Processes(0, 2))
-    monkeypatch.setattr(Processes, "from_first", lambda self, tensors: None)
+    monkeypatch.setattr("encdiff.training.descent.share_start", lambda *given: None)
     monkeypatch.setattr("encdiff.training.descent.shard", lambda *given: None)
     with pytest.raises(InputError, match="engine is 'compile', must be 'eager' or 'auto' with shard"):
         Training(EncDiff(TINY), TrainConfig(batch_size=8, engine="compile", shard=True))

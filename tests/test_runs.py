@@ -292,3 +292,24 @@ def test_what_an_interrupted_run_wrote_after_its_checkpoint_is_shown_once(datase
         train(fresh(), dataset, run, config, tensorboard=True, on_step=kill)
     train(fresh(), dataset, run, config, tensorboard=True, resume=True)
     assert events(run)[0]["loss"] == [1, 2, 3, 4]
+
+
+def test_a_restart_goes_on_and_nothing_else_does(tmp_path, monkeypatch):
+    """torchrun restarts a process in the folder that the one before began; no other launch, no second training."""
+
+    def began(launch) -> RunFolder:
+        monkeypatch.setattr("encdiff.training.runs.launch_id", lambda: launch)
+        folder = RunFolder(tmp_path / "run")
+        with folder:
+            folder.begin()
+        return folder
+
+    began(("launch", "process 1"))
+    for other in (None, ("launch", "process 1"), ("another", "process 2")):
+        with pytest.raises(InputError, match="holds something already"):
+            began(other)
+    folder = began(("launch", "process 2"))  # no checkpoint yet: anew
+    assert folder.overwrite and not folder.resume
+    folder.checkpoint.touch()
+    folder = began(("launch", "process 3"))
+    assert folder.resume and not folder.overwrite and folder.checkpoint.is_file()

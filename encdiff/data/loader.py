@@ -58,7 +58,8 @@ class Batches:
         self._permutations: dict[int, np.ndarray | KeyedPermutation] = {}
         self._ahead: ReadAhead | None = None
         self._data: torch.Tensor | None = None
-        if len(dataset) * math.prod(dataset.sample_shape) * dataset.sample_dtype.itemsize <= resident_gib * 2**30:
+        fits = len(dataset) * math.prod(dataset.sample_shape) * dataset.sample_dtype.itemsize <= resident_gib * 2**30
+        if all(processes().gather(fits)):  # of several processes, which read it together, none or all hold it
             self._data = read_all(dataset, progress, processes()).to(self.device)
         else:
             if dataset.images_per_chunk > batch_size:

@@ -10,11 +10,16 @@ def launched() -> bool:
     return all(name in os.environ for name in NEEDED)
 
 
-def launch_id() -> str | None:
-    """What is the same in every restart of one launch by the first machine's launcher, and in no other launch."""
-    if not launched():
+def launch_id() -> tuple[str, str] | None:
+    """What is the same in every restart of one launch by the first machine's torchrun, and in no other launch; and what
+    only this process of it has.
+
+    None without torchrun: nothing else restarts processes, and what began this one may begin others on the same folder.
+    """
+    if not launched() or "TORCHELASTIC_RUN_ID" not in os.environ:
         return None
-    return f"{os.environ.get('TORCHELASTIC_RUN_ID', '')} {os.getppid()} {_born(os.getppid())}"
+    agent, own = os.getppid(), os.getpid()
+    return f"{os.environ['TORCHELASTIC_RUN_ID']} {agent} {_born(agent)}", f"{own} {_born(own)}"
 
 
 def _born(process: int) -> str:

@@ -141,7 +141,10 @@ class Processes:
             return True
         if isinstance(error, Told) or self._store is None:  # not even met
             return self.first
-        return self._store.add(f"encdiff {'' if isinstance(error, Lost) else error}", 1) == 1
+        try:
+            return self._store.add(f"encdiff {'' if isinstance(error, Lost) else error}", 1) == 1
+        except (dist.DistError, RuntimeError):  # the store ended with the process that kept it
+            return True
 
     def device(self, wanted: torch.device) -> str:
         """The device of this process, of those of its machine; InputError where several would take one GPU."""
@@ -159,7 +162,7 @@ _joined: list[Processes] = []
 
 
 def processes() -> Processes:
-    """Those that this one is joined with, by `joined` or PyTorch's `init_process_group`; else this one alone."""
+    """Those that this one is joined with, inside `joined`; else this one alone."""
     return _joined[-1] if _joined else _alone
 
 
@@ -168,7 +171,8 @@ def joined() -> Iterator[Processes]:
     """Inside, the processes that torchrun started are one; only the first prints. Without a launch, this one alone.
 
     Products and gradients travel by NCCL between GPUs and by gloo between CPUs. A process that the others wait for in
-    a step for over SECONDS counts as lost: RuntimeError.
+    a step for over SECONDS counts as lost: `errors.Lost`. Not so in a captured CUDA graph, where nothing keeps time:
+    there torchrun ends the others, half a minute after one ended.
     """
     if _joined or not launched():
         yield processes()
@@ -179,7 +183,6 @@ def joined() -> Iterator[Processes]:
         yield found
         return
     _begin(found)
-    found._waiting = dist.new_group(backend="gloo", timeout=PATIENCE)
     quiet, level, log = console.quiet, logging.getLogger("encdiff").level, logging.getLogger("encdiff")
     if not found.first:
         console.quiet = True
@@ -199,11 +202,12 @@ def _begin(found: Processes) -> None:
     if torch.cuda.is_available():
         torch.cuda.set_device(found.local_rank % torch.cuda.device_count())
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    found._store = meet(found.rank, found.size, seconds)
     with _watched():
+        found._store = meet(found.rank, found.size, seconds)
         dist.init_process_group(
             backend, store=found._store, rank=found.rank, world_size=found.size, timeout=timedelta(seconds=seconds)
         )
+        found._waiting = dist.new_group(backend="gloo", timeout=PATIENCE)
 
 
 def _attempt(work: Callable[[], T]) -> tuple[T | None, str | None]:

@@ -25,7 +25,7 @@ from encdiff.metrics.reconstruction import load_lpips
 from encdiff.models import EncDiff
 from encdiff.models.autoencoder import VQAutoencoder
 from encdiff.models.layers import BatchNorm2d, share_statistics
-from encdiff.training.loop import fit
+from encdiff.training.loop import fit, share_start
 from encdiff.training.runs import load_optimizer, optimizer_tensors, step_generator
 
 Layers = Annotated[int, Range(1, 12)]
@@ -106,8 +106,8 @@ class AutoencoderTraining:
             self.discriminator = (
                 PatchDiscriminator(config.disc_layers).to(self.device) if config.discriminator else None
             )
+        share_start(self.model_config(), config, self.modules().values(), self.processes)
         for module in self.modules().values():
-            self.processes.from_first([*module.parameters(), *module.buffers()])
             share_statistics(module)
         rate = config.learning_rate
         self.optimizers = {

@@ -23,6 +23,7 @@ from encdiff.files.checkpoint import load_state
 from encdiff.models.layers import channels_last, share_statistics
 from encdiff.models.unet import UNet
 from encdiff.profiling import phase
+from encdiff.training.loop import share_start
 from encdiff.training.masters import Masters
 from encdiff.training.recipes import DescentConfig
 from encdiff.training.runs import load_optimizer, optimizer_tensors
@@ -61,7 +62,7 @@ class Descent(ABC):
         self.part, self.config, self.step = averaged, config, 0
         self.processes, self.asked = processes(), False
         self.device = next(model.parameters()).device
-        self.processes.from_first([*model.parameters(), *model.buffers()])  # each may have begun elsewhere
+        share_start(self.model_config() if self.processes.size > 1 else {}, config, [model], self.processes)
         share_statistics(model)
         self.ema: nn.Module = copy.deepcopy(self.averaged).requires_grad_(False)
         if self.sharded:

@@ -5,7 +5,7 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -115,14 +115,21 @@ def _held(folder: RunFolder, everyone: Processes) -> Iterator[RunFolder]:
         yield folder
 
 
+def share_start(model_config: dict, config: Any, modules: Iterable[torch.nn.Module], everyone: Processes) -> None:
+    """Parameters and buffers of all processes become the first one's; InputError where these train something else."""
+    if everyone.size > 1:  # compared first: tensors of other shapes end a process
+        everyone.same(encdiff=__version__, torch=torch.__version__, **(model_config | asdict(config)))
+        for module in modules:
+            everyone.from_first([*module.parameters(), *module.buffers()])
+
+
 def _check_same(training: Trainable, dataset: Source, everyone: Processes) -> None:
-    """InputError where processes were given different things."""
+    """InputError where processes were given different data, or compute on different devices."""
     if everyone.size == 1:
         return
     found = everyone.together(lambda: describe(dataset))
     data = {"data": f"{found['name']}, {found['images']:,} images", "sha256 of its images": found["sha256"]}
-    config = training.model_config() | asdict(training.config)
-    everyone.same(encdiff=__version__, torch=torch.__version__, device=training.device.type, **data, **config)
+    everyone.same(device=training.device.type, **data)
 
 
 def _loop(training, batches, folder, recorder, interrupt, on_step) -> None:

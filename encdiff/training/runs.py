@@ -61,9 +61,14 @@ class RunFolder:
         return self
 
     def _restart(self) -> None:
-        """Where this very launch began the run before it was restarted, go on: from its checkpoint, or anew."""
-        mine = launch_id()
-        if mine is not None and self.launch.is_file() and self.launch.read_text() == mine:
+        """Where this very launch began the run before it was restarted, go on: from its checkpoint, or anew.
+
+        Not where this very process began it: a second training in its folder is as it is without a launch.
+        """
+        if (mine := launch_id()) is None or not self.launch.is_file():
+            return
+        launch, _, process = self.launch.read_text("utf-8", "replace").partition("\n")
+        if launch == mine[0] and process != mine[1]:
             self.resume = self.checkpoint.is_file()
             self.overwrite = not self.resume
 
@@ -99,11 +104,12 @@ class RunFolder:
             self._take()
         if not self.resume:
             self._remove(self.OWN)
+        if (mine := launch_id()) is not None:  # before anything that a restart would take for a run of others
+            with atomic_path(self.launch) as temporary:
+                temporary.write_text("\n".join(mine))
         for folder in (self.path, self.samples, self.model, self.path / "pictures"):
             clear(folder, alone=True)
         self.samples.mkdir(exist_ok=True)
-        if (mine := launch_id()) is not None:
-            self.launch.write_text(mine)
 
     def forget_shown(self) -> None:
         """Remove what shows the model as it was; to be called before another is saved."""

@@ -94,12 +94,12 @@ def _deviation(latents: Tensor) -> float:
     """The standard deviation over the latents of all processes, which hold equally many."""
     if processes().size == 1:
         return latents.std().item()
-    sums = torch.stack([latents.double().sum(), latents.double().square().sum()])
-    processes().mean_(sums)
-    count = latents.numel()
-    total = count * processes().size
-    mean, square = (sums / count).tolist()
-    return math.sqrt((square - mean**2) * total / (total - 1))
+    mean = latents.double().mean()
+    processes().mean_(mean)
+    variance = (latents.double() - mean).square().mean()
+    processes().mean_(variance)
+    total = latents.numel() * processes().size
+    return math.sqrt(variance.item() * total / (total - 1))
 
 
 def train(
