@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -22,7 +24,7 @@ from encdiff.cli.profile import profile
 from encdiff.cli.sample import sample
 from encdiff.cli.support import Commands, check_alone
 from encdiff.cli.training import train, train_autoencoder
-from encdiff.distributed.launch import launched
+from encdiff.distributed.launch import ENDED, launched
 from encdiff.errors import InputError, Lost, Stopped, Told
 from encdiff.terminal import plain, say
 
@@ -78,6 +80,8 @@ def main() -> None:
     except Stopped as stopped:
         if everyone is None or everyone.first:
             say(str(stopped))
+        if ENDED in os.environ:
+            Path(os.environ[ENDED]).touch()
     except (InputError, Lost, OSError) as error:
         if not isinstance(error, Told) if everyone is None else everyone.says(error):
             print(f"error: {plain(str(error))}", file=sys.stderr)
@@ -88,6 +92,7 @@ def _processes() -> AbstractContextManager[Processes | None]:
     """Those of a launch, joined; without one nothing, for which torch need not be loaded."""
     if not launched():
         return nullcontext()
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # what C++ says beside the one line of an error
     from encdiff.distributed.processes import joined
 
     return joined()

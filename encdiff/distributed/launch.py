@@ -4,6 +4,8 @@ import os
 
 NEEDED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # as torchrun sets them
 
+ENDED = "ENCDIFF_ENDED"  # names a file that is made once the command has come to its end, or was stopped and has saved
+
 
 def launched() -> bool:
     """Whether a launcher such as torchrun started this process, alone or with others."""

@@ -3,12 +3,16 @@
 import logging
 import os
 import sys
+import tempfile
 import uuid
 from collections.abc import Sequence
+from pathlib import Path
 
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from encdiff.distributed.launch import ENDED
 
 
 def launch(count: int, command: Sequence[str]) -> int:
@@ -23,10 +27,13 @@ def launch(count: int, command: Sequence[str]) -> int:
         min_nodes=1, max_nodes=1, nproc_per_node=count, max_restarts=0, monitor_interval=0.1, run_id=uuid.uuid4().hex,
         rdzv_backend="c10d", rdzv_endpoint="localhost:0",
     )  # fmt: skip
-    try:
-        elastic_launch(config, sys.executable)(*command)
-    except SignalException:  # they have ended as they do when asked to, or were killed after their half minute
-        return 0
-    except ChildFailedError as error:
-        return min((failed.exitcode for failed in error.failures.values() if failed.exitcode > 0), default=1)
+    with tempfile.TemporaryDirectory() as folder:
+        ended = Path(folder) / "ended"
+        os.environ[ENDED] = str(ended)
+        try:
+            elastic_launch(config, sys.executable)(*command)
+        except SignalException as error:  # they saved and ended, or had not begun, or were killed
+            return 0 if ended.is_file() else 128 + int(error.sigval)
+        except ChildFailedError as error:
+            return min((failed.exitcode for failed in error.failures.values() if failed.exitcode > 0), default=1)
     return 0

@@ -24,46 +24,47 @@ def meet(rank: int, size: int, seconds: float) -> dist.Store:
         store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=seconds)))
     except (dist.DistError, RuntimeError, ValueError) as error:
         reason = str(error).partition("\n")[0]
-        raise _error(os.environ["LOCAL_RANK"] == "0")(
+        raise InputError(
             f"process {rank} of {size} found no store at {where} within {seconds:g} s ({reason}); torchrun makes one, "
             "on a port that nothing else uses and that the other machines can reach"
         ) from None
     store = dist.PrefixStore("encdiff", store)
     word, end = os.urandom(8).hex(), time.monotonic() + seconds
     store.set(f"word/{rank}", word)
-    missing = list(range(size))
+    words: list[str] = []
     while time.monotonic() < end:
-        words = _published(store, size) if rank == 0 else _read(store, "words")
-        if words is not None and words[rank] == word:
-            name = "".join(words)
-            store.set(f"{name}/{rank}", "here")
-            missing = [other for other in range(size) if not store.check([f"{name}/{other}"])]
-            if rank == 0 and not missing:
-                store.set(f"{name}/go", "all")
-            if store.check([f"{name}/go"]):
-                return dist.PrefixStore(name, store)
-        elif words is None:
-            missing = [other for other in range(size) if not store.check([f"word/{other}"])] or missing
+        words = _words(store, rank, size, words)
+        if word in words and _all_here(store, "".join(words), rank, size):
+            return dist.PrefixStore("".join(words), store)
         time.sleep(PAUSE)
+    missing = _missing(store, rank, size, "".join(words) if word in words else None)
     who = ", ".join(map(str, missing[:8])) + ", ..." * (len(missing) > 8)
-    there = [other for other in range(size) if other not in missing]
+    first = store.add(f"missed/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", 1) == 1
     said = f"of {size} processes {who} did not come to {where} within {seconds:g} s; start all of them"
-    raise _error(there[:1] == [rank])(said)
+    raise (InputError if first else Told)(said)  # one of them says what all meet
 
 
-def _error(says: bool) -> type[InputError]:
-    """Of what all meet, by one of them."""
-    return InputError if says else Told
-
-
-def _published(store: dist.Store, size: int) -> list[str] | None:
-    """The words of all as they are now, published; None while one is missing."""
-    if not all(store.check([f"word/{rank}"]) for rank in range(size)):
-        return None
-    words = [store.get(f"word/{rank}").decode() for rank in range(size)]
-    store.set("words", json.dumps(words))
+def _words(store: dist.Store, rank: int, size: int, before: list[str]) -> list[str]:
+    """The words of all, none while one is missing: the first publishes them as they are now, the others read that."""
+    if rank != 0:
+        return json.loads(store.get("words")) if store.check(["words"]) else []
+    keys = [f"word/{other}" for other in range(size)]
+    words = [store.get(key).decode() for key in keys] if store.check(keys) else []
+    if words and words != before:
+        store.set("words", json.dumps(words))
     return words
 
 
-def _read(store: dist.Store, key: str) -> list[str] | None:
-    return json.loads(store.get(key)) if store.check([key]) else None
+def _all_here(store: dist.Store, name: str, rank: int, size: int) -> bool:
+    """Say that this one is here, and hear whether all are, which the first tells."""
+    store.set(f"{name}/{rank}", "here")
+    if rank == 0 and store.check([f"{name}/{other}" for other in range(size)]):
+        store.set(f"{name}/all", "here")
+    return store.check([f"{name}/all"])
+
+
+def _missing(store: dist.Store, rank: int, size: int, name: str | None) -> list[int]:
+    """Who did not come: where words were published with this one's, who did not answer them."""
+    if name is None and rank != 0:
+        return [0]
+    return [other for other in range(size) if not store.check([f"{name or 'word'}/{other}"])]

@@ -1,5 +1,6 @@
 """The processes of one launch: who this one is, and what they tell each other."""
 
+import gc
 import logging
 import os
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from encdiff.distributed.launch import launched
 from encdiff.distributed.meeting import meet
-from encdiff.errors import InputError, Lost, Told
+from encdiff.errors import InputError, Lost, Stopped, Told
 from encdiff.terminal import console
 
 T = TypeVar("T")
@@ -142,7 +143,11 @@ class Processes:
         if isinstance(error, Told) or self._store is None:  # not even met
             return self.first
         try:
-            return self._store.add(f"encdiff {'' if isinstance(error, Lost) else error}", 1) == 1
+            try:
+            said = self._store.add("said", 1) == 1  # who is lost may have been, for a reason that it tells
+            return said if isinstance(error, Lost) else self._store.add(f"said {error}", 1) == 1
+        except (dist.DistError, RuntimeError):  # the first kept the store, and is gone
+            return True
         except (dist.DistError, RuntimeError):  # the store ended with the process that kept it
             return True
 
@@ -171,8 +176,7 @@ def joined() -> Iterator[Processes]:
     """Inside, the processes that torchrun started are one; only the first prints. Without a launch, this one alone.
 
     Products and gradients travel by NCCL between GPUs and by gloo between CPUs. A process that the others wait for in
-    a step for over SECONDS counts as lost: `errors.Lost`. Not so in a captured CUDA graph, where nothing keeps time:
-    there torchrun ends the others, half a minute after one ended.
+    a step for over SECONDS counts as lost: `errors.Lost`.
     """
     if _joined or not launched():
         yield processes()
@@ -190,15 +194,35 @@ def joined() -> Iterator[Processes]:
     _joined.append(found)
     try:
         yield found
-        dist.destroy_process_group()  # after an error the others may not come to it
+        _part()
+    except (Stopped, Told):  # all come here; after another error some do not
+        _part()
+        raise
     finally:
         _joined.remove(found)
         console.quiet = quiet
         log.setLevel(level)
 
 
+def patience() -> float:
+    """Seconds until a process that the others wait for in a step counts as lost; InputError for no number above 0."""
+    text = os.environ.get("ENCDIFF_TIMEOUT", str(SECONDS))
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < 1e7:
+        raise InputError(f"ENCDIFF_TIMEOUT is {text!r}, must be a number of seconds")
+    return seconds
+
+
+def _part() -> None:
+    gc.collect()  # NCCL waits for captured graphs that hold its work, in what is only garbage, too
+    dist.destroy_process_group()
+
+
 def _begin(found: Processes) -> None:
-    seconds = float(os.environ.get("ENCDIFF_TIMEOUT", SECONDS))
+    seconds = patience()
     if torch.cuda.is_available():
         torch.cuda.set_device(found.local_rank % torch.cuda.device_count())
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"

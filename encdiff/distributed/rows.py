@@ -33,16 +33,20 @@ def shared_rows(
         return out
     size = int(np.prod(shape)) * np.dtype(dtype).itemsize
 
-    def make() -> str | None:
-        return _file(size) if processes.local_rank == 0 else None
+    own: list[str] = []
 
-    places = processes.gather(processes.together(make))
-    path = places[processes.machine * processes.local_size]
-    assert path is not None, "the first process of each machine made one"
+    def make() -> str | None:
+        if processes.local_rank == 0:
+            own.append(_file(size))
+        return own[0] if own else None
+
     try:
+        places = processes.gather(processes.together(make))
+        path = places[processes.machine * processes.local_size]
+        assert path is not None, "the first process of each machine made one"
         out = processes.together(lambda: np.memmap(path, dtype, "r+", 0, shape))
     finally:
-        if processes.local_rank == 0:  # they have it open; its name is no longer needed
+        for path in own:  # they have it open; its name is no longer needed
             os.unlink(path)
     start, stop = Processes(processes.local_rank, processes.local_size).part(shape[0], multiple)
     processes.together(lambda: fill(out[start:stop], start))
@@ -54,7 +58,12 @@ def _file(size: int) -> str:
     for folder in (MEMORY, Path(tempfile.gettempdir())):
         if folder.is_dir() and os.access(folder, os.W_OK) and shutil.disk_usage(folder).free > 1.1 * size:
             handle, path = tempfile.mkstemp(prefix="encdiff-", dir=folder)
-            with os.fdopen(handle, "wb") as file:
-                file.truncate(size)
+            try:
+                os.posix_fallocate(handle, 0, size)  # now, rather than by a signal when another has taken the room
+            except OSError:
+                os.unlink(path)
+                continue
+            finally:
+                os.close(handle)
             return path
     raise InputError(f"{tempfile.gettempdir()}: {size / 2**30:.1f} GiB for shared rows do not fit; set TMPDIR to more")

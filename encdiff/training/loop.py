@@ -21,9 +21,9 @@ from encdiff.data import describe
 from encdiff.data.dataset import Source
 from encdiff.data.loader import Batches
 from encdiff.distributed.launch import launched
-from encdiff.distributed.processes import Processes, processes
+from encdiff.distributed.processes import Processes, patience, processes
 from encdiff.distributed.share import Share
-from encdiff.errors import InputError, Stopped
+from encdiff.errors import InputError, Lost, Stopped
 from encdiff.files.checkpoint import load_tensors, save_tensors, step_of
 from encdiff.files.temporaries import errors_of
 from encdiff.terminal import Tasks, progress_bar, say
@@ -189,7 +189,7 @@ class _Stops:
             if len(self.told) <= self.BEHIND:
                 return
             asked, read = self.told.popleft()
-            read.synchronize()
+            _wait(read, patience())  # in a captured graph nothing else keeps time
         self.heard = self.heard or bool(asked > 0)
 
 
@@ -242,6 +242,14 @@ def _save(training: Trainable, folder: RunFolder, changed: bool = True) -> None:
 
 def diverged(step: int, state: str) -> InputError:
     return InputError(f"training diverged by step {step}: lower the learning rate, or use float32; {state}")
+
+
+def _wait(event: Any, seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not event.query():
+        if time.monotonic() > end:
+            raise Lost(f"a step did not end within {seconds:g} s, perhaps since another process did not come to it")
+        time.sleep(1e-4)
 
 
 class _Recorder:
