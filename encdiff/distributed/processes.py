@@ -143,11 +143,8 @@ class Processes:
         if isinstance(error, Told) or self._store is None:  # not even met
             return self.first
         try:
-            try:
             said = self._store.add("said", 1) == 1  # who is lost may have been, for a reason that it tells
             return said if isinstance(error, Lost) else self._store.add(f"said {error}", 1) == 1
-        except (dist.DistError, RuntimeError):  # the first kept the store, and is gone
-            return True
         except (dist.DistError, RuntimeError):  # the store ended with the process that kept it
             return True
 
