@@ -42,9 +42,9 @@ def shared_rows(
 
     try:
         places = processes.gather(processes.together(make))
-        path = places[processes.machine * processes.local_size]
-        assert path is not None, "the first process of each machine made one"
-        out = processes.together(lambda: np.memmap(path, dtype, "r+", 0, shape))
+        place = places[processes.machine * processes.local_size]
+        assert place is not None, "the first process of each machine made one"
+        out = processes.together(lambda: np.memmap(place, dtype, "r+", 0, shape))
     finally:
         for path in own:  # they have it open; its name is no longer needed
             os.unlink(path)

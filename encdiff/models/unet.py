@@ -90,7 +90,7 @@ class UNet(nn.Module):
             return res(c, c, kind) if resample == "residual" else Resample(c, kind)
 
         c = width
-        self.input_blocks = nn.ModuleList([Stage([Conv2d(channels, c, 3, padding=1)])])
+        self.input_blocks = nn.ModuleList([Stage(Conv2d(channels, c, 3, padding=1))])
         skips = [c]
         for level, multiplier in enumerate(multipliers):
             for _ in range(depth):
@@ -98,13 +98,13 @@ class UNet(nn.Module):
                 c = width * multiplier
                 if level in attention_levels:
                     layers.append(attend(c))
-                self.input_blocks.append(Stage(layers))
+                self.input_blocks.append(Stage(*layers))
                 skips.append(c)
             if level < len(multipliers) - 1:
-                self.input_blocks.append(Stage([resampled(c, "down")]))
+                self.input_blocks.append(Stage(resampled(c, "down")))
                 skips.append(c)
 
-        self.middle_block = Stage([res(c, c), attend(c), res(c, c)])
+        self.middle_block = Stage(res(c, c), attend(c), res(c, c))
 
         self.output_blocks = nn.ModuleList()
         for level, multiplier in reversed(list(enumerate(multipliers))):
@@ -115,7 +115,7 @@ class UNet(nn.Module):
                     layers.append(attend(c))
                 if level > 0 and i == depth:
                     layers.append(resampled(c, "up"))
-                self.output_blocks.append(Stage(layers))
+                self.output_blocks.append(Stage(*layers))
 
         self.out = nn.Sequential(
             nn.GroupNorm(groups, c), nn.SiLU(), zero_init(Conv2d(c, out_channels or channels, 3, padding=1))
@@ -201,10 +201,12 @@ def unet_of(model: Any) -> nn.Module:
     return unet
 
 
-class Stage(nn.ModuleList):
+class Stage(nn.Sequential):
     """Layers in order, each given what it takes: residual blocks the timestep, transformers the concepts."""
 
-    def forward(self, h: Tensor, emb: list[tuple[Tensor, ...]], cond: Conditioning) -> Tensor:
+    def forward(  # type: ignore[override]  # more than one input
+        self, h: Tensor, emb: list[tuple[Tensor, ...]], cond: Conditioning
+    ) -> Tensor:
         for layer in self:
             if isinstance(layer, ResBlock):
                 h = layer(h, emb[layer.place])
