@@ -158,7 +158,8 @@ def _imagined(called: list[int]) -> Iterator[None]:
 
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(dist, "all_reduce", all_reduce))
-        stack.enter_context(mock.patch.object(Processes, "from_first", lambda *_: None))
+        for told in ("from_first", "same"):  # before the first step
+            stack.enter_context(mock.patch.object(Processes, told, lambda *_, **__: None))
         stack.enter_context(mock.patch.object(processes, "_joined", [Processes(0, 2, 0, 2)]))
         stack.enter_context(mock.patch.object(Training, "_autocast", lambda _: nullcontext()))  # meta has none
         yield

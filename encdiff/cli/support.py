@@ -52,9 +52,11 @@ def given_options(**options) -> dict:
 
 def resumed(run: Path, config_class, given: dict):
     """What a run was begun with, and its training configuration with the options given now."""
-    from encdiff.training.runs import read_config
+    from encdiff.distributed.processes import processes
+    from encdiff.training.runs import RunFolder, read_config
 
     begun = read_config(run)
+    processes().by_first(lambda: RunFolder(run, resume=True) and None)  # refused: in use, or without a checkpoint
     return begun, config_class.from_dict(begun["training"] | given, f"{run}/config.json")
 
 

@@ -84,7 +84,9 @@ def write_shapes3d(
     """
     path = Path(path)
     if not dataset.factor_sizes or not dataset.is_grid or dataset.instances != 1:
-        raise InputError(f"{dataset.name}: the 3dshapes schema holds a grid of factors with one image of each only")
+        raise InputError(
+            f"{dataset.name}: an .h5 file holds a grid of factors, one image of each; --shards 1GB takes any set"
+        )
     if batch < 1:
         raise InputError(f"batch: {batch}; must be at least 1")
     if not path.parent.is_dir() or path.is_dir():

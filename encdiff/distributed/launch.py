@@ -1,6 +1,9 @@
 """What the environment says of the launch that this process belongs to; loads no torch."""
 
+import ctypes
 import os
+import signal
+import sys
 
 NEEDED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # as torchrun sets them
 
@@ -22,6 +25,12 @@ def launch_id() -> tuple[str, str] | None:
         return None
     agent, own = os.getppid(), os.getpid()
     return f"{os.environ['TORCHELASTIC_RUN_ID']} {agent} {_born(agent)}", f"{own} {_born(own)}"
+
+
+def end_with_launcher() -> None:
+    """Be sent SIGTERM when torchrun ends, however it ends, rather than go on without it (Linux)."""
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def _born(process: int) -> str:

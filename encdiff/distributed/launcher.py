@@ -8,7 +8,7 @@ import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
-from torch.distributed.elastic.multiprocessing import SignalException
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -28,12 +28,19 @@ def launch(count: int, command: Sequence[str]) -> int:
         rdzv_backend="c10d", rdzv_endpoint="localhost:0",
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
+        config.logs_specs = DefaultLogsSpecs(log_dir=folder)  # else a folder is left behind
         ended = Path(folder) / "ended"
         os.environ[ENDED] = str(ended)
         try:
             elastic_launch(config, sys.executable)(*command)
         except SignalException as error:  # they saved and ended, or had not begun, or were killed
-            return 0 if ended.is_file() else 128 + int(error.sigval)
+            if ended.is_file():
+                return 0
+            print("stopped before the processes had anything to save", file=sys.stderr)
+            return 128 + int(error.sigval)
         except ChildFailedError as error:
-            return min((failed.exitcode for failed in error.failures.values() if failed.exitcode > 0), default=1)
+            rank, first = error.get_first_failure()
+            if first.exitcode < 0:
+                print(f"error: process {rank} was ended by signal {-first.exitcode}", file=sys.stderr)
+            return first.exitcode if first.exitcode > 0 else 128 - first.exitcode
     return 0

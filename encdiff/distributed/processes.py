@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from encdiff.distributed.launch import launched
+from encdiff.distributed.launch import end_with_launcher, launched
 from encdiff.distributed.meeting import meet
 from encdiff.errors import InputError, Lost, Stopped, Told
 from encdiff.terminal import console
@@ -209,7 +209,7 @@ def patience() -> float:
     except ValueError:
         seconds = 0.0
     if not 0 < seconds < 1e7:
-        raise InputError(f"ENCDIFF_TIMEOUT is {text!r}, must be a number of seconds")
+        raise InputError(f"ENCDIFF_TIMEOUT is {text!r}, must be a number of seconds above 0")
     return seconds
 
 
@@ -219,7 +219,11 @@ def _part() -> None:
 
 
 def _begin(found: Processes) -> None:
-    seconds = patience()
+    try:
+        seconds = patience()
+    except InputError as error:  # every process meets it, and none can ask the others who says it
+        raise (error if found.first else Told(str(error))) from None
+    end_with_launcher()
     if torch.cuda.is_available():
         torch.cuda.set_device(found.local_rank % torch.cuda.device_count())
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
@@ -251,7 +255,7 @@ def _watched() -> Iterator[None]:
     try:
         yield
     except (dist.DistError, RuntimeError) as error:
-        reason = str(error).strip().partition("\n")[0]
         raise Lost(
-            f"another process ended or did not answer in time ({reason}); the last checkpoint is whole"
+            "another process ended or did not answer in time; a training goes on from its last checkpoint with "
+            "resume=True (--resume)"
         ) from error

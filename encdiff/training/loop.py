@@ -74,6 +74,8 @@ def fit(
             batches = everyone.together(
                 lambda: Batches(dataset, config.batch_size, config.seed, None, training.device, report, training.share)
             )
+        if folder.restarted:
+            say(f"{folder.path}: restarted, {'goes on from its checkpoint' if folder.resume else 'begins anew'}")
         if folder.resume:
             _resume(training, dataset, folder, everyone)
         else:

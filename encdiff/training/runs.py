@@ -46,14 +46,15 @@ class RunFolder:
         if resume and overwrite:
             raise InputError("resume and overwrite cannot both be given")
         self.resume, self.overwrite, self._lock = resume, overwrite, _Lock(self.path)
+        self.restarted = False  # by its launcher
         if check:
             self.check()
 
     def check(self) -> None:
         """InputError where this is no folder for the run, or another training writes to it."""
         self._restart()
-        self._check()
         self._lock.check()
+        self._check()
 
     def __enter__(self) -> "RunFolder":
         if self.path.is_dir():
@@ -69,7 +70,7 @@ class RunFolder:
             return
         launch, _, process = self.launch.read_text("utf-8", "replace").partition("\n")
         if launch == mine[0] and process != mine[1]:
-            self.resume = self.checkpoint.is_file()
+            self.resume, self.restarted = self.checkpoint.is_file(), True
             self.overwrite = not self.resume
 
     def __exit__(self, *error) -> None:
@@ -85,7 +86,9 @@ class RunFolder:
 
     def _check(self) -> None:
         if self.resume and not self.checkpoint.is_file():
-            raise InputError(f"{self.checkpoint}: no checkpoint to resume; begin the run without resume (--resume)")
+            raise InputError(
+                f"{self.checkpoint}: no checkpoint to resume; begin the run with overwrite=True (--overwrite)"
+            )
         if self.path.exists() and not self.path.is_dir():
             raise InputError(f"{self.path}: is a file, must be a folder")
         there = sorted(p.name for p in self.path.iterdir()) if self.path.is_dir() else []
