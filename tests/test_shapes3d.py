@@ -220,7 +220,7 @@ def test_writer_refuses(room, tmp_path):
     for change in ({"factor_names": (), "factor_sizes": ()}, {"is_grid": False}, {"instances": 2}):
         other = ProceduralShapes3D(4)
         vars(other).update(change)
-        with pytest.raises(InputError, match="schema holds a grid of factors with one image of each only"):
+        with pytest.raises(InputError, match="holds a grid of factors, one image of each; --shards 1GB takes any set"):
             write_shapes3d(tmp_path / "r.h5", other)
     assert not list(tmp_path.iterdir())
 
