@@ -95,7 +95,7 @@ def bound(data: Dataset, batch: int, folder: Path) -> Callable[[], object]:
     return lambda: list(pool.map(decode, itertools.islice(rows, batch)))
 
 
-@cases("kind, impl", CASES, lambda kind, impl: True)
+@cases("kind, impl", CASES, lambda kind, impl: kind == "shards")
 def test_batches(measure, smoke, tmp_path, kind, impl):
     count, batch = (16, 4) if smoke else (COUNT[kind], BATCH)
     data = make(kind, count, tmp_path)

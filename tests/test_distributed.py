@@ -55,26 +55,30 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-def test_the_run_is_the_same_whatever_the_number_of_processes(tmp_path):
-    one = _several.training(tmp_path)
-    for count in (2, 4):
-        several = [found["training"] for found in by_several(count, tmp_path / str(count), "training")]
-        assert (several[0]["losses"] - one["losses"]).abs().max() < 1e-5
-        assert torch.equal(torch.cat([found["indices"] for found in several], dim=1), one["indices"])
-        assert all(torch.equal(value, several[0][name]) for found in several for name, value in found.items()
-                   if name not in ("indices", "scale")), "every process has the same weights, to the bit"  # fmt: skip
-        assert_near(several[0], one, 1e-5)
+def assert_the_same_run(several: list[dict], one: dict) -> None:
+    assert (several[0]["losses"] - one["losses"]).abs().max() < 1e-5
+    assert torch.equal(torch.cat([found["indices"] for found in several], dim=1), one["indices"])
+    for found in several[1:]:
+        same = [torch.equal(value, several[0][k]) for k, value in found.items() if k not in ("indices", "scale")]
+        assert all(same), "every process has the same weights, to the bit"
+    assert_near(several[0], one, 1e-5)
+
+
+def test_four_processes_make_the_run_of_one(tmp_path):
+    several = [found["training"] for found in by_several(4, tmp_path / "four", "training")]
+    assert_the_same_run(several, _several.training(tmp_path))
 
 
 def test_two_processes_do_what_one_does(tmp_path):
-    """A launch for all: parts of a batch and a first stage, shards, masters, scores, a resumed run."""
+    """A launch for all: a run, parts of a batch and a first stage, shards, masters, scores, a resumed run."""
     one, two = tmp_path / "one", tmp_path / "two"
     two.mkdir()
-    names = ["parts", "shards", "masters", "first_stage", "scores", "resumed", "norm", "rows"]
+    names = ["training", "parts", "shards", "masters", "first_stage", "scores", "resumed", "norm", "rows"]
     _several.run(two / "begun", steps=3, decay=0.0)
     shutil.copytree(two / "begun", one / "begun")
     first, second = by_several(2, two, *names)
     expected = {name: _several.WORK[name](one) for name in names[:-1]}
+    assert_the_same_run([first["training"], second["training"]], expected["training"])
     for name, bound in (("parts", 1e-4), ("shards", 1e-4), ("first_stage", 1e-3), ("resumed", 1e-4)):
         assert_near(first[name], expected[name], bound)
         weights = {key: value for key, value in first[name].items() if key not in ("indices", "scale")}
@@ -213,7 +217,7 @@ def test_a_launch_is_stopped_and_refused_as_one_process_is(tmp_path):
     training = encdiff(*begin, "--steps", "100000", "--checkpoint-every", "100000")
     while training.poll() is None and not (run / "log.csv").is_file():
         time.sleep(0.1)
-    second = encdiff(*begin, "--overwrite")
+    second = encdiff("train", "--run", str(run), *data, "--overwrite")
     refused = second.communicate(timeout=120)[1]
     training.send_signal(signal.SIGTERM)
     said, wrong = training.communicate(timeout=120)

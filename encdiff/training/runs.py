@@ -183,8 +183,9 @@ class _Lock:
             file = self.path.open("a+")
             try:
                 self._flock(file, fcntl.LOCK_EX)
-                if self.path.exists() and self.path.stat().st_ino == os.fstat(file.fileno()).st_ino:
-                    self._file = file  # else it was released, and with that removed, between the two
+                with suppress(FileNotFoundError):  # it was released, and with that removed, between the two
+                    if self.path.stat().st_ino == os.fstat(file.fileno()).st_ino:
+                        self._file = file
             finally:
                 if not self.held:
                     file.close()
