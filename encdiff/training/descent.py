@@ -280,7 +280,7 @@ class Descent(ABC):
     def load(self, tensors: dict[str, Tensor], metadata: dict[str, str], source: Path) -> None:
         """Continue from `tensors`; InputError, naming `source`, if they are of another configuration."""
         if self.sharded:
-            tensors = self._own(tensors, source)
+            tensors = self._own(tensors)
         for prefix, module in (("model.", self.model), ("ema.", self.ema)):
             own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
             load_state(module, own, source)
@@ -289,7 +289,7 @@ class Descent(ABC):
         else:
             self.masters.load(tensors, source)
 
-    def _own(self, tensors: dict[str, Tensor], source: Path) -> dict[str, Tensor]:
+    def _own(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Of whole tensors this process's parts."""
         of: dict[str, Tensor] = {f"optimizer.{i}": p for i, p in enumerate(self.parameters)}
         of |= self._states()
