@@ -192,7 +192,7 @@ def test_of_a_model_it_is_one_of_the_scores(room, tmp_path, monkeypatch):
 def test_what_cannot_be_drawn_is_refused_before_anything_is_computed(room):
     model, told = EncDiff(TINY), []
     for given, data, pairs, message in (
-        (model.encode, room, 1, "metrics: counterfactual is of what a model draws, encode must be an EncDiff"),
+        (model.encode, room, 1, "metrics: counterfactual is of what a model draws, encode must be a ConceptModel"),
         (model, Twins(16, (2, 2, 2, 2, 2, 2)), 1, "no complete grid of factors with one image each, which judges"),
         (model, room, 0, "pairs is 0"),
     ):

@@ -198,7 +198,7 @@ def test_wrong_arguments_of_the_public_functions_are_named(tmp_path):
         encdiff.EncDiff.from_pretrained("quickstart", devce="cuda")
     with pytest.raises(encdiff.InputError, match=r"^dataset is a str, must be a Dataset: open_dataset makes one$"):
         train_autoencoder(VQAutoencoder(32, (1,), 1), "procedural", tmp_path / "run", AutoencoderTrainConfig())
-    with pytest.raises(encdiff.InputError, match=r"^model is a str, must be an EncDiff$"):
+    with pytest.raises(encdiff.InputError, match=r"^model is a str, must be a ConceptModel$"):
         evaluate_model("quickstart", data)
     with pytest.raises(encdiff.InputError, match="^private is given, but is an option of push_to_hub, "):
         encdiff.EncDiff(TINY).save_pretrained(tmp_path / "model", private=True)

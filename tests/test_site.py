@@ -12,7 +12,8 @@ import pytest
 import encdiff
 from encdiff import EncDiff, ops
 from encdiff.models.core import EncDiffCore
-from encdiff.models.edits import EncDiffEdits
+from encdiff.models.edits import ConceptModel
+from encdiff.models.sampling import EncDiffSampling
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.slow
@@ -48,7 +49,12 @@ def test_nothing_is_asked_of_another_host(site):
 
 def test_every_public_name_is_described(site):
     text = (site / "api/encdiff.html").read_text()
-    methods = [name for part in (EncDiff, EncDiffEdits, EncDiffCore) for name in vars(part) if not name.startswith("_")]
+    methods = [
+        name
+        for part in (EncDiff, EncDiffSampling, EncDiffCore, ConceptModel)
+        for name in vars(part)
+        if not name.startswith("_")
+    ]
     said = [name for name in encdiff.__all__ if name != "ops"] + [
         f"EncDiff.{name}" for name in methods if name != "forward"
     ]

@@ -23,6 +23,9 @@ class Scheduler(Protocol):
     def step(self, *args: Any, **kwargs: Any) -> Any: ...
 
 
+Sampler = str | Scheduler  # a name in `menu.SAMPLERS`, or such
+
+
 def prepare(scheduler: Scheduler, steps: int, device: torch.device | str = "cpu") -> Scheduler:
     """A copy of the scheduler, set to so many steps on a device: its model is called at each of its `timesteps`.
 

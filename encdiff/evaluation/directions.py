@@ -21,7 +21,7 @@ from encdiff.errors import InputError
 from encdiff.evaluation.encode import encode_dataset
 from encdiff.metrics.codes import check_codes
 from encdiff.metrics.factor_vae import check_at_least
-from encdiff.models import EncDiff
+from encdiff.models import ConceptModel
 from encdiff.models.directions import Direction
 from encdiff.models.mode import evaluating
 
@@ -81,7 +81,7 @@ def fit_direction(
 
 
 def factor_direction(
-    model: EncDiff,
+    model: ConceptModel,
     dataset: Dataset,
     factor: str,
     value: int | None = None,
@@ -94,7 +94,7 @@ def factor_direction(
 
     `progress(done, total)` follows the encoding.
     """
-    check_types(model=(model, EncDiff, ""), dataset=(dataset, Dataset, "open_dataset"))
+    check_types(model=(model, ConceptModel, ""), dataset=(dataset, Dataset, "open_dataset"))
     check_at_least(0, seed=seed)
     check_at_least(1, images=images)
     rows = np.sort(np.random.default_rng(seed).choice(len(dataset), min(images, len(dataset)), replace=False))

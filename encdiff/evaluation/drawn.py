@@ -10,7 +10,7 @@ from encdiff.evaluation.judge import check_complete
 from encdiff.evaluation.protocol import Report
 from encdiff.evaluation.swaps import counterfactual
 from encdiff.metrics.factor_vae import check_at_least
-from encdiff.models import EncDiff
+from encdiff.models import ConceptModel
 
 
 class Drawn(NamedTuple):
@@ -40,8 +40,10 @@ def check_drawn(names: list[str], model: Any, dataset: Dataset, pairs: int) -> N
     """InputError, before anything is computed, for what these scores cannot be of."""
     if not names:
         return
-    if not isinstance(model, EncDiff):
-        raise InputError(f"metrics: {names[0]} is of what a model draws, encode must be an EncDiff")
+    if not isinstance(model, ConceptModel):
+        raise InputError(
+            f"metrics: {names[0]} is of what a model draws, encode must be a ConceptModel, such as an EncDiff"
+        )
     check_complete(dataset)
     check_at_least(1, pairs=pairs)
 

@@ -9,11 +9,11 @@ from encdiff.evaluation.judge import KNOWN, Draw, judge_of
 from encdiff.evaluation.protocol import Report
 from encdiff.metrics.counterfactual import traversal_effect
 from encdiff.metrics.factor_vae import check_at_least
-from encdiff.models import EncDiff
+from encdiff.models import ConceptModel
 
 
 def traversal_effects(
-    model: EncDiff | Encode,
+    model: ConceptModel | Encode,
     dataset: Dataset,
     *,
     draw: Draw | None = None,

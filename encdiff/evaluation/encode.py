@@ -1,6 +1,7 @@
 """Codes of a whole data set, by any encoder."""
 
 from collections.abc import Callable
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -8,13 +9,14 @@ import torch
 from encdiff.data import Dataset, to_float
 from encdiff.distributed.processes import Processes
 from encdiff.errors import InputError
-from encdiff.models import EncDiff
+from encdiff.models import ConceptModel
 
+M = TypeVar("M", bound=ConceptModel)
 Encode = Callable[[torch.Tensor], torch.Tensor]  # float32 (B,3,H,W) in [-1,1] -> (B,N)
 
 
 @torch.no_grad()
-def untrained(model: EncDiff, dataset: Dataset, seed: int = 0, batches: int = 50, batch_size: int = 64) -> EncDiff:
+def untrained(model: M, dataset: Dataset, seed: int = 0, batches: int = 50, batch_size: int = 64) -> M:
     """A model of the same configuration with random weights, and the statistics of its BatchNorms taken from the data.
 
     Without these an untrained encoder's codes would hardly vary, and any other would look good beside it.
@@ -22,7 +24,7 @@ def untrained(model: EncDiff, dataset: Dataset, seed: int = 0, batches: int = 50
     device = next(model.parameters()).device
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        fresh = EncDiff(model.config).to(device).train()
+        fresh = type(model)(model.config).to(device).train()
     rng = np.random.default_rng(seed)
     for _ in range(batches):
         fresh.encode(to_float(dataset.images(rng.integers(len(dataset), size=batch_size))).to(device))

@@ -15,7 +15,7 @@ from encdiff.errors import InputError
 from encdiff.evaluation.encode import Encode
 from encdiff.evaluation.protocol import Report
 from encdiff.metrics.counterfactual import blurred, nearest
-from encdiff.models import EncDiff
+from encdiff.models import ConceptModel, EncDiff
 from encdiff.models.mode import evaluating
 
 Draw = Callable[[Tensor], Tensor]  # codes (B, N) -> images (B, 3, S, S) in [-1, 1]
@@ -87,13 +87,15 @@ def check_complete(dataset: Dataset) -> None:
         raise InputError(f"{dataset.name} is no complete grid of factors with one image each, which judges outputs")
 
 
-def judge_of(model: EncDiff | Encode, dataset: Dataset, draw: Draw | None, report: Report | None, **sampling) -> Judge:
+def judge_of(
+    model: ConceptModel | Encode, dataset: Dataset, draw: Draw | None, report: Report | None, **sampling
+) -> Judge:
     """The judge of a model, drawn with the options of `EncDiff.sample`, or of a function of images and `draw`."""
     check_complete(dataset)
     for name, given in (("model", model), ("draw", draw)):
         if given is not None and not callable(given):
             raise InputError(f"{name} is a {type(given).__name__}, must be a function (model: or an EncDiff)")
-    if not isinstance(model, EncDiff):
+    if not isinstance(model, ConceptModel):
         if draw is None:
             raise InputError("draw is None, must be a function of codes to images where the encoder is a function")
         return Judge(model, draw, dataset, torch.device("cpu"), BLURS, report or silent)
@@ -105,9 +107,13 @@ def judge_of(model: EncDiff | Encode, dataset: Dataset, draw: Draw | None, repor
         with evaluating(model):
             return model.encode(images)
 
+    device = next(model.parameters()).device
+    if not isinstance(model, EncDiff):
+        return Judge(encode, draw or partial(model.sample, **sampling), dataset, device, BLURS, report or silent)
+
     def first_stage(images: Tensor) -> Tensor:
         dtype = next(model.unet.parameters()).dtype
         return model.to_images(model.to_latents(images.to(dtype))).float()
 
-    device, limits = next(model.parameters()).device, {"first stage": first_stage} | BLURS
+    limits = {"first stage": first_stage} | BLURS
     return Judge(encode, draw or SamplingEngine(model, **sampling), dataset, device, limits, report or silent)

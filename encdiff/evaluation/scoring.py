@@ -32,13 +32,13 @@ from encdiff.evaluation.protocol import (
 )
 from encdiff.evaluation.vectors import as_scalars
 from encdiff.metrics.factor_vae import check_at_least
-from encdiff.models import EncDiff
+from encdiff.models import ConceptModel
 from encdiff.models.mode import evaluating
 from encdiff.terminal import Tasks
 
 
 def evaluate(
-    encode: Encode | EncDiff,
+    encode: Encode | ConceptModel,
     dataset: Dataset,
     *,
     metrics: Sequence[str] = DEFAULT,
@@ -81,7 +81,7 @@ class _Evaluation:
     """What `evaluate` does, in stages: encode, then a score for each seed, then all of them together."""
 
     def __init__(
-        self, encode: Encode | EncDiff, dataset: Dataset, report: Report, *, metrics: Sequence[str] = DEFAULT,
+        self, encode: Encode | ConceptModel, dataset: Dataset, report: Report, *, metrics: Sequence[str] = DEFAULT,
         protocol: str = "paper", seed: int = 0, seeds: int = 1, pairs: int = 128, batch_size: int = 256,
         n_jobs: int | None = None, **overrides: Any,
     ):  # fmt: skip
@@ -108,7 +108,7 @@ class _Evaluation:
 
     def encode(self, among: Processes) -> None:
         with self._timed("encode"):
-            function = encoder_of(self.model, self.dataset) if isinstance(self.model, EncDiff) else self.model
+            function = encoder_of(self.model, self.dataset) if isinstance(self.model, ConceptModel) else self.model
             told = partial(self.report, "encode")
             self.codes = encode_dataset(function, self.dataset, self.batch_size, told, among=among)
 
@@ -133,8 +133,8 @@ class _Evaluation:
             given = self.drawn, self.model, self.dataset, found, self.settings.seed, self.pairs, self.report
             with self._timed("score"):
                 found = among.by_first(lambda: score_drawn(*given)) | found
-        if isinstance(self.model, EncDiff) and (width := self.model.config.concept_width) > 1:
-            found["protocol"]["code"] = f"first principal component of each concept's {width} numbers"
+        if isinstance(self.model, ConceptModel) and (width := self.model.config.code_shape[1:]):
+            found["protocol"]["code"] = f"first principal component of each concept's {width[0]} numbers"
         return found | {"data": describe(self.dataset), "version": __version__, "seconds": self.seconds}
 
     @contextmanager
@@ -171,13 +171,19 @@ def _plain(result: Mapping) -> dict:
 
 
 def evaluate_model(
-    model: EncDiff, dataset: Dataset, *, protocol: str = "paper", seed: int = 0, baseline: bool = True, **options: Any
+    model: ConceptModel,
+    dataset: Dataset,
+    *,
+    protocol: str = "paper",
+    seed: int = 0,
+    baseline: bool = True,
+    **options: Any,
 ) -> dict[str, dict]:
     """`evaluate` a trained model and, as the baseline, an untrained one of its configuration, with progress bars.
 
     `options` are those of `evaluate`. Returns the results under "trained" and "untrained".
     """
-    check_types(model=(model, EncDiff, ""), dataset=(dataset, Dataset, "open_dataset"))
+    check_types(model=(model, ConceptModel, ""), dataset=(dataset, Dataset, "open_dataset"))
     models = {"trained": model}
     if baseline:
         models["untrained"] = untrained(model, dataset, seed)
@@ -198,7 +204,7 @@ def _report(tasks: Tasks, name: str) -> Report:
     return lambda stage, done, total: tasks(f"{name}: {stage.replace('_', ' ')}", done, total)
 
 
-def encoder_of(model: EncDiff, dataset: Dataset) -> Encode:
+def encoder_of(model: ConceptModel, dataset: Dataset) -> Encode:
     """The model's codes as scores need them: in eval mode, of vectors the first principal components."""
     device = next(model.parameters()).device
     with evaluating(model):

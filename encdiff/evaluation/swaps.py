@@ -14,13 +14,13 @@ from encdiff.evaluation.protocol import Report
 from encdiff.metrics.counterfactual import closeness, explained_variance, swap_rates, wilson_interval
 from encdiff.metrics.factor_vae import check_at_least
 from encdiff.metrics.groups import concept_groups
-from encdiff.models import EncDiff
+from encdiff.models import ConceptModel
 
 Importance = Sequence[Sequence[float]] | np.ndarray  # (N, F)
 
 
 def counterfactual(
-    model: EncDiff | Encode,
+    model: ConceptModel | Encode,
     dataset: Dataset,
     *,
     draw: Draw | None = None,

@@ -6,14 +6,14 @@ from torch import Tensor, nn
 
 from encdiff.data import Dataset, to_float
 from encdiff.metrics.principal import first_components
-from encdiff.models.encdiff import EncDiff
+from encdiff.models import ConceptModel
 
 PCA_IMAGES, BATCH = 10_000, 256
 
 
-def as_scalars(model: EncDiff, dataset: Dataset) -> "EncDiff | FirstComponents":
+def as_scalars(model: ConceptModel, dataset: Dataset) -> "ConceptModel | FirstComponents":
     """What can be scored: the model itself, or, where its concepts are vectors, `FirstComponents` of it."""
-    return FirstComponents(model, dataset) if model.config.concept_width > 1 else model
+    return FirstComponents(model, dataset) if model.config.code_shape[1:] else model
 
 
 class FirstComponents(nn.Module):
@@ -23,7 +23,7 @@ class FirstComponents(nn.Module):
     """
 
     @torch.no_grad()
-    def __init__(self, model: EncDiff, dataset: Dataset):
+    def __init__(self, model: ConceptModel, dataset: Dataset):
         super().__init__()
         self.model, device = model, next(model.parameters()).device
         chosen = np.linspace(0, len(dataset) - 1, min(len(dataset), PCA_IMAGES)).astype(np.int64)

@@ -14,14 +14,14 @@ from encdiff.errors import InputError
 from encdiff.models.attention import Sampling
 from encdiff.models.autoencoder import SpaceToDepth, VQAutoencoder
 from encdiff.models.config import EncDiffConfig
+from encdiff.models.edits import ConceptModel
 from encdiff.models.encoder import ImageEncoder
-from encdiff.models.layers import part
 from encdiff.models.tokens import MLPBank
 from encdiff.models.unet import UNet
 from encdiff.ops._triton import autocast_off
 
 
-class EncDiffCore(nn.Module):
+class EncDiffCore(ConceptModel):
     """The network and its loss: what training needs. People use `EncDiff`."""
 
     def __init__(self, config: EncDiffConfig | None = None):
@@ -155,18 +155,3 @@ class EncDiffCore(nn.Module):
         return losses.diffusion_loss(self.denoise(x_t, t, tokens), target, self.config.loss, weight)
 
     forward = loss  # what calls the model, such as DistributedDataParallel, trains it
-
-    def _check_images(self, images: Tensor, values: bool = False) -> Tensor:
-        """The images in the model's dtype; `values` also reads them on a GPU, which stalls it."""
-        size = self.config.image_size
-        if not isinstance(images, Tensor):
-            raise InputError(f"images are {type(images).__name__}, must be a torch.Tensor; see encdiff.data.to_float")
-        if images.ndim != 4 or images.shape[1:] != (3, size, size):
-            raise InputError(f"images are {tuple(images.shape)}, must be (B, 3, {size}, {size})")
-        if not images.is_floating_point():
-            raise InputError(f"images are {images.dtype}, must be floating point in [-1, 1]; see encdiff.data.to_float")
-        if (values or images.device.type == "cpu") and images.numel() and not torch.compiler.is_compiling():
-            low, high = images.aminmax()
-            if not (low >= -1.001 and high <= 1.001):  # false for NaN
-                raise InputError(f"images span {low:.4g} to {high:.4g}, must lie in [-1, 1] without NaN")
-        return images.to(part(self.encoder, 0, nn.Conv2d).weight.dtype)

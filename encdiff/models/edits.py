@@ -1,22 +1,21 @@
-"""What people do with a model: sample, rebuild, swap and move concepts, see where it attends."""
+"""What people do with a model of concepts: rebuild, swap, move and mix them; whatever draws the images."""
 
 import operator
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol, SupportsIndex
 
 import torch
-import torch.nn.functional as F
-from einops import rearrange
+import torch.nn as nn
 from torch import Tensor
 
-from encdiff import ops
-from encdiff.diffusion import samplers, schedules
 from encdiff.diffusion.gate import Gate
+from encdiff.diffusion.schedulers import Sampler
 from encdiff.errors import InputError
-from encdiff.models.core import EncDiffCore
 from encdiff.models.directions import Direction
+from encdiff.models.encoder import ImageEncoder
+from encdiff.models.layers import part
 from encdiff.models.mode import evaluating
-from encdiff.models.sample import Sampler, sample_latents, scheduler_config
 
 Progress = Callable[[int, int], None]  # (done, total)
 
@@ -29,118 +28,38 @@ class CodePrior(Protocol):
         ...
 
 
-class EncDiffEdits(EncDiffCore):
-    """Every method runs in eval mode without gradients; most end in `sample`, which says what the options are."""
+class ConceptModel(nn.Module):
+    """An encoder of images to concepts, and something that draws images from these: `EncDiff`, or a VAE.
 
-    def sample(
-        self,
-        scalars: Tensor,
-        *,
-        x_T: Tensor | None = None,
-        sampler: Sampler = "dpm-solver++",
-        steps: int = 20,
-        eta: float = 0.0,
-        gate: Gate = None,
-        seed: int = 0,
-        sample_ids: Tensor | None = None,
-        token_bias: Tensor | None = None,
-        progress: Progress | None = None,
-    ) -> Tensor:
-        """Images (B, 3, S, S) from scalars (B, N).
+    The methods here run in eval mode without gradients; most end in `sample`, which says what the options are.
+    """
 
-        Every image gets one and the same noise, drawn from `seed`, so that images differ by their concepts alone; pass
-        sample_ids (B,) int64 for noise of their own, or x_T (B, c, h, w) for other starts. token_bias (B, N) emphasises
-        or (-inf) erases concepts.
-        `sampler` is one of `models.sample.SAMPLERS`: "ddim" with 200 steps is what the paper shows, and what `invert`
-        inverts; eta belongs to it. Or it is a scheduler of diffusers, made by `from_config(model.scheduler_config)`,
-        which is not changed; what noise it adds comes from a `torch.Generator` of `seed`, so that an image then depends
-        on its batch. From evaluation `gate` of the U-Net on, the cross-attentions repeat what they gave there; a
-        `TGate` spares self-attentions before it, too (arXiv 2404.02747): less work, and not exact.
-        """
-        if not isinstance(scalars, Tensor):
-            raise InputError(f"scalars are {type(scalars).__name__}, must be a torch.Tensor (B, N); encode gives them")
-        with evaluating(self):
-            tokens = self.tokens(scalars).to(next(self.unet.parameters()).dtype)
-            shape = (len(scalars), *self.latent_shape)
-            if sample_ids is None:
-                sample_ids = torch.zeros(len(scalars), dtype=torch.int64, device=scalars.device)
-            if x_T is None:
-                x_T = ops.normal(shape, seed, sample_ids)
-            if tuple(x_T.shape) != shape:
-                raise InputError(f"x_T is {tuple(x_T.shape)}, must be {shape}")
-            return self.to_images(
-                sample_latents(
-                    self, tokens, x_T.to(scalars.device, torch.float32).contiguous(), sampler=sampler, steps=steps,
-                    eta=eta, gate=gate, seed=seed, sample_ids=sample_ids, token_bias=token_bias, progress=progress,
-                )
-            )  # fmt: skip
+    config: Any  # image_size, concepts, code_shape: of one image's codes
 
     @property
-    def scheduler_config(self) -> dict[str, Any]:
-        """What `from_config` of a scheduler of diffusers needs of this model: its schedule and its prediction."""
-        return scheduler_config(self.config)
+    @abstractmethod
+    def encoder(self) -> ImageEncoder: ...
 
-    def sample_prior(
-        self, count: int, prior: CodePrior, *,
-        sampler: Sampler = "dpm-solver++", steps: int = 20, eta: float = 0.0, gate: Gate = None, seed: int = 0,
-        batch_size: int = 64, progress: Progress | None = None,
+    @abstractmethod
+    def encode(self, images: Tensor) -> Tensor:
+        """Images (B, 3, S, S) -> codes (B, N); (B, N, m) where a concept is a vector."""
+
+    @abstractmethod
+    def sample(
+        self, scalars: Tensor, *,
+        x_T: Tensor | None = None, sampler: Sampler = "dpm-solver++", steps: int = 20, eta: float = 0.0,
+        gate: Gate = None, seed: int = 0, sample_ids: Tensor | None = None, token_bias: Tensor | None = None,
+        progress: Progress | None = None,
     ) -> Tensor:  # fmt: skip
-        """`count` images (count, 3, S, S) without a source image: `sample` of codes that the prior draws by `seed`.
-
-        Image i has the noise of sample id i, whatever the batch size; `progress` is called with (images done, count).
-        """
-        if not hasattr(prior, "sample"):
-            raise InputError(f"prior is a {type(prior).__name__}, must have sample(count, seed): fit_prior makes one")
-        for name, whole in (("count", count), ("batch_size", batch_size)):
-            if not isinstance(whole, int) or whole < 1:
-                raise InputError(f"{name} is {whole!r}, must be a whole number of at least 1")
-        codes = prior.sample(count, seed=seed)
-        if not isinstance(codes, Tensor) or not codes.isfinite().all():
-            raise InputError("prior gives codes that are no torch.Tensor, or not finite; must be finite numbers")
-        if tuple(codes.shape) != (count, *self.config.code_shape):
-            wanted = (count, *self.config.code_shape)
-            raise InputError(f"prior gives codes {tuple(codes.shape)}, must give {wanted} for this model")
-        device, done = next(self.parameters()).device, []
-        for ids in torch.arange(count, device=device).split(batch_size):
-            scalars = codes[ids[0] : ids[-1] + 1].to(device, torch.float32)
-            done.append(
-                self.sample(scalars, sampler=sampler, steps=steps, eta=eta, gate=gate, seed=seed, sample_ids=ids)
-            )
-            if progress:
-                progress(sum(map(len, done)), count)
-        return torch.cat(done)
+        """Codes, as `encode` gives them -> images (B, 3, S, S)."""
 
     def invert(self, images: Tensor, steps: int = 50) -> Tensor:
-        """The x_T from which `sampler="ddim"` in as many steps comes back to these images by their own concepts."""
-        with evaluating(self):
-            tokens = self.tokens(self._codes(images))
-            return samplers.ddim_invert(
-                lambda x_t, t: self.denoise(x_t, t, tokens), self.to_latents(images), self.alphas_cumprod,
-                steps=steps, prediction=self.config.prediction,
-            )  # fmt: skip
+        """The x_T from which `sample` comes back to these images by their own codes; InputError where none can be."""
+        raise InputError(f"invert: a {type(self).__name__} draws from its codes alone, without noise to be found")
 
     def attention_maps(self, images: Tensor, steps: int = 10, seed: int = 0) -> Tensor:
-        """Where the U-Net attends to each concept: (B, N, S, S), over N a distribution at every pixel.
-
-        Averaged over heads, over layers (each resized to the image) and over `steps` noise levels of the image itself.
-        """
-        if steps < 1:
-            raise InputError(f"steps is {steps}, must be at least 1")
-        with evaluating(self):
-            tokens = self.tokens(self._codes(images))
-            x0 = self.to_latents(images)
-            total, count = torch.zeros((), device=x0.device), 0
-            first = torch.zeros(len(x0), dtype=torch.int64, device=x0.device)  # one and the same noise for all
-            for step in schedules.ddim_timesteps(steps, self.config.num_timesteps).tolist():
-                t = torch.full((len(x0),), step, device=x0.device)
-                x_t, _ = ops.q_sample(x0, None, t, self.alphas_cumprod, seed=seed, sample_ids=first, draw=step)
-                maps: list[Tensor] = []
-                self.denoise(x_t, t, tokens, maps=maps)
-                for m in maps:
-                    m = rearrange(m, "b h w n -> b n h w")
-                    total = total + F.interpolate(m, self.config.image_size, mode="bilinear", align_corners=False)
-                count += len(maps)
-            return total / count
+        """Where the model attends to each concept: (B, N, S, S); InputError where nothing attends."""
+        raise InputError(f"attention_maps: a {type(self).__name__} has no cross-attention to look at")
 
     def reconstruct(
         self, images: Tensor, *,
@@ -249,6 +168,36 @@ class EncDiffEdits(EncDiffCore):
             sample_ids=sample_ids, token_bias=token_bias, progress=progress,
         )  # fmt: skip
 
+    def sample_prior(
+        self, count: int, prior: CodePrior, *,
+        sampler: Sampler = "dpm-solver++", steps: int = 20, eta: float = 0.0, gate: Gate = None, seed: int = 0,
+        batch_size: int = 64, progress: Progress | None = None,
+    ) -> Tensor:  # fmt: skip
+        """`count` images (count, 3, S, S) without a source image: `sample` of codes that the prior draws by `seed`.
+
+        Image i has the noise of sample id i, whatever the batch size; `progress` is called with (images done, count).
+        """
+        if not hasattr(prior, "sample"):
+            raise InputError(f"prior is a {type(prior).__name__}, must have sample(count, seed): fit_prior makes one")
+        for name, whole in (("count", count), ("batch_size", batch_size)):
+            if not isinstance(whole, int) or whole < 1:
+                raise InputError(f"{name} is {whole!r}, must be a whole number of at least 1")
+        codes = prior.sample(count, seed=seed)
+        if not isinstance(codes, Tensor) or not codes.isfinite().all():
+            raise InputError("prior gives codes that are no torch.Tensor, or not finite; must be finite numbers")
+        if tuple(codes.shape) != (count, *self.config.code_shape):
+            wanted = (count, *self.config.code_shape)
+            raise InputError(f"prior gives codes {tuple(codes.shape)}, must give {wanted} for this model")
+        device, done = next(self.parameters()).device, []
+        for ids in torch.arange(count, device=device).split(batch_size):
+            scalars = codes[ids[0] : ids[-1] + 1].to(device, torch.float32)
+            done.append(
+                self.sample(scalars, sampler=sampler, steps=steps, eta=eta, gate=gate, seed=seed, sample_ids=ids)
+            )
+            if progress:
+                progress(sum(map(len, done)), count)
+        return torch.cat(done)
+
     def _codes(self, images: Tensor) -> Tensor:
         with evaluating(self):
             self._check_images(images, values=True)
@@ -265,6 +214,21 @@ class EncDiffEdits(EncDiffCore):
         if not 0 <= index < self.config.concepts:
             raise InputError(f"concept is {concept!r}, must be an integer in 0..{self.config.concepts - 1}")
         return index
+
+    def _check_images(self, images: Tensor, values: bool = False) -> Tensor:
+        """The images in the model's dtype; `values` also reads them on a GPU, which stalls it."""
+        size = self.config.image_size
+        if not isinstance(images, Tensor):
+            raise InputError(f"images are {type(images).__name__}, must be a torch.Tensor; see encdiff.data.to_float")
+        if images.ndim != 4 or images.shape[1:] != (3, size, size):
+            raise InputError(f"images are {tuple(images.shape)}, must be (B, 3, {size}, {size})")
+        if not images.is_floating_point():
+            raise InputError(f"images are {images.dtype}, must be floating point in [-1, 1]; see encdiff.data.to_float")
+        if (values or images.device.type == "cpu") and images.numel() and not torch.compiler.is_compiling():
+            low, high = images.aminmax()
+            if not (low >= -1.001 and high <= 1.001):  # false for NaN
+                raise InputError(f"images span {low:.4g} to {high:.4g}, must lie in [-1, 1] without NaN")
+        return images.to(part(self.encoder, 0, nn.Conv2d).weight.dtype)
 
 
 def _one(image: Tensor, name: str) -> Tensor:

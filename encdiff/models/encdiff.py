@@ -20,13 +20,13 @@ from encdiff.files.checkpoint import (
 from encdiff.files.temporaries import atomic_path
 from encdiff.models.card import CARD
 from encdiff.models.config import EncDiffConfig
-from encdiff.models.edits import EncDiffEdits
+from encdiff.models.sampling import EncDiffSampling
 
 HUB = {"revision", "cache_dir", "force_download", "token", "local_files_only"}  # options of a download
 
 
 class EncDiff(
-    EncDiffEdits,
+    EncDiffSampling,
     ModelHubMixin,
     library_name="encdiff",
     tags=["disentanglement", "diffusion"],

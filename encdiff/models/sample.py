@@ -9,13 +9,12 @@ from torch import Tensor
 from encdiff.diffusion import loop, menu, schedulers, schedules
 from encdiff.diffusion.gate import Gate, as_tgate
 from encdiff.diffusion.menu import SAMPLERS as SAMPLERS
-from encdiff.diffusion.schedulers import Scheduler
+from encdiff.diffusion.schedulers import Sampler, Scheduler
 from encdiff.errors import InputError
 from encdiff.models.attention import begin_sampling, projecting_pays
 from encdiff.models.config import EncDiffConfig
 from encdiff.models.core import EncDiffCore
 
-Sampler = str | Scheduler
 PREDICTION_TYPES = {"epsilon": "epsilon", "v": "v_prediction", "x0": "sample"}  # what diffusers calls them
 BETA_SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "cosine": "squaredcos_cap_v2"}
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from encdiff.errors import InputError
 from encdiff.metrics.groups import Groups
-from encdiff.models import EncDiff
+from encdiff.models import ConceptModel
 from encdiff.models.batches import encode_images
 from encdiff.pictures.cells import Strip, cells_of, draw_colour_bar, draw_originals, draw_strips, heated
 from encdiff.pictures.sheet import Column, Sheet, draw_panels, panels
@@ -22,7 +22,7 @@ Progress = Callable[[int, int], None]  # (done, total)
 
 
 def swap_grid(
-    model: EncDiff,
+    model: ConceptModel,
     sources: Tensor,
     targets: Tensor,
     *,
@@ -83,7 +83,7 @@ def swap_grid(
 
 
 def traversal(
-    model: EncDiff,
+    model: ConceptModel,
     image: Tensor,
     codes: Tensor,
     *,
@@ -143,7 +143,7 @@ def traversal(
 
 
 def attention_picture(
-    model: EncDiff,
+    model: ConceptModel,
     images: Tensor,
     *,
     concepts: Sequence[int] | None = None,
@@ -182,7 +182,13 @@ def attention_picture(
 
 
 def sample_batches(
-    model: EncDiff, scalars: Tensor, x_T: Tensor | None, sampler: str, steps: int, seed: int, progress: Progress | None
+    model: ConceptModel,
+    scalars: Tensor,
+    x_T: Tensor | None,
+    sampler: str,
+    steps: int,
+    seed: int,
+    progress: Progress | None,
 ) -> Tensor:
     """Images (n, 3, S, S) from scalars (n, N), a batch at a time; x_T (1, c, h, w) is the start of all."""
     done = []
@@ -194,7 +200,7 @@ def sample_batches(
     return torch.cat(done)
 
 
-def check_concepts(model: EncDiff, concepts: Sequence[int]) -> None:
+def check_concepts(model: ConceptModel, concepts: Sequence[int]) -> None:
     if not concepts:
         raise InputError("concepts are none, must be at least one")
     for concept in concepts:
@@ -202,7 +208,7 @@ def check_concepts(model: EncDiff, concepts: Sequence[int]) -> None:
             raise InputError(f"concept is {concept!r}, must be an integer in 0..{model.config.concepts - 1}")
 
 
-def _order(model: EncDiff, concepts: Sequence[int] | None, labels: Mapping[int, str]) -> list[int]:
+def _order(model: ConceptModel, concepts: Sequence[int] | None, labels: Mapping[int, str]) -> list[int]:
     """The chosen concepts as they are, else the labelled ones, else all."""
     if concepts is not None:
         check_concepts(model, concepts)
@@ -212,7 +218,7 @@ def _order(model: EncDiff, concepts: Sequence[int] | None, labels: Mapping[int, 
     return list(labels) or list(range(model.config.concepts))
 
 
-def _left_out(model: EncDiff, concepts: Sequence[int] | None, shown: Sequence[int]) -> str:
+def _left_out(model: ConceptModel, concepts: Sequence[int] | None, shown: Sequence[int]) -> str:
     rest = model.config.concepts - len(shown)
     return f" Not shown: {rest} that tell{'s' * (rest == 1)} little of any factor." if rest and concepts is None else ""
 

@@ -7,7 +7,7 @@ from PIL import Image
 from torch import Tensor
 
 from encdiff.errors import InputError
-from encdiff.models import EncDiff
+from encdiff.models import ConceptModel
 from encdiff.models.directions import Direction
 from encdiff.pictures.cells import cells_of
 from encdiff.pictures.sheet import GAP, GROUP, LINE, SOFT, Column, Sheet, draw_column, draw_label, draw_panels
@@ -17,7 +17,7 @@ Progress = Callable[[int, int], None]  # (rows done, rows)
 
 
 def interpolation(
-    model: EncDiff,
+    model: ConceptModel,
     source: Tensor,
     target: Tensor,
     *,
@@ -59,7 +59,7 @@ def interpolation(
 
 
 def edits(
-    model: EncDiff,
+    model: ConceptModel,
     images: Tensor,
     direction: Direction | Tensor,
     *,

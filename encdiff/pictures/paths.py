@@ -12,7 +12,7 @@ from encdiff.data import Dataset, to_float
 from encdiff.data.dataset import Indices
 from encdiff.errors import InputError
 from encdiff.metrics.groups import Groups
-from encdiff.models import EncDiff
+from encdiff.models import ConceptModel
 from encdiff.models.batches import encode_images
 from encdiff.pictures.cells import Strip, cells_of, draw_originals, draw_strips
 from encdiff.pictures.concepts import Progress, check_concepts, sample_batches
@@ -68,7 +68,7 @@ def factor_paths(dataset: Dataset, index: int, groups: Groups, columns: int = 7)
 
 
 def factor_traversal(
-    model: EncDiff,
+    model: ConceptModel,
     image: Tensor,
     paths: Mapping[str, FactorPath],
     *,

@@ -7,7 +7,7 @@ from torch import Tensor
 from encdiff.checked import check_types
 from encdiff.data import Dataset, to_float
 from encdiff.errors import InputError
-from encdiff.models import EncDiff
+from encdiff.models import ConceptModel
 from encdiff.models.batches import encode_images
 from encdiff.prior.base import Progress, check_whole
 
@@ -15,14 +15,14 @@ FITTED, BATCH = 10_000, 64  # images at most, images encoded at once
 
 
 def dataset_codes(
-    model: EncDiff, dataset: Dataset, count: int = FITTED, *, seed: int = 0, progress: Progress | None = None
+    model: ConceptModel, dataset: Dataset, count: int = FITTED, *, seed: int = 0, progress: Progress | None = None
 ) -> Tensor:
     """Codes of `count` different images, drawn by the seed, or of all where there are fewer.
 
     float32 (n, N), or (n, N, m) where a concept is a vector, on the CPU. `progress(done, n)` follows. Raises InputError
     for images of another size than the model's.
     """
-    check_types(model=(model, EncDiff, ""), dataset=(dataset, Dataset, "open_dataset"))
+    check_types(model=(model, ConceptModel, ""), dataset=(dataset, Dataset, "open_dataset"))
     check_whole(count=(count, 1, 2**31), seed=(seed, 0, 2**63))
     if dataset.image_size != model.config.image_size:
         size = model.config.image_size

@@ -13,7 +13,7 @@ from encdiff.data import Dataset, to_float
 from encdiff.errors import InputError
 from encdiff.metrics.counterfactual import nearest
 from encdiff.metrics.fid import frechet_distance
-from encdiff.models import EncDiff
+from encdiff.models import ConceptModel
 from encdiff.models.batches import encode_images
 from encdiff.models.edits import CodePrior
 from encdiff.terminal import plain
@@ -38,7 +38,7 @@ class Given:
 
 def judge(
     images: Tensor,
-    model: EncDiff,
+    model: ConceptModel,
     prior: CodePrior,
     codes: Tensor,
     dataset: Dataset,
