@@ -66,6 +66,7 @@ setup(
         "encdiff.kernels.cross_attention",
         "encdiff.metrics",
         "encdiff.models",
+        "encdiff.objectives",
         "encdiff.ops",
         "encdiff.pictures",
         "encdiff.pretrained",

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from encdiff.cli.options import CheckpointEvery, Device, Several
+from encdiff.cli.options import CheckpointEvery, Device, Objective, Several
 from encdiff.cli.support import (
     DATA_HELP,
     begun_size,
@@ -74,6 +74,7 @@ def train(
         str | None,
         typer.Option(help="quickstart, room32, room64, shapes3d, mpi3d, cars3d or celeba. Default: quickstart."),
     ] = None,
+    objective: Objective = None,
     first_stage: Annotated[
         Path | None, typer.Option(help="The run of train-autoencoder that presets with VQ need. Default: none.")
     ] = None,
@@ -115,12 +116,15 @@ def train(
         checkpoint_every=checkpoint_every, picture_every=picture_every, seed=seed,
     )  # fmt: skip
     if resume:
-        if preset or first_stage:
-            raise InputError("--preset and --first-stage cannot be given with --resume: the run has its own")
+        if preset or first_stage or objective:
+            raise InputError(
+                "--preset, --objective and --first-stage cannot be given with --resume: the run has its own"
+            )
         begun, recipe = resumed(run, TrainConfig, given)
         model_config, data = EncDiffConfig.from_dict(begun["model"], f"{run}/config.json"), data or begun["data"]
     else:
         model_config = EncDiffConfig.from_preset(preset or "quickstart")
+        model_config = model_config.with_objective(objective) if objective else model_config
         recipe = TrainConfig.from_preset(preset or "quickstart", **given)
     torch.manual_seed(recipe.seed)
     model = rebuilt(run, model_config) if resume else EncDiff(model_config)
