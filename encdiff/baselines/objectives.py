@@ -63,7 +63,7 @@ def dip(mean: Tensor, log_variance: Tensor | None, lambda_od: float, lambda_d: f
 
 def permuted(z: Tensor, keys: Tensor) -> Tensor:
     """Codes (B, N), each column in an order of its own, that of its keys (B, N): samples of prod_l q(z_l)."""
-    return z.gather(0, torch.argsort(keys, 0, stable=True))
+    return z.gather(0, torch.argsort(keys, dim=0, stable=True))
 
 
 def discriminator_loss(joint: Tensor, product: Tensor) -> Tensor:
