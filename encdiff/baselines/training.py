@@ -107,7 +107,7 @@ def _check_whole(objective: str, config: VAETrainConfig) -> None:
         return
     for said, parts in (("accumulate", config.accumulate), ("processes", processes().size)):
         if parts > 1:
-            raise InputError(f"{said}: {parts}, must be 1 for objective {objective!r}, which is of a whole batch")
+            raise InputError(f"{said} is {parts}, must be 1 for objective {objective!r}, which is of a whole batch")
     if config.batch_size < 2 and objective != "anneal":
         raise InputError(f"batch_size is {config.batch_size}, must be at least 2 for objective {objective!r}")
 
