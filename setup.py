@@ -49,6 +49,7 @@ def extensions() -> list[Extension]:
 setup(
     packages=[
         "encdiff",
+        "encdiff.baselines",
         "encdiff.cli",
         "encdiff.csrc",
         "encdiff.data",

@@ -162,7 +162,7 @@ def test_train_and_resume(encdiff, tmp_path):
     code, text = encdiff("train", "--run", tmp_path / "run", "--resume", "--batch-size", 8)
     assert code == 2 and "was begun with batch_size 4, cannot be resumed with 8" in text
     code, text = encdiff("train", "--run", tmp_path / "run", "--resume", "--preset", "quickstart")
-    assert code == 2 and "--preset, --objective and --first-stage cannot be given with --resume" in text
+    assert code == 2 and "--preset, --objective, --first-stage and --set cannot be given with --resume" in text
     (tmp_path / "run" / "config.json").write_text('{"model": {}, "training": {"wings": 2}, "data": "x"}')
     code, text = encdiff("train", "--run", tmp_path / "run", "--resume")
     assert code == 2 and "config.json: unknown entries wings" in text

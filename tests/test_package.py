@@ -31,7 +31,8 @@ LAYERS = [
     {"engine", "interop", "edit"},
     {"pictures", "evaluation", "prior"},
     {"training"},
-    {"experiments", "fields"},
+    {"baselines", "fields"},
+    {"experiments"},
     {"cli"},
     {"__init__", "__main__"},
 ]

@@ -64,7 +64,7 @@ def edit(
     from encdiff.pictures import edited_sheet
 
     _check(concept, factor, value, apply, keep, judge, strength)
-    model, dataset = open_model(run, data, device)
+    model, dataset = open_model(run, data, device, attending=True)
     note = ""
     if apply is None:
         name = f"{f'concept {concept}' if factor is None else factor.replace('_', ' ')} as {value:g}"

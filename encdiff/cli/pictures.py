@@ -144,7 +144,7 @@ def attend(
     """A picture: where the U-Net attends to each concept."""
     from encdiff.pictures import attention_picture, concept_labels
 
-    model, dataset = open_model(run, data, device)
+    model, dataset = open_model(run, data, device, attending=True)
     chosen = draw_images(dataset, index, min(images, len(dataset)), seed, model)
     path = writable_picture(out or results(run) / "pictures" / "attend.png")
     labels = concept_labels(factor_groups(run, model))

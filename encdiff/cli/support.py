@@ -1,9 +1,11 @@
 """What the commands share: options, devices, data, models, files."""
 
+import json
 import os
 import sys
 from collections.abc import Collection, Sequence
 from contextlib import ExitStack
+from dataclasses import fields, replace
 from functools import cache
 from pathlib import Path
 
@@ -48,6 +50,29 @@ def check_alone(context: typer.Context, shared: Collection[str]) -> None:
 def given_options(**options) -> dict:
     """The options that were given."""
     return {name: value for name, value in options.items() if value is not None}
+
+
+def changed(config, changes: Sequence[str] | None):
+    """The configuration with changes such as "concepts=10", whose values are JSON, or text."""
+    known = [field.name for field in fields(config)]
+    given = {}
+    for change in changes or ():
+        name, equals, value = change.partition("=")
+        if not equals or name not in known:
+            raise InputError(f"--set {change!r}: must be NAME=VALUE, NAME one of {', '.join(known)}")
+        try:
+            given[name] = json.loads(value)
+        except ValueError:
+            given[name] = value
+    try:
+        return replace(config, **given)
+    except InputError as error:
+        raise InputError(f"--set: {error}") from None
+
+
+def say_next(run: Path, dataset) -> None:
+    """Where the trained model is, and what to do with it."""
+    say(f"model: {run / 'model'}\nnext:  encdiff {'evaluate' if dataset.factor_names else 'swap'} {run}")
 
 
 def resumed(run: Path, config_class, given: dict):
@@ -174,9 +199,12 @@ def open_data(data: str | None, image_size: int | None):
         return open_dataset(data, image_size, lambda done, total: bar()(done, total))
 
 
-def open_model(run: Path, data: str | None, device: str):
-    """The trained model of a run or model folder, or one that comes with the package, and the data to show it on."""
-    from encdiff.models import EncDiff
+def open_model(run: Path, data: str | None, device: str, attending: bool = False):
+    """The trained model of a run or model folder, or one that comes with the package, and the data to show it on.
+
+    `attending`: it must cross-attend to its concepts, as an EncDiff does and a VAE does not.
+    """
+    from encdiff.baselines import VAE, load_concepts
     from encdiff.training.runs import read_config
 
     folder = held(run)
@@ -185,7 +213,9 @@ def open_model(run: Path, data: str | None, device: str):
             f"{run}: no such folder; must be a run, a folder that save_pretrained wrote, room64, room32 or quickstart"
         )
     of_run = (folder / "checkpoint.safetensors").is_file()
-    model = EncDiff.from_pretrained(folder / "model" if of_run else folder, device=choose_device(device))
+    model = load_concepts(folder / "model" if of_run else folder, device=choose_device(device))
+    if attending and isinstance(model, VAE):
+        raise InputError(f"{run}: is of a VAE, which has no cross-attention to its concepts; must be of an EncDiff")
     if data is None and (of_run or folder != run):
         data = read_config(folder if of_run else folder / "run")["data"]
     return model, open_data(data, model.config.image_size)

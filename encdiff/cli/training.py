@@ -6,15 +6,18 @@ from typing import Annotated
 
 import typer
 
+from encdiff.cli.baselines import is_baseline, refuse_options, train_baseline
 from encdiff.cli.options import CheckpointEvery, Device, Objective, Several
 from encdiff.cli.support import (
     DATA_HELP,
     begun_size,
+    changed,
     choose_device,
     given_options,
     open_data,
     rebuilt,
     resumed,
+    say_next,
     spread,
     told_of_precision,
 )
@@ -72,7 +75,16 @@ def train(
     data: NewData = None,
     preset: Annotated[
         str | None,
-        typer.Option(help="quickstart, room32, room64, shapes3d, mpi3d, cars3d or celeba. Default: quickstart."),
+        typer.Option(
+            help="quickstart, room32, room64, shapes3d, mpi3d, cars3d, celeba; or a VAE: annealvae, beta-vae, "
+            "beta-tcvae, factor-vae, dip-vae. Default: quickstart."
+        ),
+    ] = None,
+    changes: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", help="Of the model's configuration, such as concepts=10; may be repeated. Default: the preset's."
+        ),
     ] = None,
     objective: Objective = None,
     first_stage: Annotated[
@@ -109,22 +121,35 @@ def train(
     from encdiff.training import train as run_training
     from encdiff.training.autoencoder import load_first_stage
 
+    if resume and (preset or objective or first_stage or changes):
+        own = "--preset, --objective, --first-stage and --set"
+        raise InputError(f"{own} cannot be given with --resume: the run has its own")
     given = given_options(
         steps=steps, batch_size=batch_size, learning_rate=learning_rate, timesteps=timesteps and timesteps.value,
         precision=precision and precision.value, engine=engine and engine.value,
         accumulate=accumulate, shard=shard, checkpoint_activations=checkpoint_activations,
         checkpoint_every=checkpoint_every, picture_every=picture_every, seed=seed,
     )  # fmt: skip
+    if is_baseline(run if resume else None, preset):
+        refuse_options({"--objective": objective, "--first-stage": first_stage, "--timesteps": timesteps, "--shard": shard,
+                        "--checkpoint-activations": checkpoint_activations})  # fmt: skip
+        return train_baseline(
+            run,
+            data,
+            preset,
+            changes,
+            given,
+            device=device,
+            resume=resume,
+            overwrite=overwrite,
+            tensorboard=tensorboard,
+        )
     if resume:
-        if preset or first_stage or objective:
-            raise InputError(
-                "--preset, --objective and --first-stage cannot be given with --resume: the run has its own"
-            )
         begun, recipe = resumed(run, TrainConfig, given)
         model_config, data = EncDiffConfig.from_dict(begun["model"], f"{run}/config.json"), data or begun["data"]
     else:
         model_config = EncDiffConfig.from_preset(preset or "quickstart")
-        model_config = model_config.with_objective(objective) if objective else model_config
+        model_config = changed(model_config.with_objective(objective) if objective else model_config, changes)
         recipe = TrainConfig.from_preset(preset or "quickstart", **given)
     torch.manual_seed(recipe.seed)
     model = rebuilt(run, model_config) if resume else EncDiff(model_config)
@@ -133,7 +158,7 @@ def train(
     dataset = open_data(data, model_config.image_size)
     model.to(told_of_precision(choose_device(device), recipe.precision))
     run_training(model, dataset, run, recipe, resume=resume, overwrite=overwrite, tensorboard=tensorboard)
-    say(f"model: {run / 'model'}\nnext:  encdiff {'evaluate' if dataset.factor_names else 'swap'} {run}")
+    say_next(run, dataset)
 
 
 def train_autoencoder(

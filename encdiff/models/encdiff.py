@@ -120,4 +120,6 @@ class EncDiff(
 def _config(values: Any, source: str) -> EncDiffConfig:
     if isinstance(values, dict) and values.get("kind") == "fields":
         raise InputError(f"{source}: is of a model of fields, must be of an EncDiff; `encdiff fields` takes the other")
+    if isinstance(values, dict) and values.get("kind") == "vae":
+        raise InputError(f"{source}: is of a VAE, must be of an EncDiff; `encdiff.baselines.VAE` reads the other")
     return EncDiffConfig.from_dict(values, source)

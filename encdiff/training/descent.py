@@ -43,7 +43,7 @@ class Descent(ABC):
             most half a gigabyte longer. Not with `checkpoint_activations`, which is to save memory.
     """
 
-    TERMS: ClassVar[tuple[str, ...]] = ("loss", "gradient_norm", "learning_rate")
+    TERMS: tuple[str, ...] = ("loss", "gradient_norm", "learning_rate")
     UNIT: ClassVar[str] = "images"
 
     def __init__(

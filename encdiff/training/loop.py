@@ -35,7 +35,7 @@ T = TypeVar("T", bound="Trainable")
 class Trainable(Protocol):
     """What `fit` drives: everything of a training that changes from step to step."""
 
-    TERMS: ClassVar[tuple[str, ...]]  # names of what `advance` returns, "loss" first
+    TERMS: tuple[str, ...]  # names of what `advance` returns, "loss" first
     UNIT: ClassVar[str]  # what the data's samples are called
     config: Any  # a dataclass with steps, batch_size, seed, log_every, checkpoint_every, picture_every
     device: torch.device

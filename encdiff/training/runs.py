@@ -149,13 +149,14 @@ class RunFolder:
         free = {"log_every", "checkpoint_every", "picture_every", "scaling_factor", "engine", "checkpoint_activations"}
         free |= {"shard"}
         free.add("name")  # of the data: of a file or folder that may have been moved; its images are compared
-        if not now["training"].get("decay"):  # else the number of steps shapes the learning rate
+        shaped = "learning rate" if now["training"].get("decay") else "capacity"  # by the number of steps
+        if shaped == "capacity" and not now["model"].get("capacity_rise"):
             free.add("steps")
         for part in ("model", "training", "fingerprint"):
             for name, value in now[part].items():
                 was = before.get(part, {}).get(name, value)  # a field that is younger than the run is as it was
                 if name not in free and was != value:
-                    why = ": the learning rate depends on it; use another folder" if name == "steps" else ""
+                    why = f": the {shaped} depends on it; use another folder" if name == "steps" else ""
                     said = f"{self.path}: was begun with {name} {was!r}, cannot be resumed with {value!r}{why}"
                     raise InputError(said)
 

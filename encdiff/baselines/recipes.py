@@ -1,0 +1,36 @@
+"""Named VAEs, and how to train them: small enough to learn within minutes on a CPU (docs/howto/baselines.md)."""
+
+from dataclasses import replace
+from typing import Any
+
+from encdiff.baselines.config import VAEConfig
+from encdiff.baselines.training import VAETrainConfig
+from encdiff.errors import InputError
+
+# as EncDiff's `quickstart`: 32x32 images, an encoder of 32 channels
+SMALL = VAEConfig(image_size=32, encoder_width=32)
+PRESETS: dict[str, VAEConfig] = {
+    "annealvae": replace(SMALL, objective="anneal", beta=None),
+    "beta-vae": SMALL,
+    "beta-tcvae": replace(SMALL, objective="tc", beta=6.0),
+    "factor-vae": replace(SMALL, objective="factor", beta=None, discriminator_width=256),
+    "dip-vae": replace(SMALL, objective="dip-ii", beta=None),
+}
+RECIPE = VAETrainConfig(steps=3000, learning_rate=1e-3, warmup=100, decay=0.3, picture_every=1000)
+RECIPES: dict[str, VAETrainConfig] = dict.fromkeys(PRESETS, RECIPE)
+
+
+def vae_config(name: str, **changes: Any) -> VAEConfig:
+    """A named configuration with some fields changed."""
+    return replace(PRESETS[_known(name)], **changes)
+
+
+def vae_recipe(name: str, **changes: Any) -> VAETrainConfig:
+    """A named recipe with some fields changed."""
+    return replace(RECIPES[_known(name)], **changes)
+
+
+def _known(name: str) -> str:
+    if name not in PRESETS:
+        raise InputError(f"preset {name!r} is unknown, must be one of {', '.join(PRESETS)}")
+    return name
