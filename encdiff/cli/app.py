@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from encdiff import __version__
+from encdiff.cli.comparison import compare
 from encdiff.cli.concept_edits import edit
 from encdiff.cli.data import data_app
 from encdiff.cli.doctor import doctor
@@ -62,7 +63,7 @@ def options(
 
 for command in (
     train, train_autoencoder, evaluate, swap, traverse, interpolate, direction, edit, attend, sample, demo, reproduce,
-    ablate, profile, doctor,
+    ablate, compare, profile, doctor,
 ):  # fmt: skip
     app.command()(command)
 
