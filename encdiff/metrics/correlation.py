@@ -11,17 +11,21 @@ KINDS = ("pearson", "spearman")
 def correlation(a: np.ndarray, b: np.ndarray, kind: str = "pearson") -> np.ndarray:
     """Of every column of a (n, N) with every column of b (n, M): (N, M), 0 where either is constant.
 
-    kind: "pearson", or "spearman", which is Pearson's of the ranks, ties sharing their mean rank. Raises InputError for
-    another kind.
+    kind: "pearson" or "spearman". Raises InputError for another.
     """
     if kind not in KINDS:
         raise InputError(f"kind is {kind!r}; it must be one of {', '.join(KINDS)}")
-    a, b = (standardized(rankdata(x, axis=0) if kind == "spearman" else x) for x in (a, b))
+    return inner(*(standardized(x, ranks=kind == "spearman") for x in (a, b)))
+
+
+def inner(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """The correlations of columns that are standardised, (n, N) and (n, M): (N, M)."""
     return np.clip(a.T @ b / len(a), -1, 1)
 
 
-def standardized(columns: np.ndarray) -> np.ndarray:
-    """Columns (n, N) at mean 0 and standard deviation 1 (divided by n); constant ones 0."""
+def standardized(columns: np.ndarray, ranks: bool = False) -> np.ndarray:
+    """Columns (n, N), or their ranks, ties sharing the mean, at mean 0 and standard deviation 1; constant ones 0."""
+    columns = rankdata(columns, axis=0) if ranks else columns
     varies = np.ptp(columns, axis=0) > 0
     std = np.where(varies, columns.std(axis=0), 1)
     return np.where(varies, (columns - columns.mean(axis=0)) / std, 0)

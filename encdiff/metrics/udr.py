@@ -7,7 +7,7 @@ from sklearn.linear_model import Lasso
 
 from encdiff.errors import InputError
 from encdiff.metrics.codes import check_codes, settle
-from encdiff.metrics.correlation import correlation, standardized
+from encdiff.metrics.correlation import inner, standardized
 
 KINDS = ("spearman", "lasso")
 ALPHA = 0.1  # Lasso's penalty in the authors' code
@@ -48,11 +48,12 @@ def udr(
     masks = [_informative(each, least_spread) for each in checked]
     if kl is not None:
         masks = [mask & (known > least_kl) for mask, known in zip(masks, _check_kl(kl, masks), strict=True)]
-    kept = [standardized(each[:, mask]) for each, mask in zip(checked, masks, strict=True)]
+    kept = [standardized(each[:, mask], ranks=kind == "spearman") for each, mask in zip(checked, masks, strict=True)]
     pairwise = np.zeros((len(kept), len(kept)))
     for i, j in zip(*np.nonzero(~np.eye(len(kept), dtype=bool)), strict=True):
         if kept[i].size and kept[j].size:
-            pairwise[i, j] = _relative_strength(_strengths(kept[i], kept[j], kind))
+            fitted = inner(kept[i], kept[j]) if kind == "spearman" else _lasso(kept[i], kept[j])
+            pairwise[i, j] = _relative_strength(abs(fitted))
     others = [np.delete(column, j) for j, column in enumerate(pairwise.T)]
     return {
         "udr": np.median(others, axis=1),
@@ -74,10 +75,9 @@ def _check_kl(kl: Sequence[np.ndarray], masks: list[np.ndarray]) -> list[np.ndar
     return known
 
 
-def _strengths(a: np.ndarray, b: np.ndarray, kind: str) -> np.ndarray:
-    if kind == "spearman":
-        return abs(correlation(a, b, "spearman"))
-    return abs(np.atleast_2d(Lasso(alpha=ALPHA).fit(a, b).coef_)).T
+def _lasso(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Weights (N, M) that predict the columns of b (n, M) from those of a (n, N)."""
+    return np.atleast_2d(Lasso(alpha=ALPHA).fit(a, b).coef_).T
 
 
 def _relative_strength(r: np.ndarray) -> float:
