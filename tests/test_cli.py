@@ -41,6 +41,7 @@ def test_help_names_every_command(encdiff):
         "train",
         "train-autoencoder",
         "evaluate",
+        "rank",
         "swap",
         "traverse",
         "interpolate",

@@ -90,7 +90,8 @@ def test_flatness_gets_every_row_of_a_grid_and_says_what_is_missing(rng):
     assert score_grid(codes, SIZES, settings_of("heldout"), ("flatness",))["flatness"] == whole
     told = []
     with pytest.raises(InputError, match="hold 59 of 60 combinations"):
-        score_rows(codes[1:], FACTORS[1:], settings_of("heldout"), ("mig", "flatness"), report=lambda *t: told.append(t))
+        metrics = ("mig", "flatness")
+        score_rows(codes[1:], FACTORS[1:], settings_of("heldout"), metrics, report=lambda *t: told.append(t))
     assert told == [], "before anything is computed"
 
 
