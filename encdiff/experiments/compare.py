@@ -25,7 +25,7 @@ from encdiff.files.reading import read_json
 from encdiff.terminal import say
 
 EQUAL = ("seconds", "samples")
-CODES, DRAWN = ("factor_vae", "dci", "mig", "infomec"), ("counterfactual",)
+CODES, DRAWN = ("factor_vae", "dci", "mig", "infomec", "mcc", "unsupervised"), ("counterfactual",)
 ROUNDS, TIMED = 5, 3  # of timing, and steps of each method in one
 NEAR = 0.1  # methods whose steps cost the same within this take the same number of steps
 
