@@ -16,7 +16,8 @@ from encdiff.files.temporaries import atomic_path
 
 SHOWN = {  # a score's title: its column
     "FactorVAE score": "FactorVAE", "DCI disentanglement": "DCI", "DCI completeness": "completeness",
-    "DCI informativeness": "informativeness", "MIG": "MIG", "MCC": "MCC", "InfoM": "InfoM", "InfoC": "InfoC", "InfoE": "InfoE",
+    "DCI informativeness": "informativeness", "MIG": "MIG", "MCC": "MCC",
+    "InfoM": "InfoM", "InfoC": "InfoC", "InfoE": "InfoE",
     "swaps exact": "swaps exact", "reconstructions exact": "rec. exact", "PSNR of reconstructions": "PSNR",
 }  # fmt: skip
 TELLS = 0.05  # a corrected p below it is called a difference

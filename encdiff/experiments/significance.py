@@ -31,7 +31,7 @@ def pairwise(values: Mapping[str, Sequence[float]]) -> list[dict[str, Any]]:
     for a, b in combinations([name for name, v in values.items() if len(v) > 1], 2):
         first, second = np.asarray(values[a], float), np.asarray(values[b], float)
         difference = float(first.mean() - second.mean())
-        if first.std() == second.std() == 0:
+        if np.ptp(first) == np.ptp(second) == 0:
             p = float(difference == 0)
         else:
             p = float(stats.ttest_ind(first, second, equal_var=False).pvalue)

@@ -1,0 +1,206 @@
+"""Methods side by side: equal cost, rows made once, tables that say who wins what."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from encdiff import InputError, open_dataset
+from encdiff.errors import Stopped
+from encdiff.experiments import compare as comparing
+from encdiff.experiments.compare import compare, steps_for, time_steps
+from encdiff.experiments.compared import SHOWN, read_rows, summarised, write_tables
+from encdiff.experiments.methods import METHODS, REFERENCE, UNTRAINED
+from encdiff.experiments.significance import bootstrap_interval, pairwise
+
+
+@pytest.fixture(scope="module")
+def room():
+    return open_dataset("procedural:2,2,2,2,2,2", image_size=32)
+
+
+@pytest.fixture
+def scored(monkeypatch):
+    """Made-up scores that depend on the model, in place of those that take long; what was scored."""
+    seen = []
+
+    def evaluated(model, data, *, metrics, protocol, **_):
+        seen.append((protocol, tuple(metrics)))
+        mean = float(next(model.parameters()).detach().abs().mean())
+        result = {
+            "factor_vae": {"eval_accuracy": mean}, "protocol": {"name": protocol, "seed": 0},
+            "dci": {"disentanglement": mean / 2, "completeness": 0.5, "informativeness_test": 0.6, "importance": []},
+        }  # fmt: skip
+        if "counterfactual" in metrics:
+            result["counterfactual"] = {k: 0.5 for k in ("exact", "arrived", "kept", "reconstructed", "psnr")}
+        return result
+
+    monkeypatch.setattr(comparing, "evaluate", evaluated)
+    return seen
+
+
+SMALL = {"steps": 4, "batch_size": 8, "seeds": 2, "protocols": ("quick", "heldout"), "say": lambda said: None}
+
+
+def test_each_is_trained_once_at_each_cost_and_scored_by_each_protocol(room, scored, tmp_path, monkeypatch):
+    costs = {"encdiff": 0.1, "annealvae": 0.05, "vectors": 0.104}
+    monkeypatch.setattr(comparing, "time_steps", lambda makers, *_: {name: costs[name] for name in makers})
+    chosen = ["encdiff", "annealvae", "vectors", "untrained"]
+    rows = compare([room], tmp_path, methods=chosen, **SMALL | {"seeds": 1})
+    made = [(row["method"], row["seed"], row["steps"], row["equal"]) for row in rows]
+    both = ["seconds", "samples"]
+    assert made == [
+        *((name, 0, 4, both) for name in ("encdiff", "vectors")),
+        *(("annealvae", 0, *of) for of in ((4, ["samples"]), (8, ["seconds"]))),
+        ("untrained", 0, 0, both),
+    ]
+    assert [row["seconds"] for row in rows if row["method"] == "annealvae"] == pytest.approx([0.2, 0.4])
+    assert {p for p, _ in scored} == {"quick", "heldout"} and len(scored) == 2 * len(rows)
+    assert all(("counterfactual" in metrics) == (p == "quick") for p, metrics in scored[:8])
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "rows", "runs", "costs.json", "compare.json", "compare.md", "scores-procedural.png", "cost-procedural.png",
+    }  # fmt: skip
+    log = (tmp_path / "runs" / "procedural-2-2-2-2-2-2-annealvae-8-seed0" / "log.csv").read_text()
+    assert log.splitlines()[-1].startswith("8,")
+
+
+def test_rows_are_not_made_again_even_without_their_runs(room, scored, tmp_path, monkeypatch):
+    monkeypatch.setattr(comparing, "time_steps", lambda makers, *_: dict.fromkeys(makers, 1.0))
+    few = SMALL | {"seeds": 1, "methods": ["untrained"]}
+    before = compare([room], tmp_path, **few)
+    count = len(scored)
+    (path,) = (tmp_path / "rows").iterdir()
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"steps": -7}))
+    assert [row["steps"] for row in compare([room], tmp_path, **few)] == [-7] != before and len(scored) == count
+    path.write_text("[]")
+    with pytest.raises(InputError, match="is no row of a comparison; remove it to have it made$"):
+        compare([room], tmp_path, **few)
+
+
+def test_what_was_interrupted_goes_on(room, scored, tmp_path, monkeypatch):
+    monkeypatch.setattr(comparing, "time_steps", lambda makers, *_: dict.fromkeys(makers, 1.0))
+    train = type(METHODS["encdiff"]).train
+    stops = [True]
+
+    def stopped(self, *given, **by):
+        if stops and self.name == "encdiff":
+            stops.pop()
+            raise Stopped("stopped after step 2")
+        return train(self, *given, **by)
+
+    monkeypatch.setattr(type(METHODS["encdiff"]), "train", stopped)
+    few = SMALL | {"seeds": 1, "methods": ["untrained", "encdiff"]}
+    with pytest.raises(Stopped, match="the same command continues"):
+        compare([room], tmp_path, **few)
+    assert [row["method"] for row in read_rows(tmp_path)] == ["untrained"]
+    assert [row["method"] for row in compare([room], tmp_path, **few)] == ["encdiff", "untrained"]
+
+
+def test_steps_at_equal_seconds():
+    costs = {REFERENCE: 0.2, "fast": 0.08, "near": 0.19, "slow": 0.3, "very slow": 900.0}
+    assert [steps_for(name, costs, 1000) for name in costs] == [1000, 2500, 1000, 667, 1]
+
+
+def test_steps_are_timed_in_turns(room):
+    turns, spent = [], torch.randn(300, 300)
+
+    def advance(name, count):
+        def step(images, indices):
+            assert images.shape == (6, 32, 32, 3) and images.dtype == torch.uint8 and len(indices) == 6
+            turns.append(name)
+            for _ in range(count):
+                spent @ spent
+
+        return step
+
+    found = time_steps({"a": advance("a", 5), "b": advance("b", 60)}, room, 6, "cpu")
+    assert found["b"] > 3 * found["a"] > 0 and turns[:12] == ["a"] * 3 + ["b"] * 3 + ["a"] * 3 + ["b"] * 3
+
+
+def test_an_interval_is_that_of_resampled_means(rng):
+    values = rng.normal(size=40)
+    low, high = bootstrap_interval(values)
+    error = values.std() / 40**0.5
+    assert low == pytest.approx(values.mean() - 1.96 * error, abs=0.25 * error)
+    assert high == pytest.approx(values.mean() + 1.96 * error, abs=0.25 * error)
+    assert bootstrap_interval([0.3]) == (0.3, 0.3)
+
+
+def test_pairs_are_tested_and_corrected_for_their_number(rng):
+    values = {"a": rng.normal(0, 1, 9), "b": rng.normal(3, 2, 7), "c": rng.normal(0, 1, 8), "one": [5.0]}
+    found = pairwise(values)
+    assert len(found) == 3 and all("one" not in (test["a"], test["b"]) for test in found)
+    for test in found:
+        a, b = values[test["a"]], values[test["b"]]
+        error = (a.var(ddof=1) / len(a), b.var(ddof=1) / len(b))
+        freedom = sum(error) ** 2 / (error[0] ** 2 / (len(a) - 1) + error[1] ** 2 / (len(b) - 1))
+        t = abs(a.mean() - b.mean()) / sum(error) ** 0.5
+        assert test["p"] == pytest.approx(2 * stats.t.sf(t, freedom))
+    ps = [test["p"] for test in found]
+    holm = [min(1, 3 * ps[0]), min(1, max(3 * ps[0], 2 * ps[1])), min(1, max(3 * ps[0], 2 * ps[1], ps[2]))]
+    assert ps == sorted(ps) and [test["corrected"] for test in found] == pytest.approx(holm)
+    same, other = pairwise({"x": [1, 1], "y": [1, 1]}), pairwise({"x": [1, 1], "y": [2, 2]})
+    assert same[0]["p"] == 1 and other[0]["p"] == 0
+
+
+def row(method: str, seed: int, **scores: float) -> dict:
+    scores = {title: scores.get(short.replace(" ", "_"), 0.5) for title, short in SHOWN.items()}
+    return {
+        "method": method, "data": {"name": "room"}, "seed": seed, "equal": ["seconds"], "steps": 10, "seconds": 3.0,
+        "scores": {"paper": scores}, "batch_size": 8, "device": "cpu", "pairs": 4,
+    }  # fmt: skip
+
+
+def test_the_table_says_who_wins_what(tmp_path, rng):
+    (tmp_path / "rows").mkdir()
+    rows = [row("encdiff", s, DCI=0.8 + 0.01 * s, FactorVAE=0.9) for s in range(4)]
+    rows += [row("annealvae", s, DCI=0.3 + 0.01 * s, FactorVAE=0.9 + 0.05 * rng.normal()) for s in range(4)]
+    rows += [row("flow", s, DCI=0.81 + 0.02 * s, FactorVAE=0.9 + 0.05 * rng.normal()) for s in range(4)]
+    for i, one in enumerate(rows):
+        (tmp_path / "rows" / f"{i}.json").write_text(json.dumps(one))
+    write_tables(tmp_path)
+    text = (tmp_path / "compare.md").read_text()
+    assert "0.315 < (0.3" in text and "- DCI: **flow** 0.840; not told from it: encdiff." in text
+    assert "- MIG: **encdiff** 0.500; not told from it: flow, annealvae." in text
+    found = summarised(read_rows(tmp_path), "paper", "seconds")
+    assert found["DCI disentanglement"]["encdiff"]["mean"] == pytest.approx(0.815)
+    assert found["DCI disentanglement"]["encdiff"]["deviation"] == pytest.approx(np.std([0, 0.01, 0.02, 0.03], ddof=1))
+    assert not summarised(read_rows(tmp_path), "paper", "samples")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"methods": ["gan"]}, "method 'gan' is unknown, must be one of encdiff, adagn"),
+        ({"equal": ["flops"]}, "equal is 'flops', must be among seconds, samples"),
+        ({"protocols": ["papr"]}, "protocol is 'papr'"),
+        ({"seeds": 0}, "must be at least one each"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused_before_anything_is_trained(room, changes, said, tmp_path):
+    with pytest.raises(InputError, match=said):
+        compare([room], tmp_path / "out", **SMALL | changes)
+    assert not (tmp_path / "out").exists()
+
+
+def test_data_must_be_a_grid_of_the_methods_size(room, tmp_path):
+    with pytest.raises(InputError, match="images of 16, the methods take 32$"):
+        compare([open_dataset("procedural:2,2,2,2,2,2", image_size=16)], tmp_path, **SMALL)
+    with pytest.raises(InputError, match="must be at least one each"):
+        compare([], tmp_path, **SMALL)
+
+
+def test_costs_of_another_batch_are_refused(room, scored, tmp_path, monkeypatch):
+    monkeypatch.setattr(comparing, "time_steps", lambda makers, *_: dict.fromkeys(makers, 1.0))
+    compare([room], tmp_path, methods=[UNTRAINED], **SMALL)
+    with pytest.raises(InputError, match="costs.json: is of .*, must be of .*; use another folder$"):
+        compare([room], tmp_path, methods=[UNTRAINED], **SMALL | {"batch_size": 9})
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_makes_steps(name, room):
+    images = torch.from_numpy(room.images(range(4)))
+    terms = METHODS[name].steps(4, "cpu")(images, torch.arange(4))
+    assert np.isfinite(float(terms["loss"])) and METHODS[name].model().config.image_size == 32
