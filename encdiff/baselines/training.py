@@ -18,7 +18,12 @@ from encdiff.training.descent import Descent
 from encdiff.training.loop import fit
 from encdiff.training.recipes import DescentConfig
 
-TOLD = {"tc": ("total_correlation",), "factor": ("total_correlation", "discriminator"), "dip-i": ("dip",), "dip-ii": ("dip",)}
+TOLD = {
+    "tc": ("total_correlation",),
+    "factor": ("total_correlation", "discriminator"),
+    "dip-i": ("dip",),
+    "dip-ii": ("dip",),
+}
 
 
 @dataclass(frozen=True)

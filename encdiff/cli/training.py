@@ -82,8 +82,9 @@ def train(
     ] = None,
     changes: Annotated[
         list[str] | None,
-        typer.Option("--set", help="Of the model's configuration, such as concepts=10; may be repeated. Default: the "
-                     "preset's."),
+        typer.Option(
+            "--set", help="Of the model's configuration, such as concepts=10; may be repeated. Default: the preset's."
+        ),
     ] = None,
     first_stage: Annotated[
         Path | None, typer.Option(help="The run of train-autoencoder that presets with VQ need. Default: none.")
@@ -131,7 +132,15 @@ def train(
         refuse_options({"--first-stage": first_stage, "--timesteps": timesteps, "--shard": shard,
                         "--checkpoint-activations": checkpoint_activations})  # fmt: skip
         return train_baseline(
-            run, data, preset, changes, given, device=device, resume=resume, overwrite=overwrite, tensorboard=tensorboard
+            run,
+            data,
+            preset,
+            changes,
+            given,
+            device=device,
+            resume=resume,
+            overwrite=overwrite,
+            tensorboard=tensorboard,
         )
     if resume:
         begun, recipe = resumed(run, TrainConfig, given)
