@@ -67,6 +67,7 @@ setup(
         "encdiff.kernels.cross_attention",
         "encdiff.metrics",
         "encdiff.models",
+        "encdiff.objectives",
         "encdiff.ops",
         "encdiff.pictures",
         "encdiff.pretrained",

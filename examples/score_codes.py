@@ -17,7 +17,7 @@ from torch import Tensor
 from encdiff import EncDiff, evaluate, open_dataset, to_float
 from encdiff.evaluation import encode_dataset, evaluate_codes, format_table
 
-METRICS = ("factor_vae", "mig", "modularity")  # of twelve: docs/metrics.md
+METRICS = ("factor_vae", "mig", "modularity")  # of fifteen: docs/metrics.md
 
 room = open_dataset("procedural:5,5,5,4,4,5", image_size=32)  # 10,000 images: every combination of six factors
 rows = np.random.default_rng(0).choice(len(room), 1000, replace=False)

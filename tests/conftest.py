@@ -38,6 +38,12 @@ def seeds(request) -> None:
     torch.manual_seed(seed)
 
 
+@pytest.fixture
+def rng(request) -> np.random.Generator:
+    """A generator seeded likewise."""
+    return np.random.default_rng(crc32(request.node.nodeid.encode()))
+
+
 @pytest.fixture(autouse=True)
 def default_device(request) -> None:
     """Tests marked on_gpu build their tensors on the GPU if there is one, but for those of them marked on_cpu."""

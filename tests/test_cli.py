@@ -15,8 +15,10 @@ from _tiny import TINY
 from PIL import Image
 
 from encdiff import EncDiff, __version__
-from encdiff.cli.support import results, told_of_precision
+from encdiff.cli.support import metric_names, results, told_of_precision
 from encdiff.data import open_dataset
+from encdiff.errors import InputError
+from encdiff.metrics import METRICS
 from encdiff.models.autoencoder import VQAutoencoder
 from encdiff.training import TrainConfig, train
 
@@ -39,6 +41,7 @@ def test_help_names_every_command(encdiff):
         "train",
         "train-autoencoder",
         "evaluate",
+        "rank",
         "swap",
         "traverse",
         "interpolate",
@@ -114,6 +117,26 @@ def test_codes_alone_cannot_be_drawn(encdiff, tmp_path):
     assert code == 2 and "--metrics counterfactual: is of what a model draws; an .npz holds codes alone" in text
 
 
+def test_flatness_of_a_grid_alone(encdiff, run, tmp_path):
+    given = ["--protocol", "quick", "--no-baseline", "--out", tmp_path / "m.json"]
+    code, text = encdiff("evaluate", run, "--metrics", "flatness,mcc,unsupervised", *given)
+    scores = json.loads((tmp_path / "m.json").read_text())["trained"]
+    assert code == 0 and 0 < scores["flatness"]["flatness"] <= 1 and 0 < scores["mcc"]["mcc"] <= 1
+    assert "straightness" in text and "MCC" in text and "Wasserstein" in text
+    factors = np.random.default_rng(0).integers(0, 3, (40, 4))
+    np.savez(tmp_path / "codes.npz", codes=factors * 1.0, factors=factors)
+    code, text = encdiff("evaluate", tmp_path / "codes.npz", "--metrics", "mig,flatness")
+    assert code == 2 and "combinations of values; flatness needs all of them, a complete grid" in text
+
+
+def test_all_metrics_are_those_of_any_codes():
+    every = metric_names("all")
+    assert set(METRICS) - set(every) == {"tad", "dci_quick", "flatness"} and {"mcc", "unsupervised"} < set(every)
+    assert metric_names("mig, all,flatness") == ["mig", *(name for name in every if name != "mig"), "flatness"]
+    with pytest.raises(InputError, match="'al' is unknown, must be among factor_vae, .*, or all"):
+        metric_names("all,al")
+
+
 def test_a_direction_overwrites_no_weights(encdiff, run, tmp_path):
     shutil.copytree(run / "model", tmp_path / "model")
     before = (tmp_path / "model" / "model.safetensors").read_bytes()
@@ -162,7 +185,7 @@ def test_train_and_resume(encdiff, tmp_path):
     code, text = encdiff("train", "--run", tmp_path / "run", "--resume", "--batch-size", 8)
     assert code == 2 and "was begun with batch_size 4, cannot be resumed with 8" in text
     code, text = encdiff("train", "--run", tmp_path / "run", "--resume", "--preset", "quickstart")
-    assert code == 2 and "--preset and --first-stage cannot be given with --resume" in text
+    assert code == 2 and "--preset, --objective, --first-stage and --set cannot be given with --resume" in text
     (tmp_path / "run" / "config.json").write_text('{"model": {}, "training": {"wings": 2}, "data": "x"}')
     code, text = encdiff("train", "--run", tmp_path / "run", "--resume")
     assert code == 2 and "config.json: unknown entries wings" in text

@@ -26,7 +26,7 @@ LAYERS = [
     {"files", "terminal", "checked"},
     {"distributed"},
     {"ops"},
-    {"diffusion", "data", "metrics", "profiling", "health"},
+    {"diffusion", "objectives", "data", "metrics", "profiling", "health"},
     {"models"},
     {"engine", "interop", "edit"},
     {"pictures", "evaluation", "prior"},

@@ -219,7 +219,10 @@ def test_help_at_80_columns(path, monkeypatch, capsys):
         cli.main()
     text = capsys.readouterr().out
     text.encode("ascii")
-    assert max(map(len, text.splitlines())) <= 80 and "..." not in text.replace(", ...", "").replace("[ARGS]...", "")
+    whole = re.sub(
+        r", \.\.\.|\[ARGS\]\.\.\.|{\w+}\.\.\.|^  \w+\.\.\. <list", "", text, flags=re.M
+    )  # not cut: there may be more
+    assert max(map(len, text.splitlines())) <= 80 and "..." not in whole
     hints = typing.get_type_hints(COMMANDS[path].callback or dict)
     enums = {
         name: [t for t in (hint, *typing.get_args(hint)) if isinstance(t, EnumType)] for name, hint in hints.items()

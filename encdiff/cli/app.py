@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from encdiff import __version__
+from encdiff.cli.comparison import compare
 from encdiff.cli.concept_edits import edit
 from encdiff.cli.data import data_app
 from encdiff.cli.doctor import doctor
@@ -21,6 +22,7 @@ from encdiff.cli.experiments import ablate, demo, reproduce
 from encdiff.cli.fields import fields_app
 from encdiff.cli.pictures import attend, swap, traverse
 from encdiff.cli.profile import profile
+from encdiff.cli.ranking import rank
 from encdiff.cli.sample import sample
 from encdiff.cli.support import Commands, check_alone
 from encdiff.cli.training import train, train_autoencoder
@@ -61,8 +63,8 @@ def options(
 
 
 for command in (
-    train, train_autoencoder, evaluate, swap, traverse, interpolate, direction, edit, attend, sample, demo, reproduce,
-    ablate, profile, doctor,
+    train, train_autoencoder, evaluate, rank, swap, traverse, interpolate, direction, edit, attend, sample, demo,
+    reproduce, ablate, compare, profile, doctor,
 ):  # fmt: skip
     app.command()(command)
 

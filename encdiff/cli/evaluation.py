@@ -21,7 +21,11 @@ def evaluate(
         ),
     ] = None,
     metrics: Annotated[
-        str, typer.Option(help="Such as factor_vae,dci,counterfactual; or all of codes (but tad and dci_quick).")
+        str,
+        typer.Option(
+            help="Such as factor_vae,dci,counterfactual; or all of codes (but tad, dci_quick and flatness, which needs "
+            "a complete grid); or all,flatness."
+        ),
     ] = "factor_vae,dci",
     seeds: Annotated[int, typer.Option(help="Score with so many, from --seed up.", min=1)] = 1,
     pairs: Annotated[

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from encdiff.cli.options import CheckpointEvery, Device, Seed, Several
+from encdiff.cli.options import CheckpointEvery, Device, Objective, Seed, Several
 from encdiff.cli.support import DATA_HELP, choose_device, given_options, open_data, spread
 from encdiff.terminal import console, say, say_table
 
@@ -57,6 +57,7 @@ def reproduce(
     target: Annotated[Target, typer.Argument(help="Whose figures.", show_default=False)],
     data: Annotated[str | None, typer.Option(help=DATA_HELP + " Default: a procedural room in its place.")] = None,
     out: Annotated[Path | None, typer.Option(help="Default: runs/reproduce-TARGET.", show_default=False)] = None,
+    objective: Objective = None,
     first_stage: Annotated[Path | None, typer.Option(help="A run of train-autoencoder. Default: one is made.")] = None,
     first_stage_steps: Annotated[int | None, typer.Option(help="Default: 50,000.", min=1)] = None,
     seeds: Annotated[int | None, typer.Option(help="Trainings. Default: 3; quick: 1.", min=1)] = None,
@@ -80,7 +81,7 @@ def reproduce(
     out = out or Path("runs") / f"reproduce-{target.value}{'-quick' * quick}"
     options = given_options(
         steps=steps, batch_size=batch_size, precision=precision, checkpoint_every=checkpoint_every,
-        first_stage_steps=first_stage_steps, first_stage=first_stage,
+        first_stage_steps=first_stage_steps, first_stage=first_stage, objective=objective,
     )  # fmt: skip
     seeds = seeds or (1 if quick else 3)
     run(target.value, out, data=data, seeds=seeds, quick=quick, device=choose_device(device), say=_say, **options)

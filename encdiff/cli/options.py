@@ -12,6 +12,10 @@ RUN_HELP = "A run, a folder that save_pretrained wrote, room64, room32 or quicks
 Run = Annotated[Path, typer.Argument(help=RUN_HELP + ".", show_default=False)]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto takes a GPU if there is one.")]
 Seed = Annotated[int, typer.Option(help="Of all that is random.", min=0)]
+Objective = Annotated[
+    str | None,
+    typer.Option(help="flow, flow-orthogonal, dyga, mutual-information or guided. Default: the preset's own."),
+]
 CheckpointEvery = Annotated[int | None, typer.Option(help="Steps between checkpoints. Default: 1,000.", min=1)]
 Several = Annotated[
     int | None,

@@ -106,17 +106,16 @@ def begun_size(begun: dict, run: Path) -> int:
 
 
 def metric_names(given: str) -> list[str]:
-    """The names in "a,b"; "all" are all of codes that take any factors and are no estimates."""
+    """The names in "a,b"; "all" among them are all of codes that any rows and factors have, no estimates."""
     from encdiff.evaluation.drawn import DRAWN
     from encdiff.metrics import METRICS
 
-    if given == "all":
-        return [name for name in METRICS if name not in ("dci_quick", "tad")]
-    names = [name.strip() for name in given.split(",")]
+    every = [name for name in METRICS if name not in ("dci_quick", "tad", "flatness")]
+    names = [each for name in given.split(",") for each in (every if name.strip() == "all" else [name.strip()])]
     if unknown := [name for name in names if name not in METRICS | DRAWN]:
         known = ", ".join(METRICS | DRAWN)
         raise InputError(f"--metrics: {unknown[0]!r} is unknown, must be among {known}, or all")
-    return names
+    return list(dict.fromkeys(names))
 
 
 def parse_concepts(concepts: str | None, option: str = "--concepts") -> list[int] | None:

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from encdiff.cli.baselines import is_baseline, refuse_options, train_baseline
-from encdiff.cli.options import CheckpointEvery, Device, Several
+from encdiff.cli.options import CheckpointEvery, Device, Objective, Several
 from encdiff.cli.support import (
     DATA_HELP,
     begun_size,
@@ -86,6 +86,7 @@ def train(
             "--set", help="Of the model's configuration, such as concepts=10; may be repeated. Default: the preset's."
         ),
     ] = None,
+    objective: Objective = None,
     first_stage: Annotated[
         Path | None, typer.Option(help="The run of train-autoencoder that presets with VQ need. Default: none.")
     ] = None,
@@ -120,8 +121,9 @@ def train(
     from encdiff.training import train as run_training
     from encdiff.training.autoencoder import load_first_stage
 
-    if resume and (preset or first_stage or changes):
-        raise InputError("--preset, --first-stage and --set cannot be given with --resume: the run has its own")
+    if resume and (preset or objective or first_stage or changes):
+        own = "--preset, --objective, --first-stage and --set"
+        raise InputError(f"{own} cannot be given with --resume: the run has its own")
     given = given_options(
         steps=steps, batch_size=batch_size, learning_rate=learning_rate, timesteps=timesteps and timesteps.value,
         precision=precision and precision.value, engine=engine and engine.value,
@@ -129,7 +131,7 @@ def train(
         checkpoint_every=checkpoint_every, picture_every=picture_every, seed=seed,
     )  # fmt: skip
     if is_baseline(run if resume else None, preset):
-        refuse_options({"--first-stage": first_stage, "--timesteps": timesteps, "--shard": shard,
+        refuse_options({"--objective": objective, "--first-stage": first_stage, "--timesteps": timesteps, "--shard": shard,
                         "--checkpoint-activations": checkpoint_activations})  # fmt: skip
         return train_baseline(
             run,
@@ -146,7 +148,8 @@ def train(
         begun, recipe = resumed(run, TrainConfig, given)
         model_config, data = EncDiffConfig.from_dict(begun["model"], f"{run}/config.json"), data or begun["data"]
     else:
-        model_config = changed(EncDiffConfig.from_preset(preset or "quickstart"), changes)
+        model_config = EncDiffConfig.from_preset(preset or "quickstart")
+        model_config = changed(model_config.with_objective(objective) if objective else model_config, changes)
         recipe = TrainConfig.from_preset(preset or "quickstart", **given)
     torch.manual_seed(recipe.seed)
     model = rebuilt(run, model_config) if resume else EncDiff(model_config)

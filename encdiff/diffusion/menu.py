@@ -29,9 +29,10 @@ def stages(
 ) -> list[Stage]:
     """The stages of a sampler of `SAMPLERS`, from its level `begin` on; every one with a time calls the model.
 
-    `spacing` and `offset` are those of `timesteps`; `karras` takes EDM's spacing instead, for a solver; `eta` and
-    `final` (`samplers.ddim_stages`) belong to "ddim". Raises InputError for an unknown name, steps outside 1 to T, and
-    options of another sampler.
+    Of a flow, `prediction` "flow" and `alphas_cumprod` its table (T, 2) (`schedules.flow_table`), the samplers of
+    SOLVERS step evenly from pure noise to the data. `spacing` and `offset` are those of `timesteps`; `karras` takes
+    EDM's spacing instead, for a solver; `eta` and `final` (`samplers.ddim_stages`) belong to "ddim". Raises InputError
+    for an unknown name, steps outside 1 to T, and options of another sampler.
     """
     if sampler not in SAMPLERS:
         raise InputError(f"sampler is {sampler!r}, must be one of {', '.join(SAMPLERS)}")
@@ -39,6 +40,8 @@ def stages(
         raise InputError(f"eta is {eta}, must be 0 for sampler {sampler!r}: it belongs to 'ddim'")
     if karras and sampler not in SOLVERS:
         raise InputError(f"karras is True, must be False for sampler {sampler!r}: it belongs to {', '.join(SOLVERS)}")
+    if prediction == "flow" and alphas_cumprod.ndim == 2:
+        return _flow_stages(sampler, len(alphas_cumprod), steps)
     t = timesteps(sampler, steps, len(alphas_cumprod), spacing, offset)
     if sampler in SOLVERS:
         path = solvers.vp_path(alphas_cumprod, t)
@@ -49,6 +52,17 @@ def stages(
     if sampler == "ddim":
         return samplers.ddim_stages(alphas_cumprod, ascending, eta, prediction, final)
     return samplers.ddpm_stages(alphas_cumprod, ascending, prediction)
+
+
+def _flow_stages(sampler: str, num_timesteps: int, steps: int) -> list[Stage]:
+    if sampler not in SOLVERS:
+        known = ", ".join(SOLVERS)
+        raise InputError(f"sampler is {sampler!r}, of a DDPM schedule; a model that predicts flow takes {known}")
+    if not isinstance(steps, int) or not 1 <= steps <= num_timesteps:
+        raise InputError(f"steps is {steps}, must be a whole number from 1 to {num_timesteps} (the schedule's length)")
+    path = solvers.flow_path(steps, num_timesteps)
+    path = path._replace(time=[time - 1 for time in path.time])  # as trained: timestep t is at s = (t + 1) / T
+    return SOLVERS[sampler](path, "flow")
 
 
 def timesteps(

@@ -103,6 +103,20 @@ def _stages(timesteps: torch.Tensor, table: torch.Tensor) -> list[Stage]:
     return [Stage(t, tuple(row)) for t, row in zip(timesteps.tolist(), table.tolist(), strict=True)]
 
 
+def flow_invert(
+    denoise: Denoise, x0: torch.Tensor, num_timesteps: int, *, steps: int = 50, **options: Unpack[Options]
+) -> torch.Tensor:
+    """The x_T that Euler's steps along a flow take to x0, up to the discretisation: x' = x + (s' - s) v, at v of s'.
+
+    `denoise` predicts flow; its times are those of `schedules.flow_table`. Raises InputError for steps outside 1..T.
+    """
+    if not isinstance(steps, int) or not 1 <= steps <= num_timesteps:
+        raise InputError(f"steps is {steps}, must be a whole number from 1 to {num_timesteps} (the schedule's length)")
+    levels = [i / steps for i in range(steps + 1)]
+    stages = [Stage(s * num_timesteps - 1, (0.0, 1.0, 1 / steps, 1.0, 0.0)) for s in levels[1:]]
+    return run(denoise, x0, stages, **options)
+
+
 def ddim_rows(
     alphas_cumprod: torch.Tensor, timesteps: torch.Tensor, eta: float = 0.0, final: float | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

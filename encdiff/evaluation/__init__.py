@@ -8,6 +8,7 @@ from encdiff.evaluation.directions import factor_direction, factor_labels, fit_d
 from encdiff.evaluation.edited import edit_effect
 from encdiff.evaluation.effects import traversal_effects
 from encdiff.evaluation.encode import encode_dataset, untrained
+from encdiff.evaluation.ranking import rank_models
 from encdiff.evaluation.results import read_scores, write_metrics
 from encdiff.evaluation.scoring import evaluate, evaluate_model, stages
 from encdiff.evaluation.swaps import counterfactual
@@ -17,5 +18,5 @@ from encdiff.models.directions import Direction, load_direction
 __all__ = [
     "Direction", "counterfactual", "edit_effect", "encode_dataset", "evaluate", "evaluate_codes", "evaluate_model",
     "factor_direction", "factor_labels", "fit_direction", "format_swaps", "format_table", "load_direction",
-    "plot_importance", "read_scores", "stages", "traversal_effects", "untrained", "write_metrics",
+    "plot_importance", "rank_models", "read_scores", "stages", "traversal_effects", "untrained", "write_metrics",
 ]  # fmt: skip

@@ -58,13 +58,7 @@ def evaluate_codes(
 
 def read_codes(path: str | Path) -> tuple[np.ndarray, np.ndarray, list[str]]:
     """`codes`, `factors` and `factor_names` of an `.npz`; nothing in it is unpickled."""
-    path = Path(path)
-    refuse_special(path)
-    if not zipfile.is_zipfile(path):
-        raise InputError(f"{path}: not an .npz of arrays (no zip file)")
-    with open_zip(path) as archive:
-        keys = [k for k in ("codes", "factors", "factor_names") if f"{k}.npy" in archive.namelist()]
-        held = {key: read_array(path, archive, key) for key in keys}
+    held = _read(Path(path), "codes", "factors", "factor_names")
     for name in ("codes", "factors"):
         if name not in held:
             raise InputError(f"{path}: has no array {name!r}; it must hold codes (n, N) and factors (n, F)")
@@ -76,3 +70,20 @@ def read_codes(path: str | Path) -> tuple[np.ndarray, np.ndarray, list[str]]:
         said = f"{names.size} factor_names for {factors.shape[1]} factors"
         raise InputError(f"{path}: {said}, of type {names.dtype}; must be one text for each")
     return codes, factors, names.tolist()
+
+
+def read_codes_alone(path: str | Path) -> np.ndarray:
+    """`codes` (n, N) of an `.npz`, whatever else it holds; nothing in it is unpickled."""
+    codes = _read(Path(path), "codes").get("codes")
+    if codes is None or codes.ndim != 2:
+        raise InputError(f"{path}: codes are {'missing' if codes is None else codes.shape}; must be an array (n, N)")
+    return codes
+
+
+def _read(path: Path, *names: str) -> dict[str, np.ndarray]:
+    """Those of the named arrays that an `.npz` holds."""
+    refuse_special(path)
+    if not zipfile.is_zipfile(path):
+        raise InputError(f"{path}: not an .npz of arrays (no zip file)")
+    with open_zip(path) as archive:
+        return {name: read_array(path, archive, name) for name in names if f"{name}.npy" in archive.namelist()}

@@ -10,6 +10,7 @@ from scipy.stats import bootstrap
 from encdiff.errors import InputError
 from encdiff.metrics import METRICS, beta_vae_score, factor_vae_score, sample_factors
 from encdiff.metrics.factor_vae import check_at_least, check_factor_sizes
+from encdiff.metrics.flatness import check_combinations
 from encdiff.metrics.samples import check_samples, split_rows
 
 Report = Callable[[str, int, int], None]  # stage, done, total
@@ -86,12 +87,13 @@ def score_grid(
 ) -> dict[str, dict]:
     """Metrics of codes (prod(factor_sizes), N), one row per image of the complete grid, last factor fastest.
 
-    FactorVAE and BetaVAE scores draw factors from the grid, as published; the others get samples of the grid, drawn
-    as published for DCI. With subset "80/20" all of them get rows, as by `score_rows`. Returns name -> result.
+    FactorVAE and BetaVAE scores draw factors from the grid, as published; flatness gets all of it; the others get
+    samples of it, drawn as published for DCI. With subset "80/20" all get rows, as by `score_rows`. Returns name ->
+    result.
     """
     sizes = check_grid(len(codes), factor_sizes)
+    factors = np.stack(np.unravel_index(np.arange(len(codes)), sizes), axis=1)
     if settings.subset != "all":
-        factors = np.stack(np.unravel_index(np.arange(len(codes)), sizes), axis=1)
         return score_rows(codes, factors, settings, metrics, n_jobs=n_jobs, report=report)
     from_grid = {"factor_vae": factor_vae_score, "beta_vae": beta_vae_score}
     rows = _draw(codes, sizes, settings) if set(metrics) - from_grid.keys() else ()
@@ -99,6 +101,8 @@ def score_grid(
     def run(name: str, **given) -> dict:
         if name in from_grid:
             return from_grid[name](codes, sizes, seed=settings.seed, **given)
+        if METRICS[name].grid:
+            return METRICS[name](codes, factors, seed=settings.seed, **given)
         return _on_rows(name, rows, settings.seed, given)
 
     return _run_all(metrics, run, settings, n_jobs, report)
@@ -117,16 +121,27 @@ def score_rows(
     """Metrics of any rows: codes (n, N) floats, factors (n, F) integers; no grid is needed.
 
     Metrics learn from four fifths of the rows, drawn by the seed, and score the rest, `dci_train` and `dci_test` of
-    them at most but for FactorVAE's and BetaVAE's, which draw their batches. Raises InputError as the metrics do.
+    them at most but for FactorVAE's and BetaVAE's, which draw their batches. Flatness, which learns nothing, gets all
+    rows. Raises InputError as the metrics do, and for missing combinations before any is computed.
     """
+    codes, factors = np.asarray(codes), np.asarray(factors)
     check_samples(codes, factors, factor_names=factor_names)
-    rows = split_rows(np.asarray(codes), np.asarray(factors), settings.seed)
+    check_traversals(metrics, factors)
+    rows = split_rows(codes, factors, settings.seed)
     cut = [part[:most] for part, most in zip(rows, _most(settings), strict=True)]
 
     def run(name: str, **given) -> dict:
+        if METRICS[name].grid:
+            return METRICS[name](codes, factors, seed=settings.seed, **given)
         return _on_rows(name, rows if name in ("factor_vae", "beta_vae") else cut, settings.seed, given)
 
     return _run_all(metrics, run, settings, n_jobs, report)
+
+
+def check_traversals(metrics: Sequence[str], factors: np.ndarray) -> None:
+    """InputError if a metric needs every combination of the factors (n, F) and the rows lack one."""
+    if any(name in METRICS and METRICS[name].grid for name in metrics):
+        check_combinations(factors)
 
 
 def summarize(results: Sequence[Mapping[str, Mapping]], metrics: Sequence[str] = DEFAULT) -> dict[str, dict]:

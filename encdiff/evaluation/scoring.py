@@ -24,6 +24,7 @@ from encdiff.evaluation.protocol import (
     Protocol,
     Report,
     check_grid,
+    check_traversals,
     named,
     score_grid,
     score_rows,
@@ -99,6 +100,8 @@ class _Evaluation:
             )
         if isinstance(metrics, str):
             raise InputError(f"metrics is the text {metrics!r}, must be a list of names")
+        if not dataset.is_complete:
+            check_traversals(metrics, dataset.factors(np.arange(len(dataset))))
         check_at_least(1, seeds=seeds)
         self.drawn, self.of_codes = [m for m in metrics if m in DRAWN], [m for m in metrics if m not in DRAWN]
         check_drawn(self.drawn, encode, dataset, pairs)

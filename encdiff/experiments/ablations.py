@@ -25,6 +25,7 @@ from encdiff.experiments.phases import (
 )
 from encdiff.files.temporaries import atomic_path
 from encdiff.models import EncDiff, EncDiffConfig
+from encdiff.models.config import OBJECTIVES
 from encdiff.terminal import say
 from encdiff.training import TrainConfig
 from encdiff.training.runs import read_config
@@ -42,6 +43,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "tokens-40": {"concepts": 40},
     "width-4": {"token_width": 4},
     "width-64": {"token_width": 64},
+    **OBJECTIVES,
 }
 SHOWN = ("FactorVAE score", "DCI disentanglement", "DCI completeness", "DCI informativeness")
 

@@ -11,13 +11,16 @@ from encdiff.metrics.beta_vae import beta_vae_score_rows
 from encdiff.metrics.dci import dci, dci_quick
 from encdiff.metrics.downstream import downstream
 from encdiff.metrics.factor_vae import factor_vae_score_rows
+from encdiff.metrics.flatness import flatness
 from encdiff.metrics.infomec import infomec
 from encdiff.metrics.irs import irs
+from encdiff.metrics.mcc import mcc
 from encdiff.metrics.mig import mig
 from encdiff.metrics.modularity import explicitness, modularity
 from encdiff.metrics.samples import check_samples, split_rows
 from encdiff.metrics.sap import sap
 from encdiff.metrics.tad import tad
+from encdiff.metrics.unsupervised import unsupervised
 
 Progress = Callable[[str, int, int], None]  # metric, done, total
 
@@ -32,6 +35,7 @@ class Metric:
     fits: bool = True  # takes train and test rows: learns from the ones, is scored on the others
     seeded: bool = False
     slow: bool = False  # takes n_jobs and progress(done, total)
+    grid: bool = False  # needs every combination of the factors, so all rows there are
     further: Mapping[str, str] = field(default_factory=dict)  # scores beside the headline, field -> title
 
     def __call__(
@@ -63,6 +67,16 @@ class Metric:
         return _plain(self.function(*rows, **({"seed": seed} if self.seeded else {}), **options))
 
 
+FLATNESS = {
+    "flatness_l2": "straightness",
+    "axis_ratio": "traversals on one axis",
+    "linear_ratio": "traversals on a line",
+}
+UNSUPERVISED = {
+    "wasserstein_correlation": "Wasserstein correlation",
+    "wasserstein_correlation_norm": "Wasserstein corr. (norm.)",
+    "mutual_info_score": "information between codes",
+}
 DCI = {"completeness": "DCI completeness", "informativeness_test": "DCI informativeness"}
 METRICS: dict[str, Metric] = {
     "factor_vae": Metric("FactorVAE score", "eval_accuracy", factor_vae_score_rows, seeded=True),
@@ -77,6 +91,9 @@ METRICS: dict[str, Metric] = {
     "infomec": Metric("InfoM", "infom", infomec, seeded=True, further={"infoc": "InfoC", "infoe": "InfoE"}),
     "tad": Metric("TAD", "tad", tad, fits=False),
     "downstream": Metric("downstream accuracy", "accuracy_full", downstream, seeded=True, slow=True),
+    "mcc": Metric("MCC", "mcc", mcc, fits=False),
+    "unsupervised": Metric("total correlation", "total_correlation", unsupervised, fits=False, further=UNSUPERVISED),
+    "flatness": Metric("flatness", "flatness", flatness, fits=False, seeded=True, grid=True, further=FLATNESS),
 }
 
 

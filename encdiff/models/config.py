@@ -1,12 +1,15 @@
 """What fixes a model's shapes and meaning: one dataclass and its named presets."""
 
 from dataclasses import dataclass, replace
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from encdiff.checked import Checked, Codes, Depth, Multiple, Natural, Positive, Range, Width
+from encdiff.checked import Checked, Codes, Depth, Multiple, Natural, NotNegative, Positive, Range, Width
 from encdiff.errors import InputError
 
 BLOCKS, MLPS = 512, 8192  # of the U-Net and the bank, at most: a file cannot ask for what takes minutes to build
+
+
+Probability = Annotated[float, Range(0, 0.99)]
 
 
 @dataclass(frozen=True)
@@ -50,8 +53,14 @@ class EncDiffConfig(Checked):
     num_timesteps: Annotated[int, Range(1, 10**6)] = 1000
     beta_start: Positive = 0.0015
     beta_end: Positive = 0.0155
-    prediction: Literal["epsilon", "v", "x0"] = "epsilon"
+    prediction: Literal["epsilon", "v", "x0", "flow"] = "epsilon"  # flow: e - x0 on x_t = (1 - s) x0 + s e
     loss: Literal["l1", "mse"] = "l1"
+    # what the field adds to that objective (encdiff.objectives), weights and probabilities
+    anchors: Annotated[int, Range(0, 256)] = 0  # components of a Gaussian mixture that a scalar is drawn to: DyGA
+    skip_dropout: Probability = 0.0  # of the U-Net's skip connections: DyGA
+    mutual_information: NotNegative = 0.0
+    orthogonality: NotNegative = 0.0
+    token_dropout: Probability = 0.0  # of all tokens of an image, for guidance
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -66,6 +75,14 @@ class EncDiffConfig(Checked):
         stride = self.downsampling * 2 ** (len(self.multipliers) - 1)
         if self.image_size % stride:
             raise InputError(f"image_size is {self.image_size}, must be a multiple of {stride} for these levels")
+        drawn = {"schedule": "scaled_linear", "beta_start": 0.0015, "beta_end": 0.0155}  # of a DDPM schedule
+        if self.prediction == "flow" and (other := [name for name in drawn if getattr(self, name) != drawn[name]]):
+            raise InputError(f"{other[0]} is {getattr(self, other[0])!r}, has no meaning for prediction 'flow'")
+        if self.anchors and (self.concept_width > 1 or not self.normalize_scalars):
+            lacks = "concept_width 1: scalars" if self.concept_width > 1 else "normalize_scalars: unit variance"
+            raise InputError(f"anchors is {self.anchors}, needs {lacks} are drawn to them")
+        if self.orthogonality and self.concepts < 2:
+            raise InputError("orthogonality is of two concepts, concepts is 1; must be 2 at least")
         if self.conditioning == "adagn" and not self.scale_shift:
             raise InputError("conditioning is 'adagn', needs scale_shift: tokens scale and shift normalised features")
 
@@ -73,6 +90,11 @@ class EncDiffConfig(Checked):
     def downsampling(self) -> int:
         """Image pixels per latent position along each side."""
         return 2 ** (len(self.vq_multipliers) - 1) if self.first_stage == "vq" else self.patch
+
+    @property
+    def draws(self) -> bool:
+        """Whether the loss needs random numbers beside timestep and noise."""
+        return bool(self.anchors or self.skip_dropout or self.orthogonality or self.token_dropout)
 
     @property
     def code_shape(self) -> tuple[int, ...]:
@@ -84,6 +106,12 @@ class EncDiffConfig(Checked):
         if name not in PRESETS:
             raise InputError(f"preset {name!r} is unknown, must be one of {', '.join(PRESETS)}")
         return PRESETS[name]
+
+    def with_objective(self, name: str) -> "EncDiffConfig":
+        """This configuration with another objective of OBJECTIVES; InputError where it cannot carry that."""
+        if name not in OBJECTIVES:
+            raise InputError(f"objective {name!r} is unknown, must be one of {', '.join(OBJECTIVES)}")
+        return replace(self, **OBJECTIVES[name])
 
 
 PAPER = EncDiffConfig()
@@ -111,6 +139,15 @@ QUICKSTART = EncDiffConfig(
 ROOM32 = replace(QUICKSTART, concepts=20, patch=4, width=48, multipliers=(1, 2), attention_levels=(0, 1), groups=16)
 ROOM64 = replace(ROOM32, image_size=64, encoder_width=64, width=64, multipliers=(1, 2, 2), attention_levels=(0, 1, 2))
 
+# other objectives of the field, each some fields of any configuration changed
+OBJECTIVES: dict[str, dict[str, Any]] = {
+    "flow": {"prediction": "flow", "loss": "mse"},
+    "flow-orthogonal": {"prediction": "flow", "loss": "mse", "orthogonality": 0.1},
+    "dyga": {"anchors": 16, "skip_dropout": 0.2, "normalize_scalars": True},
+    "mutual-information": {"mutual_information": 0.3},
+    "guided": {"token_dropout": 0.1},
+}
+
 PRESETS: dict[str, EncDiffConfig] = {
     "shapes3d": PAPER,
     "mpi3d": PAPER,
@@ -119,4 +156,5 @@ PRESETS: dict[str, EncDiffConfig] = {
     "quickstart": QUICKSTART,
     "room32": ROOM32,
     "room64": ROOM64,
+    **{name: replace(QUICKSTART, **changed) for name, changed in OBJECTIVES.items()},
 }

@@ -18,6 +18,11 @@ from encdiff.models.edits import ConceptModel
 from encdiff.models.encoder import ImageEncoder
 from encdiff.models.tokens import MLPBank
 from encdiff.models.unet import UNet
+from encdiff.objectives.anchors import Anchors
+from encdiff.objectives.dropout import SkipDropout, drop_tokens
+from encdiff.objectives.keys import Key
+from encdiff.objectives.mutual_information import normal_discrepancy
+from encdiff.objectives.orthogonality import orthogonality
 from encdiff.ops._triton import autocast_off
 
 
@@ -45,10 +50,15 @@ class EncDiffCore(ConceptModel):
                 c.concepts, c.token_width, c.bank_widths, c.bank_activation, c.concept_width, c.bank_shared, c.bank_gain
             ),
         })  # fmt: skip
+        if c.anchors:
+            self.cond_stage_model["anchors"] = Anchors(c.concepts, c.anchors)
         self.first_stage_model = first_stage.requires_grad_(False)
         with torch.device("cpu"):  # checked by value, also where the parameters are made on "meta"
-            betas = schedules.make_betas(c.schedule, c.num_timesteps, c.beta_start, c.beta_end)
-            self.alphas_cumprod = schedules.alphas_cumprod(betas)
+            if c.prediction == "flow":  # then (T, 2), the factors of data and noise
+                self.alphas_cumprod = schedules.flow_table(c.num_timesteps)
+            else:
+                betas = schedules.make_betas(c.schedule, c.num_timesteps, c.beta_start, c.beta_end)
+                self.alphas_cumprod = schedules.alphas_cumprod(betas)
         self.schedule = self.alphas_cumprod  # stays on the host, where samplers make their tables
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -72,6 +82,10 @@ class EncDiffCore(ConceptModel):
         return cast(MLPBank, self.cond_stage_model["net"])
 
     @property
+    def anchors(self) -> Anchors | None:
+        return cast(Anchors, self.cond_stage_model["anchors"]) if self.config.anchors else None
+
+    @property
     def first_stage(self) -> VQAutoencoder | SpaceToDepth:
         return self.first_stage_model
 
@@ -82,11 +96,15 @@ class EncDiffCore(ConceptModel):
         return self.first_stage.latent_channels, side, side
 
     def encode(self, images: Tensor) -> Tensor:
-        """Images (B, 3, S, S) -> scalars (B, N); (B, N, m) where the configuration makes a concept a vector."""
+        """Images (B, 3, S, S) -> scalars (B, N); (B, N, m) where the configuration makes a concept a vector.
+
+        With anchors as these draw them, but not while the model trains.
+        """
         images = self._check_images(images)
         if self.training and self.config.normalize_scalars and len(images) * processes().size == 1:
             raise InputError("images: 1 in training mode, where normalize_scalars needs at least 2; call model.eval()")
-        return self.encoder(images).unflatten(1, self.config.code_shape)
+        scalars = self.encoder(images).unflatten(1, self.config.code_shape)
+        return scalars if self.anchors is None or self.training else self.anchors(scalars)
 
     def tokens(self, scalars: Tensor) -> Tensor:
         """Scalars (B, N), or as `encode` gives them -> concept tokens (B, N, d)."""
@@ -103,12 +121,13 @@ class EncDiffCore(ConceptModel):
         token_bias: Tensor | None = None,
         maps: list[Tensor] | None = None,
         sampling: Sampling | None = None,
+        drop: Callable[[Tensor, int], Tensor] | None = None,
     ) -> Tensor:
         """Noisy latents (B, c, h, w), timesteps (B,), tokens (B, N, d) -> the configured prediction (B, c, h, w).
 
-        See `UNet.forward` for token_bias, maps and sampling.
+        See `UNet.forward` for token_bias, maps, sampling and drop.
         """
-        return self.unet(x_t.to(tokens.dtype), t, tokens, token_bias, maps, sampling)
+        return self.unet(x_t.to(tokens.dtype), t, tokens, token_bias, maps, sampling, drop)
 
     def to_latents(self, images: Tensor) -> Tensor:
         """Images (B, 3, S, S) -> latents (B, c, h, w) as the diffusion sees them; the first stage learns nothing."""
@@ -136,22 +155,39 @@ class EncDiffCore(ConceptModel):
 
         x0 (B, c, h, w), the images' latents, t (B,) int64, noise (B, c, h, w) and the per-sample weight (B,) can be
         given; else the first stage encodes, t is uniform, the noise normal, both keyed by (seed, sample_ids (B,), draw)
-        as in `ops.normal`, and the weights are 1. Without a seed torch's global generator gives one.
+        as in `ops.normal`, and the weights are 1. Without a seed torch's global generator gives one. What else the
+        configuration's objective asks for (`encdiff.objectives`) is added, and dropped while the model trains.
         """
-        images = self._check_images(images)
-        tokens = self.tokens(self.encode(images))
+        c, images = self.config, self._check_images(images)
+        if seed is None:
+            seed = int(torch.randint(2**63 - 1, ())) if t is None or noise is None or c.draws else 0
+        if sample_ids is None:
+            sample_ids = torch.arange(len(images), device=images.device)
+        key = Key(seed, sample_ids, draw)
+        scalars = self.encode(images)
+        if self.anchors is not None and self.training:
+            scalars = self.anchors(scalars, key)
+        tokens = self.tokens(scalars)
+        if c.token_dropout and self.training:
+            tokens = drop_tokens(tokens, c.token_dropout, key)
         if x0 is None:
             x0 = self.to_latents(images)
-        if seed is None and (t is None or noise is None):
-            seed = int(torch.randint(2**63 - 1, ()))
-        if sample_ids is None:
-            sample_ids = torch.arange(len(x0), device=x0.device)
         if t is None:
-            assert seed is not None
             t = ops.timesteps(self.config.num_timesteps, seed, sample_ids, draw)
         x_t, target = ops.q_sample(
-            x0, noise, t, self.alphas_cumprod, self.config.prediction, seed=seed, sample_ids=sample_ids, draw=draw
+            x0, noise, t, self.alphas_cumprod, c.prediction, seed=seed, sample_ids=sample_ids, draw=draw
         )
-        return losses.diffusion_loss(self.denoise(x_t, t, tokens), target, self.config.loss, weight)
+        drop = SkipDropout(c.skip_dropout, key) if c.skip_dropout and self.training else None
+        predicted = self.denoise(x_t, t, tokens, drop=drop)
+        loss = losses.diffusion_loss(predicted, target, c.loss, weight)
+        if c.mutual_information:
+            loss = loss + c.mutual_information * normal_discrepancy(scalars)
+        if c.orthogonality:
+
+            def predict(rows: Tensor, others: Tensor) -> Tensor:
+                return self.denoise(x_t[rows], t[rows], others)
+
+            loss = loss + c.orthogonality * orthogonality(predict, predicted, tokens, key)
+        return loss
 
     forward = loss  # what calls the model, such as DistributedDataParallel, trains it

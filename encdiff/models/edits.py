@@ -48,8 +48,8 @@ class ConceptModel(nn.Module):
     def sample(
         self, scalars: Tensor, *,
         x_T: Tensor | None = None, sampler: Sampler = "dpm-solver++", steps: int = 20, eta: float = 0.0,
-        gate: Gate = None, seed: int = 0, sample_ids: Tensor | None = None, token_bias: Tensor | None = None,
-        progress: Progress | None = None,
+        gate: Gate = None, guidance: float = 1.0, seed: int = 0, sample_ids: Tensor | None = None,
+        token_bias: Tensor | None = None, progress: Progress | None = None,
     ) -> Tensor:  # fmt: skip
         """Codes, as `encode` gives them -> images (B, 3, S, S)."""
 
@@ -64,20 +64,20 @@ class ConceptModel(nn.Module):
     def reconstruct(
         self, images: Tensor, *,
         x_T: Tensor | None = None, sampler: Sampler = "dpm-solver++", steps: int = 20, eta: float = 0.0,
-        gate: Gate = None, seed: int = 0, sample_ids: Tensor | None = None, token_bias: Tensor | None = None,
-        progress: Progress | None = None,
+        gate: Gate = None, guidance: float = 1.0, seed: int = 0, sample_ids: Tensor | None = None,
+        token_bias: Tensor | None = None, progress: Progress | None = None,
     ) -> Tensor:  # fmt: skip
         """Encode images (B, 3, S, S), then sample from the scalars alone: (B, 3, S, S)."""
         return self.sample(
-            self._codes(images), x_T=x_T, sampler=sampler, steps=steps, eta=eta, gate=gate, seed=seed,
-            sample_ids=sample_ids, token_bias=token_bias, progress=progress,
+            self._codes(images), x_T=x_T, sampler=sampler, steps=steps, eta=eta, gate=gate, guidance=guidance,
+            seed=seed, sample_ids=sample_ids, token_bias=token_bias, progress=progress,
         )  # fmt: skip
 
     def swap(
         self, source: Tensor, target: Tensor, concepts: int | Sequence[int], *,
         x_T: Tensor | None = None, sampler: Sampler = "dpm-solver++", steps: int = 20, eta: float = 0.0,
-        gate: Gate = None, seed: int = 0, sample_ids: Tensor | None = None, token_bias: Tensor | None = None,
-        progress: Progress | None = None,
+        gate: Gate = None, guidance: float = 1.0, seed: int = 0, sample_ids: Tensor | None = None,
+        token_bias: Tensor | None = None, progress: Progress | None = None,
     ) -> Tensor:  # fmt: skip
         """The target images with the given concepts taken from the source images; both (B, 3, S, S), as the result.
 
@@ -90,15 +90,15 @@ class ConceptModel(nn.Module):
         scalars = self._codes(target).clone()
         scalars[:, chosen] = self._codes(source)[:, chosen]
         return self.sample(
-            scalars, x_T=x_T, sampler=sampler, steps=steps, eta=eta, gate=gate, seed=seed,
-            sample_ids=sample_ids, token_bias=token_bias, progress=progress,
+            scalars, x_T=x_T, sampler=sampler, steps=steps, eta=eta, gate=gate, guidance=guidance,
+            seed=seed, sample_ids=sample_ids, token_bias=token_bias, progress=progress,
         )  # fmt: skip
 
     def traverse(
         self, image: Tensor, concept: int, values: Sequence[float] | Tensor, *,
         x_T: Tensor | None = None, sampler: Sampler = "dpm-solver++", steps: int = 20, eta: float = 0.0,
-        gate: Gate = None, seed: int = 0, sample_ids: Tensor | None = None, token_bias: Tensor | None = None,
-        progress: Progress | None = None,
+        gate: Gate = None, guidance: float = 1.0, seed: int = 0, sample_ids: Tensor | None = None,
+        token_bias: Tensor | None = None, progress: Progress | None = None,
     ) -> Tensor:  # fmt: skip
         """One image (3, S, S) or (1, 3, S, S) with one scalar set to each of the values: (len(values), 3, S, S).
 
@@ -113,15 +113,15 @@ class ConceptModel(nn.Module):
         scalars = codes.repeat_interleave(len(values), 0)
         scalars[:, self._check_concept(concept)] = values
         return self.sample(
-            scalars, x_T=x_T, sampler=sampler, steps=steps, eta=eta, gate=gate, seed=seed,
-            sample_ids=sample_ids, token_bias=token_bias, progress=progress,
+            scalars, x_T=x_T, sampler=sampler, steps=steps, eta=eta, gate=gate, guidance=guidance,
+            seed=seed, sample_ids=sample_ids, token_bias=token_bias, progress=progress,
         )  # fmt: skip
 
     def interpolate(
         self, source: Tensor, target: Tensor, frames: int = 7, *, concepts: int | Sequence[int] | None = None,
         x_T: Tensor | None = None, sampler: Sampler = "dpm-solver++", steps: int = 20, eta: float = 0.0,
-        gate: Gate = None, seed: int = 0, sample_ids: Tensor | None = None, token_bias: Tensor | None = None,
-        progress: Progress | None = None,
+        gate: Gate = None, guidance: float = 1.0, seed: int = 0, sample_ids: Tensor | None = None,
+        token_bias: Tensor | None = None, progress: Progress | None = None,
     ) -> Tensor:  # fmt: skip
         """From one image (3, S, S) or (1, 3, S, S) to another: (frames, 3, S, S).
 
@@ -137,15 +137,15 @@ class ConceptModel(nn.Module):
         scalars = first.repeat_interleave(frames, 0)
         scalars[:, moved] = first[:, moved].lerp(last[:, moved], way.reshape(-1, *[1] * (first.ndim - 1)))
         return self.sample(
-            scalars, x_T=x_T, sampler=sampler, steps=steps, eta=eta, gate=gate, seed=seed,
-            sample_ids=sample_ids, token_bias=token_bias, progress=progress,
+            scalars, x_T=x_T, sampler=sampler, steps=steps, eta=eta, gate=gate, guidance=guidance,
+            seed=seed, sample_ids=sample_ids, token_bias=token_bias, progress=progress,
         )  # fmt: skip
 
     def edit(
         self, images: Tensor, direction: Direction | Tensor, strength: float | Sequence[float] | Tensor = 1.0, *,
         x_T: Tensor | None = None, sampler: Sampler = "dpm-solver++", steps: int = 20, eta: float = 0.0,
-        gate: Gate = None, seed: int = 0, sample_ids: Tensor | None = None, token_bias: Tensor | None = None,
-        progress: Progress | None = None,
+        gate: Gate = None, guidance: float = 1.0, seed: int = 0, sample_ids: Tensor | None = None,
+        token_bias: Tensor | None = None, progress: Progress | None = None,
     ) -> Tensor:  # fmt: skip
         """Images (B, 3, S, S) with `strength` times the direction added to their scalars: (B, 3, S, S).
 
@@ -164,13 +164,14 @@ class ConceptModel(nn.Module):
             raise InputError(f"strength is {strength}, must be a finite number, or {len(codes)}, one for each image")
         by = by.expand(len(codes)).reshape(-1, *[1] * vector.ndim)
         return self.sample(
-            codes + by * vector.to(codes), x_T=x_T, sampler=sampler, steps=steps, eta=eta, gate=gate, seed=seed,
-            sample_ids=sample_ids, token_bias=token_bias, progress=progress,
+            codes + by * vector.to(codes), x_T=x_T, sampler=sampler, steps=steps, eta=eta, gate=gate, guidance=guidance,
+            seed=seed, sample_ids=sample_ids, token_bias=token_bias, progress=progress,
         )  # fmt: skip
 
     def sample_prior(
         self, count: int, prior: CodePrior, *,
-        sampler: Sampler = "dpm-solver++", steps: int = 20, eta: float = 0.0, gate: Gate = None, seed: int = 0,
+        sampler: Sampler = "dpm-solver++", steps: int = 20, eta: float = 0.0, gate: Gate = None,
+        guidance: float = 1.0, seed: int = 0,
         batch_size: int = 64, progress: Progress | None = None,
     ) -> Tensor:  # fmt: skip
         """`count` images (count, 3, S, S) without a source image: `sample` of codes that the prior draws by `seed`.
@@ -192,7 +193,16 @@ class ConceptModel(nn.Module):
         for ids in torch.arange(count, device=device).split(batch_size):
             scalars = codes[ids[0] : ids[-1] + 1].to(device, torch.float32)
             done.append(
-                self.sample(scalars, sampler=sampler, steps=steps, eta=eta, gate=gate, seed=seed, sample_ids=ids)
+                self.sample(
+                    scalars,
+                    sampler=sampler,
+                    steps=steps,
+                    eta=eta,
+                    gate=gate,
+                    guidance=guidance,
+                    seed=seed,
+                    sample_ids=ids,
+                )
             )
             if progress:
                 progress(sum(map(len, done)), count)

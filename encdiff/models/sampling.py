@@ -30,6 +30,7 @@ class EncDiffSampling(EncDiffCore):
         steps: int = 20,
         eta: float = 0.0,
         gate: Gate = None,
+        guidance: float = 1.0,
         seed: int = 0,
         sample_ids: Tensor | None = None,
         token_bias: Tensor | None = None,
@@ -44,7 +45,9 @@ class EncDiffSampling(EncDiffCore):
         inverts; eta belongs to it. Or it is a scheduler of diffusers, made by `from_config(model.scheduler_config)`,
         which is not changed; what noise it adds comes from a `torch.Generator` of `seed`, so that an image then depends
         on its batch. From evaluation `gate` of the U-Net on, the cross-attentions repeat what they gave there; a
-        `TGate` spares self-attentions before it, too (arXiv 2404.02747): less work, and not exact.
+        `TGate` spares self-attentions before it, too (arXiv 2404.02747): less work, and not exact. `guidance` w other
+        than 1 goes w times as far from a prediction without concepts as the concepts do (arXiv 2207.12598), which
+        takes a model trained with token_dropout, and twice the time.
         """
         if not isinstance(scalars, Tensor):
             raise InputError(f"scalars are {type(scalars).__name__}, must be a torch.Tensor (B, N); encode gives them")
@@ -60,7 +63,8 @@ class EncDiffSampling(EncDiffCore):
             return self.to_images(
                 sample_latents(
                     self, tokens, x_T.to(scalars.device, torch.float32).contiguous(), sampler=sampler, steps=steps,
-                    eta=eta, gate=gate, seed=seed, sample_ids=sample_ids, token_bias=token_bias, progress=progress,
+                    eta=eta, gate=gate, guidance=guidance, seed=seed, sample_ids=sample_ids, token_bias=token_bias,
+                    progress=progress,
                 )
             )  # fmt: skip
 
@@ -70,9 +74,17 @@ class EncDiffSampling(EncDiffCore):
         return scheduler_config(self.config)
 
     def invert(self, images: Tensor, steps: int = 50) -> Tensor:
-        """The x_T from which `sampler="ddim"` in as many steps comes back to these images by their own concepts."""
+        """The x_T from which `sampler="ddim"` in as many steps comes back to these images by their own concepts.
+
+        Of a model that predicts flow "euler".
+        """
         with evaluating(self):
             tokens = self.tokens(self._codes(images))
+            if self.config.prediction == "flow":
+                return samplers.flow_invert(
+                    lambda x_t, t: self.denoise(x_t, t, tokens), self.to_latents(images), self.config.num_timesteps,
+                    steps=steps,
+                )  # fmt: skip
             return samplers.ddim_invert(
                 lambda x_t, t: self.denoise(x_t, t, tokens), self.to_latents(images), self.alphas_cumprod,
                 steps=steps, prediction=self.config.prediction,

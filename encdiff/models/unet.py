@@ -1,7 +1,7 @@
 """The denoising U-Net, conditioned on the timestep and on concept tokens."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -137,12 +137,14 @@ class UNet(nn.Module):
         token_bias: Tensor | None = None,
         maps: list[Tensor] | None = None,
         sampling: Sampling | None = None,
+        drop: Callable[[Tensor, int], Tensor] | None = None,
     ) -> Tensor:
         """Predict from x_t (B, C, H, W), timesteps t (B,) and concept tokens (B, N, D); returns (B, C, H, W).
 
         token_bias (B, N) is added to every attention logit of a token; a list given as `maps` receives the attention
         of every layer, averaged over heads, as (B, h, w, N). Raises InputError for either where nothing cross-attends.
-        `sampling` is what `begin_sampling` gave for these tokens.
+        `sampling` is what `begin_sampling` gave for these tokens; `drop` takes what each skip connection carries, and
+        its place (`objectives.dropout`).
         """
         if self.concept_embed is not None and not (token_bias is None and maps is None):
             raise InputError("conditioning is 'adagn': there is no attention to concepts to bias or to show")
@@ -154,8 +156,9 @@ class UNet(nn.Module):
             h = self._apply_stage(stage, h, emb, cond)
             skips.append(h)
         h = self._apply_stage(self.middle_block, h, emb, cond)
-        for stage in self.output_blocks:
-            h = self._apply_stage(stage, torch.cat([h, skips.pop()], dim=1), emb, cond)
+        for place, stage in enumerate(self.output_blocks):
+            skip = skips.pop() if drop is None else drop(skips.pop(), place)
+            h = self._apply_stage(stage, torch.cat([h, skip], dim=1), emb, cond)
         return self.out[-1](normalise(h, part(self.out, 0, nn.GroupNorm), silu=True))
 
     def project(self, t: Tensor, tokens: Tensor | None = None) -> list[tuple[Tensor, ...]]:

@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 
 from encdiff.checked import Batch, Checked, Count, Fraction, Natural, NotNegative, Positive, Range, Seed
 from encdiff.errors import InputError
+from encdiff.models.config import OBJECTIVES
 
 Beta = Annotated[float, Range(0, 0.999999)]
 
@@ -76,4 +77,5 @@ RECIPES: dict[str, TrainConfig] = {
     "quickstart": QUICKSTART,
     "room32": ROOM32,
     "room64": ROOM64,
+    **dict.fromkeys(OBJECTIVES, QUICKSTART),
 }

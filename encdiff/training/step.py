@@ -32,6 +32,9 @@ class Training(Descent):
     config: TrainConfig
 
     def __init__(self, model: EncDiff, config: TrainConfig, masters: bool | None = None, aside: bool = True):
+        whole = [name for name in ("anchors", "mutual_information") if getattr(model.config, name)]
+        if whole and processes().size > 1:
+            raise InputError(f"{whole[0]} is of the scalars of a whole batch, which {processes().size} processes share")
         model.unet.checkpoint_activations = config.checkpoint_activations
         super().__init__(model, "unet", config, [model.first_stage], masters, aside)
         self.latents: Tensor | None = None  # of the whole data set, if that pays

@@ -23,7 +23,8 @@ from encdiff.data import describe, mpi3d, open_dataset
 from encdiff.data.shapes3d import write_shapes3d
 from encdiff.data.sharding import write_shards
 from encdiff.edit import Edit, uce
-from encdiff.evaluation import Direction, evaluate_codes, load_direction
+from encdiff.evaluation import Direction, evaluate_codes, load_direction, rank_models
+from encdiff.evaluation.codes import read_codes_alone
 from encdiff.experiments.phases import seconds_per_step
 from encdiff.fields.formats import open_fields
 from encdiff.fields.grid import Grid
@@ -207,8 +208,13 @@ def make_codes(folder: Path) -> None:
 
 
 def read_codes(path: Path) -> None:
-    scores = evaluate_codes(path, metrics=("mig", "modularity", "irs", "tad"))
+    scores = evaluate_codes(path, metrics=("mig", "modularity", "irs", "mcc", "unsupervised", "tad"))
     json.dumps(scores, allow_nan=False)
+
+
+def rank_codes(path: Path) -> None:
+    codes = read_codes_alone(path)
+    json.dumps(rank_models({"a": codes, "b": codes}), allow_nan=False)
 
 
 def make_model(folder: Path) -> None:
@@ -313,6 +319,7 @@ READERS = {
     "smallnorb": Reader(make_norb, read_all),
     "smallnorb, packed": Reader(make_norb_packed, read_all),
     "codes": Reader(make_codes, read_codes, "*.npz"),
+    "codes alone": Reader(make_codes, rank_codes, "*.npz"),
     "model": Reader(make_model, read_model),
     "vae": Reader(make_vae, read_vae),
     "first stage": Reader(make_first_stage, read_first_stage),

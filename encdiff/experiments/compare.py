@@ -1,0 +1,206 @@
+"""Methods side by side: trained at equal cost, scored alike, several seeds, one table."""
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from encdiff import __version__
+from encdiff.baselines import load_concepts
+from encdiff.data import Dataset, describe
+from encdiff.errors import InputError
+from encdiff.evaluation import evaluate, write_metrics
+from encdiff.evaluation.encode import untrained
+from encdiff.evaluation.protocol import settings_of
+from encdiff.evaluation.scoring import stages
+from encdiff.evaluation.tables import score_fields
+from encdiff.experiments.compared import read_rows, write_tables
+from encdiff.experiments.methods import METHODS, REFERENCE, UNTRAINED, Advance, Method, method
+from encdiff.experiments.phases import continuable
+from encdiff.files.reading import read_json
+from encdiff.terminal import say
+
+EQUAL = ("seconds", "samples")
+CODES, DRAWN = ("factor_vae", "dci", "mig", "infomec", "mcc", "unsupervised"), ("counterfactual",)
+ROUNDS, TIMED = 5, 3  # of timing, and steps of each method in one
+NEAR = 0.1  # methods whose steps cost the same within this take the same number of steps
+
+
+class Work(NamedTuple):
+    """One training of the comparison."""
+
+    method: Method
+    steps: int
+    seed: int
+    equal: tuple[str, ...]  # what it is equal to the reference in
+
+    def name(self, data: str) -> str:
+        return f"{data}-{self.method.name}-{self.steps}-seed{self.seed}"
+
+
+def compare(
+    datasets: Sequence[Dataset],
+    out: Path,
+    *,
+    methods: Sequence[str] | None = None,
+    seeds: int = 3,
+    steps: int = 1000,
+    batch_size: int = 64,
+    equal: Sequence[str] = EQUAL,
+    protocols: Sequence[str] = ("paper", "heldout"),
+    pairs: int = 64,
+    device: str = "cpu",
+    say: Callable[[str], None] = say,
+) -> list[dict]:
+    """Train and score methods on data sets, seeds 0, 1, ...: a run each in `out/runs`, a row each in `out/rows`.
+
+    Args:
+        datasets: complete grids of factors, of 32x32 images.
+        methods: names in METHODS; None: all.
+        steps: of the reference, EncDiff. At equal samples all others take as many; at equal seconds as many as take as
+            long, by the time of a step that is measured first, all methods side by side, and kept in `out/costs.json`:
+            the processor's on a CPU, so that other work beside it changes little. A method whose step costs the same
+            within a tenth takes as many.
+        protocols: of the scores of codes; those of what is drawn are by the first.
+        pairs: swaps of each factor that are judged.
+        say: told what begins.
+
+    Called again, rows that are there are not made again, even without their runs, and an interrupted run goes on. The
+    tables and figures of `out` are of all its rows and written anew after each. Returns the rows.
+
+    Raises:
+        InputError: an unknown method or protocol, data that is no complete grid, or of another size.
+        Stopped: after Ctrl-C or SIGTERM, with everything kept.
+    """
+    chosen = [method(name) for name in methods or METHODS]
+    _check(datasets, equal, protocols, seeds, chosen)
+    costs = _costs(out / "costs.json", chosen, datasets[0], batch_size, device, say)
+    work = [(w, data) for w in _planned(chosen, costs, steps, seeds, equal) for data in datasets]
+    with continuable():
+        for i, (todo, data) in enumerate(work):
+            place, name = out / "rows", todo.name(_word(data))
+            if (path := place / f"{name}.json").is_file():
+                continue
+            say(f"{i + 1}/{len(work)} {name}, at equal {' and '.join(todo.equal)}")
+            row = _row(todo, data, out / "runs" / name, costs, batch_size, protocols, pairs, device)
+            place.mkdir(parents=True, exist_ok=True)
+            write_metrics(path, row)
+            write_tables(out)
+    write_tables(out)
+    return read_rows(out)
+
+
+def _check(
+    datasets: Sequence[Dataset], equal: Sequence[str], protocols: Sequence[str], seeds: int, chosen: Sequence[Method]
+) -> None:
+    """InputError, before anything is trained, for what cannot be compared."""
+    for name in protocols:
+        settings_of(name)
+    if unknown := [name for name in equal if name not in EQUAL]:
+        raise InputError(f"equal is {unknown[0]!r}, must be among {', '.join(EQUAL)}")
+    if not datasets or not protocols or not equal or seeds < 1:
+        raise InputError("datasets, protocols, equal and seeds must be at least one each")
+    size = chosen[0].model().config.image_size
+    for data in datasets:
+        if not data.is_complete:
+            raise InputError(f"{data.name}: is no complete grid of factors with one image each, which the scores need")
+        if data.image_size != size:
+            raise InputError(f"{data.name}: images of {data.image_size}, the methods take {size}")
+
+
+def _planned(
+    chosen: Sequence[Method], costs: dict[str, float], steps: int, seeds: int, equal: Sequence[str]
+) -> Iterator[Work]:
+    """All trainings, the whole table of one seed first."""
+    for seed in range(seeds):
+        for one in chosen:
+            if one.name == UNTRAINED:
+                yield Work(one, 0, seed, tuple(equal))
+                continue
+            taken = {name: steps if name == "samples" else steps_for(one.name, costs, steps) for name in equal}
+            for count in dict.fromkeys(taken.values()):
+                yield Work(one, count, seed, tuple(name for name in equal if taken[name] == count))
+
+
+def steps_for(name: str, costs: dict[str, float], steps: int) -> int:
+    """How many steps of a method take as long as `steps` of the reference; as many, if that is near."""
+    ratio = costs[REFERENCE] / costs[name]
+    return steps if abs(ratio - 1) <= NEAR else max(1, round(steps * ratio))
+
+
+def _costs(
+    path: Path, chosen: Sequence[Method], dataset: Dataset, batch_size: int, device: str, say: Callable[[str], None]
+) -> dict[str, float]:
+    """Seconds of a step of each method and the reference; those in the file, if they are of this batch and device."""
+    about = {"batch_size": batch_size, "device": torch.device(device).type, "threads": torch.get_num_threads()}
+    kept = read_json(path) if path.is_file() else {}
+    if kept and {name: kept.get(name) for name in about} != about:
+        raise InputError(f"{path}: is of {kept}, must be of {about}; use another folder")
+    costs: dict[str, float] = kept.get("seconds", {})
+    needed = [one for one in (METHODS[REFERENCE], *chosen) if one.name != UNTRAINED]
+    if {one.name for one in needed} <= costs.keys():
+        return costs
+    say("timing a step of each method, side by side")
+    costs |= time_steps({one.name: one.steps(batch_size, device) for one in needed}, dataset, batch_size, device)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_metrics(path, about | {"seconds": costs})
+    return costs
+
+
+def time_steps(makers: dict[str, Advance], dataset: Dataset, batch_size: int, device: str) -> dict[str, float]:
+    """Seconds of a step of each, the median of ROUNDS in which all take turns, after a warm-up."""
+    rows = np.arange(batch_size) % len(dataset)
+    images, indices = (torch.from_numpy(a).to(device) for a in (dataset.images(rows), rows))
+    on_gpu = torch.device(device).type == "cuda"
+    clock = time.perf_counter if on_gpu else time.process_time
+
+    def seconds(advance: Advance) -> float:
+        began = clock()
+        for _ in range(TIMED):
+            advance(images, indices)
+        if on_gpu:
+            torch.cuda.synchronize()
+        return (clock() - began) / TIMED
+
+    for advance in makers.values():
+        seconds(advance)
+    rounds = [{name: seconds(advance) for name, advance in makers.items()} for _ in range(ROUNDS)]
+    return {name: statistics.median(one[name] for one in rounds) for name in makers}
+
+
+def _row(
+    work: Work, data: Dataset, run: Path, costs: dict[str, float], batch_size: int, protocols: Sequence[str],
+    pairs: int, device: str,
+) -> dict[str, Any]:  # fmt: skip
+    """What a method came to: trained, if it is not, and scored."""
+    one, seed = work.method, work.seed
+    if work.steps:
+        one.train(run, data, steps=work.steps, batch_size=batch_size, seed=seed, device=device)
+        model = load_concepts(run / "model", device=device)
+    else:
+        torch.manual_seed(seed)
+        model = untrained(one.model().to(device), data, seed)
+    scores, settings = {}, {}
+    for i, protocol in enumerate(protocols):
+        metrics = CODES + (DRAWN if i == 0 and work.steps else ())
+        with stages(f"{one.name} {protocol}") as report:
+            result = evaluate(model, data, metrics=metrics, protocol=protocol, pairs=pairs, progress=report)
+        scores[protocol] = {title: result[metric][field] for metric, field, title in score_fields([result])}
+        settings[protocol] = result["protocol"]
+        if i == 0 and work.steps:
+            write_metrics(run / "metrics.json", {"trained": result})
+    return {
+        "method": one.name, "data": describe(data), "seed": seed, "equal": list(work.equal), "steps": work.steps,
+        "batch_size": batch_size, "seconds": work.steps * costs.get(one.name, 0.0),
+        "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad), "device": device,
+        "scores": scores, "protocols": settings, "pairs": pairs, "version": __version__,
+    }  # fmt: skip
+
+
+def _word(data: Dataset) -> str:
+    """The data's specification as a part of a file's name."""
+    return "".join(c if c.isalnum() else "-" for c in Path(data.spec or data.name).name)
