@@ -54,8 +54,8 @@ class VAE(ConceptModel):
     def sample(
         self, scalars: Tensor, *,
         x_T: Tensor | None = None, sampler: Sampler = "dpm-solver++", steps: int = 20, eta: float = 0.0,
-        gate: Gate = None, seed: int = 0, sample_ids: Tensor | None = None, token_bias: Tensor | None = None,
-        progress: Progress | None = None,
+        gate: Gate = None, guidance: float = 1.0, seed: int = 0, sample_ids: Tensor | None = None,
+        token_bias: Tensor | None = None, progress: Progress | None = None,
     ) -> Tensor:  # fmt: skip
         """Codes (B, N) -> images (B, 3, S, S) in [-1, 1], the decoder's means.
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from encdiff import __version__
-from encdiff.baselines import VAE, VAEConfig, VAETrainConfig, load_concepts, train_vae
+from encdiff.baselines import load_concepts
 from encdiff.data import Dataset, describe, to_float, to_uint8
 from encdiff.distributed.processes import processes
 from encdiff.errors import InputError, Stopped
@@ -82,18 +82,6 @@ def train_once(
         train(model.to(device), dataset, run, recipe, resume=resume, overwrite=overwrite)
 
     once(run, asdict(config), recipe, dataset, start)
-
-
-def train_vae_once(
-    run: Path, config: VAEConfig, recipe: VAETrainConfig, dataset: Dataset, *, device: str = "cpu"
-) -> None:
-    """As `train_once`, a VAE."""
-
-    def start(resume: bool, overwrite: bool) -> None:
-        torch.manual_seed(recipe.seed)
-        train_vae(VAE(config).to(device), dataset, run, recipe, resume=resume, overwrite=overwrite)
-
-    once(run, config.described(), recipe, dataset, start)
 
 
 def score_once(run: Path, dataset: Dataset, *, protocol: str = "paper", device: str = "cpu") -> dict:
