@@ -16,7 +16,7 @@ from encdiff.baselines import PRESETS, VAE, VAEConfig, VAETrainConfig, VAETraini
 from encdiff.baselines.config import HELD
 from encdiff.baselines.network import Decoder
 from encdiff.cli import app
-from encdiff.data import open_dataset, to_float
+from encdiff.data import open_dataset
 from encdiff.errors import Stopped
 from encdiff.fields import FieldModel
 from encdiff.files.checkpoint import load_tensors
@@ -95,7 +95,9 @@ def test_a_model_comes_back_from_its_folder_to_the_bit(tmp_path, objective):
 def test_no_kind_of_model_is_read_as_another(tmp_path):
     fresh().save_pretrained(tmp_path / "vae")
     EncDiff(TINY).save_pretrained(tmp_path / "encdiff")
-    with pytest.raises(InputError, match=r"is of a VAE, must be of an EncDiff; `encdiff.baselines.VAE` reads the other$"):
+    with pytest.raises(
+        InputError, match=r"is of a VAE, must be of an EncDiff; `encdiff.baselines.VAE` reads the other$"
+    ):
         EncDiff.from_pretrained(tmp_path / "vae")
     with pytest.raises(InputError, match="is of no VAE"):
         VAE.from_pretrained(tmp_path / "encdiff")
@@ -114,13 +116,19 @@ def test_no_kind_of_model_is_read_as_another(tmp_path):
     [
         ({"objective": "vae"}, "objective is 'vae', must be one of 'beta', 'anneal'"),
         ({"gamma": 3.0}, "gamma is 3.0, but objective 'beta' has none; it takes beta$"),
-        ({"objective": "factor", "lambda_d": 1.0}, "lambda_d is 1.0, but objective 'factor' has none; it takes gamma, "),
+        (
+            {"objective": "factor", "lambda_d": 1.0},
+            "lambda_d is 1.0, but objective 'factor' has none; it takes gamma, ",
+        ),
         ({"objective": "dip-i", "capacity": 1.0}, "it takes lambda_od, lambda_d$"),
         ({"beta": -1.0}, "beta is -1.0, must be"),
         ({"objective": "anneal", "capacity_rise": 0.0}, "capacity_rise is 0.0, must be"),
         ({"image_size": 48}, r"image_size is 48, must be 4 \* 2\*\*k"),
         ({"concepts": 0}, "concepts is 0, must be"),
-        ({"objective": "anneal", "capacity": 50.0}, r"capacity is 50 nats, must be at most 49.91: 3 latents hold 16.6 each"),
+        (
+            {"objective": "anneal", "capacity": 50.0},
+            r"capacity is 50 nats, must be at most 49.91: 3 latents hold 16.6 each",
+        ),
     ],
 )
 def test_a_configuration_that_makes_no_sense(changes, said):
@@ -164,7 +172,9 @@ def test_a_resumed_run_equals_an_unbroken_one_to_the_bit(data, tmp_path, objecti
     train_vae(VAE(tiny(objective)), data, tmp_path / "broken", SHORT, resume=True)
     whole, broken = (load_tensors(tmp_path / run / "checkpoint.safetensors")[0] for run in ("whole", "broken"))
     assert whole.keys() == broken.keys() and all(torch.equal(t, broken[name]) for name, t in whole.items())
-    logs = [[{k: v for k, v in row.items() if "second" not in k} for row in rows(tmp_path / r)] for r in ("whole", "broken")]
+    logs = [
+        [{k: v for k, v in row.items() if "second" not in k} for row in rows(tmp_path / r)] for r in ("whole", "broken")
+    ]
     assert logs[0][-1] == logs[1][-1]
 
 

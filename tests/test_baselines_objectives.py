@@ -159,5 +159,7 @@ def test_noise_is_of_the_key_and_nothing_else():
 
 
 def test_anneal_needs_its_capacity():
-    with pytest.raises(InputError, match=r"^capacity is None, must be C\(t\), a scalar tensor, for objective 'anneal'$"):
+    with pytest.raises(
+        InputError, match=r"^capacity is None, must be C\(t\), a scalar tensor, for objective 'anneal'$"
+    ):
         terms(VAE(tiny("anneal")), images(), capacity=None)

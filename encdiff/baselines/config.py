@@ -4,7 +4,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Literal
 
-from encdiff.checked import Checked, Depth, NotNegative, Positive, Range, Width
+from encdiff.checked import Checked, Depth, NotNegative, Range, Width
 from encdiff.errors import InputError
 
 KIND = "vae"  # in config.json
@@ -64,6 +64,11 @@ class VAEConfig(Checked):
                 f"capacity is {self.capacity:g} nats, must be at most {self.concepts * HELD:.4g}: {self.concepts} "
                 f"latents hold {HELD:.1f} each before float32 rounds their noise away"
             )
+
+    @property
+    def parameters(self) -> dict[str, float]:
+        """The objective's own hyper-parameters, by name."""
+        return {name: getattr(self, name) for name in PARAMETERS[self.objective]}
 
     @property
     def code_shape(self) -> tuple[int, ...]:

@@ -54,8 +54,8 @@ class VAE(ConceptModel):
     def sample(
         self, scalars: Tensor, *,
         x_T: Tensor | None = None, sampler: Sampler = "dpm-solver++", steps: int = 20, eta: float = 0.0,
-        gate: Gate = None, seed: int = 0, sample_ids: Tensor | None = None, token_bias: Tensor | None = None,
-        progress: Progress | None = None,
+        gate: Gate = None, guidance: float = 1.0, seed: int = 0, sample_ids: Tensor | None = None,
+        token_bias: Tensor | None = None, progress: Progress | None = None,
     ) -> Tensor:  # fmt: skip
         """Codes (B, N) -> images (B, 3, S, S) in [-1, 1], the decoder's means.
 
@@ -92,25 +92,27 @@ class VAE(ConceptModel):
             "reconstruction": objectives.bernoulli(self.logits(z), (images + 1) / 2).mean(),
             "kl": objectives.kl(mean, log_variance).mean(0),
         }
-        c, kl = self.config, found["kl"].sum()
-        if c.objective == "beta":
-            regularised = c.beta * kl
-        elif c.objective == "anneal":
-            if capacity is None:
-                raise InputError("capacity is None, must be C(t), a scalar tensor, for objective 'anneal'")
-            regularised = c.gamma * (kl - capacity).abs()
-        elif c.objective == "tc":
-            found["total_correlation"] = objectives.total_correlation(z, mean, log_variance)
-            regularised = kl + (c.beta - 1) * found["total_correlation"]
-        elif c.objective == "factor":
-            keys = ops.uniform(tuple(z.shape), seed, sample_ids, draw, stream=PERMUTED)
-            found |= self._discriminated(z, keys)
-            regularised = kl + c.gamma * found["total_correlation"] + found["discriminator"]
-        else:
-            spread = log_variance if c.objective == "dip-ii" else None
-            found["dip"] = objectives.dip(mean, spread, c.lambda_od, c.lambda_d)
-            regularised = kl + found["dip"]
-        return {"loss": found["reconstruction"] + regularised, **found}
+        kl, p = found["kl"].sum(), self.config.parameters
+        match self.config.objective:
+            case "beta":
+                regulariser = p["beta"] * kl
+            case "anneal":
+                if capacity is None:
+                    raise InputError("capacity is None, must be C(t), a scalar tensor, for objective 'anneal'")
+                regulariser = p["gamma"] * (kl - capacity).abs()
+            case "tc":
+                found["total_correlation"] = objectives.total_correlation(z, mean, log_variance)
+                regulariser = kl + (p["beta"] - 1) * found["total_correlation"]
+            case "factor":
+                found |= self._discriminated(z, ops.uniform(tuple(z.shape), seed, sample_ids, draw, stream=PERMUTED))
+                regulariser = kl + p["gamma"] * found["total_correlation"] + found["discriminator"]
+            case "dip-i":
+                found["dip"] = objectives.dip(mean, None, **p)
+                regulariser = kl + found["dip"]
+            case "dip-ii":
+                found["dip"] = objectives.dip(mean, log_variance, **p)
+                regulariser = kl + found["dip"]
+        return {"loss": found["reconstruction"] + regulariser, **found}
 
     def _discriminated(self, z: Tensor, keys: Tensor) -> dict[str, Tensor]:
         """FactorVAE's two terms in one step: the first gives the codes alone a gradient, the second its weights."""

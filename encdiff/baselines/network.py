@@ -1,5 +1,8 @@
 """The decoder of the field's VAEs, and FactorVAE's discriminator."""
 
+from collections.abc import Iterable
+from typing import cast
+
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
@@ -44,7 +47,7 @@ class Discriminator(nn.Module):
 
     def forward(self, z: Tensor, fixed: bool = False) -> Tensor:
         """`fixed`: its weights get no gradient, only the codes do."""
-        for i, layer in enumerate(self.layers):
+        for i, layer in enumerate(cast(Iterable[Linear], self.layers)):
             z = F.leaky_relu(z, SLOPE) if i else z
             z = F.linear(z, layer.weight.detach(), layer.bias.detach()) if fixed else layer(z)
         return z[:, 0].float()

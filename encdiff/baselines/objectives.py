@@ -37,8 +37,8 @@ def log_normal(z: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
 def total_correlation(z: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
     """KL(q(z) || prod_l q(z_l)) from a batch: z (B, N) drawn from its posteriors (B, N).
 
-    q(z) is taken for the mixture of the batch's own posteriors, q(z_j) = 1/B sum_i q(z_j | x_i): the minibatch-weighted
-    estimate of arXiv 1802.04942 (its equation 4 has the size of the data in the constant, which no gradient sees).
+    q(z) is taken for the mixture of the batch's own posteriors, q(z_j) = 1/B sum_i q(z_j | x_i). That is minibatch-
+    weighted sampling of arXiv 1802.04942, but for a constant, which there has the size of the data: same gradient.
     """
     density = log_normal(z[:, None], mean[None], log_variance[None])  # (B, B, N): of z_j by x_i
     joint = density.sum(2).logsumexp(1)
@@ -49,7 +49,7 @@ def total_correlation(z: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
 def dip(mean: Tensor, log_variance: Tensor | None, lambda_od: float, lambda_d: float) -> Tensor:
     """How far the codes' covariance is from the identity (arXiv 1711.00848).
 
-    lambda_od sum_{i != j} Cov_ij^2 + lambda_d sum_i (Cov_ii - 1)^2, where Cov is that of the means over the batch: DIP-I,
+    lambda_od sum_{i != j} Cov_ij^2 + lambda_d sum_i (Cov_ii - 1)^2. Cov is that of the means over the batch: DIP-I,
     equation 6. Given log-variances it is that of the codes drawn, to which the mean variance adds: DIP-II, equation 7.
     """
     centred = mean - mean.mean(0)

@@ -10,13 +10,14 @@ from encdiff.errors import InputError
 # as EncDiff's `quickstart`: 32x32 images, an encoder of 32 channels
 SMALL = VAEConfig(image_size=32, encoder_width=32)
 PRESETS: dict[str, VAEConfig] = {
-    "annealvae": replace(SMALL, objective="anneal", beta=None),
+    # a constraint less stiff than the published one, whose capacity rises slowly to little more than the data needs
+    "annealvae": replace(SMALL, objective="anneal", beta=None, gamma=30.0, capacity=12.0, capacity_rise=0.9),
     "beta-vae": SMALL,
     "beta-tcvae": replace(SMALL, objective="tc", beta=6.0),
     "factor-vae": replace(SMALL, objective="factor", beta=None, discriminator_width=256),
     "dip-vae": replace(SMALL, objective="dip-ii", beta=None),
 }
-RECIPE = VAETrainConfig(steps=3000, learning_rate=1e-3, warmup=100, decay=0.3, picture_every=1000)
+RECIPE = VAETrainConfig(steps=3000, learning_rate=2e-3, warmup=100, decay=0.3, picture_every=1000)
 RECIPES: dict[str, VAETrainConfig] = dict.fromkeys(PRESETS, RECIPE)
 
 

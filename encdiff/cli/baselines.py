@@ -1,6 +1,6 @@
 """`encdiff train` of a VAE: what it takes of that command's options."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from encdiff.cli.support import changed, choose_device, open_data, rebuilt, resumed, say_next, told_of_precision
@@ -19,11 +19,13 @@ def is_baseline(run: Path | None, preset: str | None) -> bool:
     return is_vae(read_config(run).get("model"))
 
 
-def refuse_options(given: Mapping[str, object]) -> None:
+def refuse_options(**given: object) -> None:
     """InputError for the first option that was given: a VAE has nothing of the kind."""
-    for option, value in given.items():
+    for name, value in given.items():
         if value is not None:
-            raise InputError(f"{option} is given, must be left out: it is of an EncDiff, this is a VAE")
+            raise InputError(
+                f"--{name.replace('_', '-')} is given, must be left out: it is of an EncDiff, this is a VAE"
+            )
 
 
 def train_baseline(

@@ -131,19 +131,14 @@ def train(
         checkpoint_every=checkpoint_every, picture_every=picture_every, seed=seed,
     )  # fmt: skip
     if is_baseline(run if resume else None, preset):
-        refuse_options({"--objective": objective, "--first-stage": first_stage, "--timesteps": timesteps, "--shard": shard,
-                        "--checkpoint-activations": checkpoint_activations})  # fmt: skip
+        refuse_options(
+            objective=objective, first_stage=first_stage, timesteps=timesteps, shard=shard,
+            checkpoint_activations=checkpoint_activations,
+        )  # fmt: skip
         return train_baseline(
-            run,
-            data,
-            preset,
-            changes,
-            given,
-            device=device,
-            resume=resume,
-            overwrite=overwrite,
+            run, data, preset, changes, given, device=device, resume=resume, overwrite=overwrite,
             tensorboard=tensorboard,
-        )
+        )  # fmt: skip
     if resume:
         begun, recipe = resumed(run, TrainConfig, given)
         model_config, data = EncDiffConfig.from_dict(begun["model"], f"{run}/config.json"), data or begun["data"]

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from encdiff import __version__
+from encdiff.baselines import load_concepts
 from encdiff.data import Dataset, describe, to_float, to_uint8
 from encdiff.distributed.processes import processes
 from encdiff.errors import InputError, Stopped
@@ -20,7 +21,7 @@ from encdiff.evaluation.tables import score_fields
 from encdiff.files.checkpoint import step_of, tensor_shapes
 from encdiff.metrics.fid import frechet_distance, inception_features
 from encdiff.metrics.registry import METRICS
-from encdiff.models import EncDiff, EncDiffConfig
+from encdiff.models import ConceptModel, EncDiff, EncDiffConfig
 from encdiff.terminal import progress_bar
 from encdiff.training import TrainConfig, train
 from encdiff.training.autoencoder import load_first_stage
@@ -92,7 +93,7 @@ def score_once(run: Path, dataset: Dataset, *, protocol: str = "paper", device: 
     path, everyone = run / "metrics.json", processes()
     if kept := everyone.by_first(lambda: _read_scores(path, protocol, dataset) if path.is_file() else None):
         return kept
-    model = EncDiff.from_pretrained(run / "model", device=device)
+    model = load_concepts(run / "model", device=device)
     if dataset.factor_sizes and dataset.is_grid:
         result = evaluate_model(model, dataset, protocol=protocol, baseline=False)["trained"]
         everyone.by_first(lambda: plot_importance(result, run / "importance.png"))
@@ -102,7 +103,7 @@ def score_once(run: Path, dataset: Dataset, *, protocol: str = "paper", device: 
     return result
 
 
-def score_attributes(model: EncDiff, dataset: Dataset, protocol: str = "paper") -> dict:
+def score_attributes(model: ConceptModel, dataset: Dataset, protocol: str = "paper") -> dict:
     """TAD of images with attributes of two values (CelebA), and FID; an entry `undefined` says why there is no score.
 
     FID is of FID_IMAGES images, evenly spaced in the data, against what the model samples from their codes by DDIM,
@@ -125,7 +126,7 @@ def score_attributes(model: EncDiff, dataset: Dataset, protocol: str = "paper") 
     }
 
 
-def _fid(model: EncDiff, dataset: Dataset, count: int, steps: int) -> dict:
+def _fid(model: ConceptModel, dataset: Dataset, count: int, steps: int) -> dict:
     device = next(model.parameters()).device
     try:
         features = processes().together(lambda: inception_features(device=device))

@@ -35,7 +35,6 @@ T = TypeVar("T", bound="Trainable")
 class Trainable(Protocol):
     """What `fit` drives: everything of a training that changes from step to step."""
 
-    TERMS: tuple[str, ...]  # names of what `advance` returns, "loss" first
     UNIT: ClassVar[str]  # what the data's samples are called
     config: Any  # a dataclass with steps, batch_size, seed, log_every, checkpoint_every, picture_every
     device: torch.device
@@ -43,6 +42,8 @@ class Trainable(Protocol):
     step: int
     asked: bool  # to stop: of several processes `advance` tells the others, and gives what they tell as a term "asked"
 
+    @property
+    def TERMS(self) -> tuple[str, ...]: ...  # names of what `advance` returns, "loss" first
     def begin(self, images: Tensor) -> None: ...  # whatever needs the first batch before step 0
     def prepare(self, batches: Batches) -> None: ...  # whatever is computed once for the data set, before any step
     def advance(

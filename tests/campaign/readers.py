@@ -17,6 +17,7 @@ from PIL import Image
 from scipy.io import savemat
 
 from encdiff import EncDiff, EncDiffConfig
+from encdiff.baselines import VAE, VAEConfig, load_concepts
 from encdiff.cli.support import factor_groups, rebuilt
 from encdiff.data import describe, mpi3d, open_dataset
 from encdiff.data.shapes3d import write_shapes3d
@@ -38,6 +39,10 @@ from encdiff.training.runs import CsvLog, read_config
 TINY = EncDiffConfig(
     image_size=16, concepts=3, encoder_width=8, token_width=4, bank_widths=(8,), first_stage="space_to_depth", patch=4,
     width=16, multipliers=(1,), depth=1, attention_levels=(0,), heads=2, groups=8,
+)  # fmt: skip
+TINY_VAE = VAEConfig(
+    image_size=16, concepts=3, encoder_width=8, decoder_hidden=12, decoder_width=8, objective="factor",
+    discriminator_width=9, discriminator_depth=2,
 )  # fmt: skip
 RECIPE = TrainConfig(steps=2, batch_size=2)
 LABELS = np.stack(np.unravel_index(np.arange(32), (2,) * 5), axis=1)
@@ -224,6 +229,17 @@ def read_model(folder: Path) -> None:
         assert model.encode(torch.zeros(1, 3, *[model.config.image_size] * 2)).isfinite().all()
 
 
+def make_vae(folder: Path) -> None:
+    torch.manual_seed(0)
+    VAE(TINY_VAE).save_pretrained(folder)
+
+
+def read_vae(folder: Path) -> None:
+    model = load_concepts(folder)
+    if model.config.image_size <= 64:
+        assert model.encode(torch.zeros(1, 3, *[model.config.image_size] * 2)).isfinite().all()
+
+
 def make_first_stage(folder: Path) -> None:
     torch.manual_seed(0)
     VQAutoencoder(32, (1, 1), 1, codebook_size=8).save_pretrained(folder)
@@ -305,6 +321,7 @@ READERS = {
     "codes": Reader(make_codes, read_codes, "*.npz"),
     "codes alone": Reader(make_codes, rank_codes, "*.npz"),
     "model": Reader(make_model, read_model),
+    "vae": Reader(make_vae, read_vae),
     "first stage": Reader(make_first_stage, read_first_stage),
     "published": Reader(make_published, lambda path: EncDiff.load_published(path, TINY), "*.ckpt"),
     "run": Reader(make_run, read_run),
