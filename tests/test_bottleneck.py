@@ -1,11 +1,17 @@
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torch.distributions import Normal, kl_divergence
+from typer.testing import CliRunner
 
+from encdiff import EncDiff
+from encdiff.cli.app import app
 from encdiff.diffusion.bottleneck import PAPER, bottleneck, bottleneck_curves, plot_bottleneck
 from encdiff.diffusion.schedules import alphas_cumprod, make_betas, zero_terminal_snr
 from encdiff.errors import InputError
+from encdiff.experiments.capacity import model_bottleneck, read_rise
+from encdiff.models import PRESETS
 
 
 @pytest.mark.parametrize("variance", [1.0, 0.3])
@@ -63,3 +69,58 @@ def test_plot(tmp_path):
 def test_bad_input(alpha_bar, variance, message):
     with pytest.raises(InputError, match=message):
         bottleneck(torch.tensor(alpha_bar), variance)
+
+
+# beside a VAE's capacity
+
+
+def rising(folder, latents: int = 3, capacity: bool = True):
+    folder.mkdir()
+    columns = ["step", "loss", *(["capacity"] if capacity else []), *(f"kl_{i}" for i in range(latents)), "seconds"]
+    rows = [
+        [50 * s, 1.0, *([s / 2] if capacity else []), *(s * 0.1 * (i + 1) for i in range(latents)), s]
+        for s in (1, 2, 7)
+    ]
+    (folder / "log.csv").write_text("\n".join(",".join(map(str, row)) for row in [columns, *rows]) + "\n")
+    return folder
+
+
+def test_the_rise_is_what_the_log_says(tmp_path):
+    rise = read_rise(rising(tmp_path / "run"))
+    assert rise.steps.tolist() == [50, 100, 350] and rise.capacity.tolist() == [0.5, 1.0, 3.5]
+    assert np.allclose(rise.latents, [[0.1 * s * i for i in (1, 2, 3)] for s in (1, 2, 7)])
+    assert read_rise(rising(tmp_path / "other", capacity=False)).capacity is None
+
+
+def test_the_bottleneck_of_a_model_is_of_all_its_dimensions():
+    of = model_bottleneck(PRESETS["quickstart"])
+    assert of.dimensions == 4 * 4 * 192
+    assert torch.allclose(of.nats, 3072 * bottleneck(EncDiff.from_preset("quickstart").schedule))
+    at = of.opens(25.0)
+    assert of.nats[at - 1] >= 25 > of.nats[at] and of.opens(1e9) is None
+    with pytest.raises(InputError, match="^prediction is 'flow', without the reverse steps"):
+        model_bottleneck(PRESETS["flow"])
+
+
+@pytest.mark.parametrize("capacity", [True, False])
+def test_both_in_one_picture(capacity, tmp_path):
+    run = rising(tmp_path / "run", 12, capacity)
+    result = CliRunner().invoke(app, ["bottleneck", "--compare", str(run)])
+    assert result.exit_code == 0, result.output
+    assert "12 of 12 latents hold more than 0.1 nats, all together 54.60" in " ".join(result.output.split())
+    with Image.open(run / "bottleneck.png") as picture:
+        assert picture.width > 1000
+    alone = CliRunner().invoke(app, ["bottleneck", "--preset", "room64", "--out", str(tmp_path / "alone.png")])
+    assert alone.exit_code == 0 and (tmp_path / "alone.png").is_file()
+
+
+def test_what_is_no_vaes_run_is_refused(tmp_path):
+    with pytest.raises(InputError, match=r"holds no log.csv; must be the folder of a VAE's training"):
+        read_rise(tmp_path)
+    run = rising(tmp_path / "run")
+    (run / "log.csv").write_text("step,loss\n50,1.0\n")
+    with pytest.raises(InputError, match="has no kl_0, kl_1, ... of latents; must be of a VAE"):
+        read_rise(run)
+    (run / "log.csv").write_text("step,kl_0\n50,1.0\n100,\n")
+    with pytest.raises(InputError, match="holds a row that is torn or no numbers"):
+        read_rise(run)

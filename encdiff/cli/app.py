@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from encdiff import __version__
+from encdiff.cli.bottleneck import bottleneck
 from encdiff.cli.comparison import compare
 from encdiff.cli.concept_edits import edit
 from encdiff.cli.data import data_app
@@ -64,7 +65,7 @@ def options(
 
 for command in (
     train, train_autoencoder, evaluate, rank, swap, traverse, interpolate, direction, edit, attend, sample, demo,
-    reproduce, ablate, compare, profile, doctor,
+    reproduce, ablate, compare, bottleneck, profile, doctor,
 ):  # fmt: skip
     app.command()(command)
 

@@ -31,7 +31,7 @@ class RunFolder:
     folder that is there already: inside `with` the run is this training's alone.
     """
 
-    SHOWN = ("metrics.json", "importance.png", "pictures", "fields")  # of one state of the model
+    SHOWN = ("metrics.json", "importance.png", "bottleneck.png", "pictures", "fields")  # of one state of the model
     OWN = ("config.json", "log.csv", "checkpoint.safetensors", "samples", "model", "tensorboard", *SHOWN)
     IGNORED = (
         ".lock",
