@@ -7,7 +7,7 @@ from typer.testing import CliRunner
 
 from encdiff import EncDiff
 from encdiff.cli.app import app
-from encdiff.diffusion.bottleneck import PAPER, bottleneck, bottleneck_curves, plot_bottleneck
+from encdiff.diffusion.bottleneck import PAPER, bottleneck, bottleneck_curves, channel_capacity, plot_bottleneck
 from encdiff.diffusion.schedules import alphas_cumprod, make_betas, zero_terminal_snr
 from encdiff.errors import InputError
 from encdiff.experiments.capacity import model_bottleneck, read_rise
@@ -71,6 +71,12 @@ def test_bad_input(alpha_bar, variance, message):
         bottleneck(torch.tensor(alpha_bar), variance)
 
 
+def test_what_a_level_can_say_is_the_information_of_two_normal_numbers():
+    alpha_bar = alphas_cumprod(make_betas("scaled_linear", 20, 0.01, 0.3))
+    x_t, given_x0 = Normal(0.0, torch.ones(20, dtype=torch.float64)), Normal(0.0, (1 - alpha_bar).sqrt())
+    torch.testing.assert_close(channel_capacity(alpha_bar), x_t.entropy() - given_x0.entropy())
+
+
 # beside a VAE's capacity
 
 
@@ -95,9 +101,9 @@ def test_the_rise_is_what_the_log_says(tmp_path):
 def test_the_bottleneck_of_a_model_is_of_all_its_dimensions():
     of = model_bottleneck(PRESETS["quickstart"])
     assert of.dimensions == 4 * 4 * 192
-    assert torch.allclose(of.nats, 3072 * bottleneck(EncDiff.from_preset("quickstart").schedule))
+    assert torch.allclose(of.steps, 3072 * bottleneck(EncDiff.from_preset("quickstart").schedule))
     at = of.opens(25.0)
-    assert of.nats[at - 1] >= 25 > of.nats[at] and of.opens(1e9) is None
+    assert of.levels[at] >= 25 > of.levels[at + 1] and of.opens(1e9) is None
     with pytest.raises(InputError, match="^prediction is 'flow', without the reverse steps"):
         model_bottleneck(PRESETS["flow"])
 

@@ -31,7 +31,7 @@ def bottleneck(
         held = float(rise.latents[-1].sum())
         used = int((rise.latents[-1] > 0.1).sum())
         at = of.opens(held)
-        level = "at none of its noise levels" if at is None else f"from timestep {at} of {len(of.nats)} down"
+        level = "at none of its noise levels" if at is None else f"from timestep {at} of {len(of.levels)} down, at most"
         say(f"{compare}: {used} of {rise.latents.shape[1]} latents hold more than 0.1 nats, all together {held:.2f}")
         say(f"{preset}: so much comes through {level}")
     say(f"picture: {path}")

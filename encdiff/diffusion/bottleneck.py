@@ -36,6 +36,16 @@ def bottleneck(alphas_cumprod: torch.Tensor, data_variance: float = 1.0) -> torc
     return (s2 + previous * data_variance + c_t**2 * (1 - current) - 1 - s2.log()) / 2
 
 
+def channel_capacity(alphas_cumprod: torch.Tensor) -> torch.Tensor:
+    """What x_t can say of x_0, log(1 + SNR) / 2 nats a dimension: float64 (T,), falling.
+
+    The mutual information of x_0 ~ N(0, 1) and x_t, of which no other x_0 of that variance has more (Shannon 1948). In
+    the order of sampling it rises from nearly nothing, as AnnealVAE's capacity does over training. Of an image, whose
+    dimensions depend on one another, the sum over dimensions is an upper bound, and a wide one.
+    """
+    return -(-alphas_cumprod.to("cpu", torch.float64)).log1p() / 2
+
+
 def bottleneck_curves(
     schedules: Sequence[str] = PAPER, num_timesteps: int = 1000, **options: float
 ) -> dict[str, torch.Tensor]:

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from encdiff.diffusion.bottleneck import bottleneck
+from encdiff.diffusion.bottleneck import bottleneck, channel_capacity
 from encdiff.diffusion.schedules import alphas_cumprod, make_betas
 from encdiff.errors import InputError
 from encdiff.files.reading import refuse_special
@@ -30,15 +30,16 @@ class Rise(NamedTuple):
 
 
 class Bottleneck(NamedTuple):
-    """What each reverse step of a diffusion model lets through, in nats for each image, at t = 1 .. T - 1."""
+    """What noise levels let through, in nats an image, were its latent's dimensions independent normal numbers."""
 
-    nats: Tensor  # (T - 1,) float64
-    dimensions: int  # of the latent
+    steps: Tensor  # (T - 1,) float64, at t = 1 .. T - 1: KL of a reverse step, `diffusion.bottleneck`
+    levels: Tensor  # (T,) float64, at t = 0 .. T - 1: what x_t can say of the image, `diffusion.channel_capacity`
+    dimensions: int
 
     def opens(self, nats: float) -> int | None:
-        """The greatest timestep at which so much comes through: sampling, which falls from T - 1, comes to it first."""
-        through = (self.nats >= nats).nonzero()
-        return int(through[-1]) + 1 if len(through) else None
+        """The greatest timestep whose level lets so much through, to which sampling, from T - 1 down, comes first."""
+        through = (self.levels >= nats).nonzero()
+        return int(through[-1]) if len(through) else None
 
 
 def read_rise(run: str | Path) -> Rise:
@@ -65,13 +66,13 @@ def read_rise(run: str | Path) -> Rise:
 
 
 def model_bottleneck(config: EncDiffConfig) -> Bottleneck:
-    """`diffusion.bottleneck` of a configuration's schedule, times the dimensions of its latent, each of variance 1."""
+    """Of a configuration's noise schedule and latent."""
     if config.prediction == "flow":
         raise InputError("prediction is 'flow', without the reverse steps of DDPM whose bottleneck this is")
     with torch.device("meta"):
         dimensions = math.prod(EncDiff(config).latent_shape)
-    betas = make_betas(config.schedule, config.num_timesteps, config.beta_start, config.beta_end)
-    return Bottleneck(bottleneck(alphas_cumprod(betas)) * dimensions, dimensions)
+    alpha_bar = alphas_cumprod(make_betas(config.schedule, config.num_timesteps, config.beta_start, config.beta_end))
+    return Bottleneck(bottleneck(alpha_bar) * dimensions, channel_capacity(alpha_bar) * dimensions, dimensions)
 
 
 def plot_capacities(rise: Rise | None, of: Bottleneck, path: str | Path, title: str = "EncDiff") -> None:
@@ -103,10 +104,18 @@ def _draw_rise(axes: Axes, rise: Rise) -> None:
 
 
 def _draw_bottleneck(axes: Axes, of: Bottleneck, title: str, held: float | None) -> None:
-    t = np.arange(1, len(of.nats) + 1)
-    axes.plot(t, of.nats.numpy(), color="C3", linewidth=2)
+    t = np.arange(len(of.levels))
+    axes.plot(
+        t[1:],
+        of.steps.numpy(),
+        color="C3",
+        linewidth=2,
+        label="KL(q(x_{t-1} | x_t, x_0) || N(0, I)), EncDiff's figure 2b",
+    )
+    axes.plot(t, of.levels.numpy(), color="C0", linewidth=2, label="what x_t can say of x_0, at most")
     axes.set_yscale("log")
     axes.set_ylim(bottom=0.01)
+    axes.legend(fontsize=7, loc="lower right")
     axes.invert_xaxis()  # as sampling goes
     axes.set_title(f"{title}: bottleneck over noise levels")
     axes.set_xlabel("timestep, in the order of sampling")
@@ -117,5 +126,5 @@ def _draw_bottleneck(axes: Axes, of: Bottleneck, title: str, held: float | None)
         axes.axhline(held, color="black", linewidth=1)
         axes.plot(at, held, "ko")
         axes.annotate(
-            f"the VAE's {held:.1f} nats\nfrom t = {at} down", (at, held), xytext=(8, -28), textcoords="offset points"
+            f"the VAE's {held:.1f} nats\nfrom t = {at} down", (at, held), xytext=(8, 6), textcoords="offset points"
         )

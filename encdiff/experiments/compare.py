@@ -141,11 +141,16 @@ def _costs(
     if kept and {name: kept.get(name) for name in about} != about:
         raise InputError(f"{path}: is of {kept}, must be of {about}; use another folder")
     costs: dict[str, float] = kept.get("seconds", {})
-    needed = [one for one in (METHODS[REFERENCE], *chosen) if one.name != UNTRAINED]
-    if {one.name for one in needed} <= costs.keys():
+    needed = [one for one in chosen if one.name != UNTRAINED and one.name not in costs]
+    if not needed:
         return costs
-    say("timing a step of each method, side by side")
-    costs |= time_steps({one.name: one.steps(batch_size, device) for one in needed}, dataset, batch_size, device)
+    say(f"timing a step of each method, side by side: {', '.join(one.name for one in needed)}")
+    beside = {METHODS[REFERENCE].name: METHODS[REFERENCE]} | {one.name: one for one in needed}
+    found = time_steps(
+        {name: one.steps(batch_size, device) for name, one in beside.items()}, dataset, batch_size, device
+    )
+    speed = costs.get(REFERENCE, found[REFERENCE]) / found[REFERENCE]  # of this machine now, by what was timed before
+    costs |= {name: seconds * speed for name, seconds in found.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     write_metrics(path, about | {"seconds": costs})
     return costs
