@@ -198,7 +198,7 @@ def test_the_loss_is_that_of_the_noise_and_what_is_added(name, images, monkeypat
     if config.prediction == "flow":
         s = ((t + 1) / 1000)[:, None, None, None]
         assert torch.allclose(x_t, (1 - s) * x0 + s * noise, atol=1e-6)
-        expected = (predicted - (noise - x0)).square().mean()
+        expected = (predicted - (noise - x0)).abs().mean()
     else:
         expected = (predicted - noise).abs().mean()
     scalars = model.encoder(images)
@@ -273,12 +273,26 @@ def test_a_model_of_flow_samples_swaps_and_inverts(images):
     gated = model.swap(images, images.flip(0), 0, steps=4, gate=2)
     assert gated.shape == images.shape and not torch.equal(gated, model.swap(images, images.flip(0), 0, steps=4))
     assert model.attention_maps(images, steps=2).sum(1).allclose(torch.ones(len(images), 16, 16), atol=1e-4)
+    model = shaken(replace(FLOW, flow_output="velocity"))
     with torch.no_grad():
         for parameter in model.unet.out[-1].parameters():
             parameter.mul_(0.05)  # a field so gentle that steps follow it
     x_T = model.invert(images, steps=40)
     back = model.reconstruct(images, x_T=x_T, sampler="euler", steps=40)
     assert (back - images).abs().mean() < 0.02 < (model.reconstruct(images, sampler="euler") - images).abs().mean()
+
+
+def test_a_velocity_is_made_of_x0(monkeypatch):
+    model, x0 = shaken(FLOW), torch.randn(4, *EncDiff(FLOW).latent_shape)
+    monkeypatch.setattr(model.unet, "forward", lambda x, *_: x0)
+    t, noise, tokens = torch.tensor([49, 200, 700, 999]), torch.randn_like(x0), torch.zeros(4, 3, 4)
+    s = ((t + 1) / 1000)[:, None, None, None]
+    assert torch.allclose(model.denoise((1 - s) * x0 + s * noise, t, tokens), noise - x0, atol=1e-4)
+    x_t = 0.99 * x0 + 0.01 * noise  # so little noise that x0 is not divided out of it
+    assert torch.allclose(model.denoise(x_t, t * 0 + 9, tokens), 0.01 / 0.05 * (noise - x0), atol=1e-5)
+    plain = shaken(replace(FLOW, flow_output="velocity"))
+    monkeypatch.setattr(plain.unet, "forward", lambda x, *_: x0)
+    assert torch.equal(plain.denoise(x_t, t, tokens), x0)
 
 
 # guidance
@@ -322,6 +336,7 @@ def test_guidance_needs_a_model_that_was_trained_for_it(images):
             "anchors is 8, needs concept_width 1: scalars are drawn to them",
         ),
         ({"anchors": 8}, "anchors is 8, needs normalize_scalars: unit variance"),
+        ({"flow_output": "x0"}, "flow_output is 'x0', needs prediction 'flow', not 'epsilon'"),
         ({"orthogonality": 0.1, "concepts": 1}, "orthogonality is of two concepts, concepts is 1"),
         ({"token_dropout": 1.0}, "token_dropout is 1.0"),
     ],

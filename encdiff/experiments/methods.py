@@ -15,6 +15,7 @@ from encdiff.errors import InputError
 from encdiff.experiments.ablations import ablated
 from encdiff.experiments.phases import once, train_once
 from encdiff.models import ConceptModel, EncDiff
+from encdiff.models.config import OBJECTIVES
 from encdiff.training import TrainConfig
 from encdiff.training.step import Training
 
@@ -53,11 +54,14 @@ class Diffusion(Method):
     def model(self) -> EncDiff:
         return EncDiff(ablated(PRESET, ABLATED.get(self.name, "unchanged")))
 
+    def recipe(self, **changes: Any) -> TrainConfig:
+        return TrainConfig.from_preset(self.name if self.name in OBJECTIVES else PRESET, **changes)
+
     def steps(self, batch_size: int, device: str) -> Advance:
-        return Training(self.model().to(device), TrainConfig.from_preset(PRESET, batch_size=batch_size)).advance
+        return Training(self.model().to(device), self.recipe(batch_size=batch_size)).advance
 
     def train(self, run: Path, dataset: Dataset, *, steps: int, batch_size: int, seed: int, device: str) -> None:
-        recipe = TrainConfig.from_preset(PRESET, steps=steps, batch_size=batch_size, seed=seed)
+        recipe = self.recipe(steps=steps, batch_size=batch_size, seed=seed)
         train_once(run, self.model().config, recipe, dataset, device=device)
 
 

@@ -54,6 +54,7 @@ class EncDiffConfig(Checked):
     beta_start: Positive = 0.0015
     beta_end: Positive = 0.0155
     prediction: Literal["epsilon", "v", "x0", "flow"] = "epsilon"  # flow: e - x0 on x_t = (1 - s) x0 + s e
+    flow_output: Literal["velocity", "x0"] = "velocity"  # what the U-Net gives of a flow; x0: made a velocity of it
     loss: Literal["l1", "mse"] = "l1"
     # what the field adds to that objective (encdiff.objectives), weights and probabilities
     anchors: Annotated[int, Range(0, 256)] = 0  # components of a Gaussian mixture that a scalar is drawn to: DyGA
@@ -78,6 +79,8 @@ class EncDiffConfig(Checked):
         drawn = {"schedule": "scaled_linear", "beta_start": 0.0015, "beta_end": 0.0155}  # of a DDPM schedule
         if self.prediction == "flow" and (other := [name for name in drawn if getattr(self, name) != drawn[name]]):
             raise InputError(f"{other[0]} is {getattr(self, other[0])!r}, has no meaning for prediction 'flow'")
+        if self.prediction != "flow" and self.flow_output != "velocity":
+            raise InputError(f"flow_output is 'x0', needs prediction 'flow', not {self.prediction!r}")
         if self.anchors and (self.concept_width > 1 or not self.normalize_scalars):
             lacks = "concept_width 1: scalars" if self.concept_width > 1 else "normalize_scalars: unit variance"
             raise InputError(f"anchors is {self.anchors}, needs {lacks} are drawn to them")
@@ -139,10 +142,12 @@ QUICKSTART = EncDiffConfig(
 ROOM32 = replace(QUICKSTART, concepts=20, patch=4, width=48, multipliers=(1, 2), attention_levels=(0, 1), groups=16)
 ROOM64 = replace(ROOM32, image_size=64, encoder_width=64, width=64, multipliers=(1, 2, 2), attention_levels=(0, 1, 2))
 
+# x0, which a U-Net can tell that is narrower than the latents have channels, through which no noise would come
+FLOW: dict[str, Any] = {"prediction": "flow", "flow_output": "x0"}
 # other objectives of the field, each some fields of any configuration changed
 OBJECTIVES: dict[str, dict[str, Any]] = {
-    "flow": {"prediction": "flow", "loss": "mse"},
-    "flow-orthogonal": {"prediction": "flow", "loss": "mse", "orthogonality": 0.1},
+    "flow": FLOW,
+    "flow-orthogonal": FLOW | {"orthogonality": 0.1},
     "dyga": {"anchors": 16, "skip_dropout": 0.2, "normalize_scalars": True},
     "mutual-information": {"mutual_information": 0.3},
     "guided": {"token_dropout": 0.1},

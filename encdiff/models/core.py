@@ -25,6 +25,8 @@ from encdiff.objectives.mutual_information import normal_discrepancy
 from encdiff.objectives.orthogonality import orthogonality
 from encdiff.ops._triton import autocast_off
 
+LEAST_NOISE = 0.05  # of a flow: below it, x0 is not told from the small difference to x_t (arXiv 2511.13720)
+
 
 class EncDiffCore(ConceptModel):
     """The network and its loss: what training needs. People use `EncDiff`."""
@@ -127,7 +129,11 @@ class EncDiffCore(ConceptModel):
 
         See `UNet.forward` for token_bias, maps, sampling and drop.
         """
-        return self.unet(x_t.to(tokens.dtype), t, tokens, token_bias, maps, sampling, drop)
+        output = self.unet(x_t.to(tokens.dtype), t, tokens, token_bias, maps, sampling, drop)
+        if self.config.flow_output == "velocity":
+            return output
+        s = ((t.float() + 1) / self.config.num_timesteps).clamp(min=LEAST_NOISE)
+        return (x_t - output) / s[:, None, None, None]
 
     def to_latents(self, images: Tensor) -> Tensor:
         """Images (B, 3, S, S) -> latents (B, c, h, w) as the diffusion sees them; the first stage learns nothing."""

@@ -78,4 +78,5 @@ RECIPES: dict[str, TrainConfig] = {
     "room32": ROOM32,
     "room64": ROOM64,
     **dict.fromkeys(OBJECTIVES, QUICKSTART),
+    **dict.fromkeys(("flow", "flow-orthogonal"), replace(QUICKSTART, timesteps="power")),
 }
