@@ -27,8 +27,11 @@ def vae_config(name: str, **changes: Any) -> VAEConfig:
 
 
 def vae_recipe(name: str, **changes: Any) -> VAETrainConfig:
-    """A named recipe with some fields changed."""
-    return replace(RECIPES[_known(name)], **changes)
+    """A named recipe with some fields changed; the learning rate follows a changed batch size unless given."""
+    recipe = RECIPES[_known(name)]
+    if "batch_size" in changes and "learning_rate" not in changes:
+        changes["learning_rate"] = recipe.learning_rate * changes["batch_size"] / recipe.batch_size
+    return replace(recipe, **changes)
 
 
 def _known(name: str) -> str:
