@@ -60,7 +60,7 @@ def test_each_is_trained_once_at_each_cost_and_scored_by_each_protocol(room, sco
     assert {p for p, _ in scored} == {"quick", "heldout"} and len(scored) == 2 * len(rows)
     assert all(("counterfactual" in metrics) == (p == "quick") for p, metrics in scored[:8])
     assert {path.name for path in tmp_path.iterdir()} == {
-        "rows", "runs", "costs.json", "compare.json", "compare.md", "scores-procedural.png", "cost-procedural.png",
+        "rows", "runs", "settings.json", "costs.json", "compare.json", "compare.md", "scores-procedural.png", "cost-procedural.png",
     }  # fmt: skip
     log = (tmp_path / "runs" / "procedural-2-2-2-2-2-2-annealvae-8-seed0" / "log.csv").read_text()
     assert log.splitlines()[-1].startswith("8,")
@@ -106,7 +106,8 @@ def test_steps_at_equal_seconds():
 def test_methods_that_come_later_are_timed_beside_the_reference(room, scored, tmp_path, monkeypatch):
     found = [{REFERENCE: 0.2, "annealvae": 0.1}, {REFERENCE: 0.4, "beta-vae": 0.3}]  # on a machine half as fast
     monkeypatch.setattr(comparing, "time_steps", lambda makers, *_: {name: found[0][name] for name in makers})
-    monkeypatch.setattr(comparing, "_row", lambda *_: row("encdiff", 0))
+    monkeypatch.setattr(comparing, "_trained", lambda *_: METHODS["encdiff"].model())
+    monkeypatch.setattr(comparing, "_score", lambda row, *_: row["scores"].update(quick={}, heldout={}))
     few = SMALL | {"seeds": 1}
     compare([room], tmp_path, methods=["annealvae"], **few)
     found.pop(0)
@@ -161,7 +162,7 @@ def row(method: str, seed: int, **scores: float) -> dict:
     scores = {title: scores.get(short.replace(" ", "_"), 0.5) for title, short in SHOWN.items()}
     return {
         "method": method, "data": {"name": "room"}, "seed": seed, "equal": ["seconds"], "steps": 10, "seconds": 3.0,
-        "scores": {"paper": scores}, "batch_size": 8, "device": "cpu", "pairs": 4,
+        "scores": {"paper": scores}, "protocols": {}, "batch_size": 8, "device": "cpu", "pairs": 4,
     }  # fmt: skip
 
 
@@ -204,11 +205,31 @@ def test_data_must_be_a_grid_of_the_methods_size(room, tmp_path):
         compare([], tmp_path, **SMALL)
 
 
-def test_costs_of_another_batch_are_refused(room, scored, tmp_path, monkeypatch):
+def test_rows_of_other_settings_or_other_data_are_not_mixed(room, scored, tmp_path):
+    few = SMALL | {"methods": [UNTRAINED], "seeds": 1}
+    compare([room], tmp_path, **few)
+    for changes, said in (({"batch_size": 9}, "batch_size 8"), ({"steps": 5}, "steps 4"), ({"pairs": 3}, "pairs 64")):
+        with pytest.raises(InputError, match=f"settings.json: is of {said}, cannot go on with .*; use another folder$"):
+            compare([room], tmp_path, **few | changes)
+    (path,) = (tmp_path / "rows").iterdir()
+    kept = json.loads(path.read_text())
+    path.write_text(json.dumps(kept | {"data": kept["data"] | {"sha256": "0"}}))
+    with pytest.raises(InputError, match="is of other images than procedural; use another folder, or rename the data$"):
+        compare([room], tmp_path, **few)
+
+
+def test_a_further_protocol_or_cost_completes_the_rows(room, scored, tmp_path, monkeypatch):
     monkeypatch.setattr(comparing, "time_steps", lambda makers, *_: dict.fromkeys(makers, 1.0))
-    compare([room], tmp_path, methods=[UNTRAINED], **SMALL)
-    with pytest.raises(InputError, match="costs.json: is of .*, must be of .*; use another folder$"):
-        compare([room], tmp_path, methods=[UNTRAINED], **SMALL | {"batch_size": 9})
+    few = SMALL | {"methods": ["annealvae"], "seeds": 1, "steps": 1}
+    compare([room], tmp_path, **few | {"protocols": ["quick"], "equal": ["samples"]})
+    (begun,) = read_rows(tmp_path)
+    assert begun["equal"] == ["samples"] and list(begun["scores"]) == ["quick"]
+    (found,) = compare([room], tmp_path, **few)
+    assert found["equal"] == ["seconds", "samples"] and list(found["scores"]) == ["quick", "heldout"]
+    assert [protocol for protocol, _ in scored] == ["quick", "heldout"] and found["scores"]["quick"] == begun["scores"][
+        "quick"
+    ]
+    assert "swaps exact" in found["scores"]["quick"] and "swaps exact" not in found["scores"]["heldout"]
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -18,10 +18,11 @@ from encdiff.evaluation.encode import untrained
 from encdiff.evaluation.protocol import settings_of
 from encdiff.evaluation.scoring import stages
 from encdiff.evaluation.tables import score_fields
-from encdiff.experiments.compared import read_rows, write_tables
+from encdiff.experiments.compared import read_row, read_rows, write_tables
 from encdiff.experiments.methods import METHODS, REFERENCE, UNTRAINED, Advance, Method, method
 from encdiff.experiments.phases import continuable
 from encdiff.files.reading import read_json
+from encdiff.models import ConceptModel
 from encdiff.terminal import say
 
 EQUAL = ("seconds", "samples")
@@ -69,27 +70,35 @@ def compare(
         pairs: swaps of each factor that are judged.
         say: told what begins.
 
-    Called again, rows that are there are not made again, even without their runs, and an interrupted run goes on. The
-    tables and figures of `out` are of all its rows and written anew after each. Returns the rows.
+    Called again, rows that are there are not made again, even without their runs, and an interrupted run goes on; a
+    further protocol is scored on the model of the run, which is trained anew where that is gone. The tables and figures
+    of `out` are of all its rows and written anew after each. Returns the rows.
 
     Raises:
-        InputError: an unknown method or protocol, data that is no complete grid, or of another size.
+        InputError: an unknown method or protocol, data that is no complete grid, or of another size, and a folder of
+            other settings or other data of the same name.
         Stopped: after Ctrl-C or SIGTERM, with everything kept.
     """
     chosen = [method(name) for name in methods or METHODS]
     _check(datasets, equal, protocols, seeds, chosen)
+    settings = {"steps": steps, "batch_size": batch_size, "pairs": pairs, "device": torch.device(device).type}
+    _check_settings(out / "settings.json", settings)
     costs = _costs(out / "costs.json", chosen, datasets[0], batch_size, device, say)
     work = [(w, data) for w in _planned(chosen, costs, steps, seeds, equal) for data in datasets]
+    (out / "rows").mkdir(parents=True, exist_ok=True)
     with continuable():
         for i, (todo, data) in enumerate(work):
-            place, name = out / "rows", todo.name(_word(data))
-            if (path := place / f"{name}.json").is_file():
-                continue
-            say(f"{i + 1}/{len(work)} {name}, at equal {' and '.join(todo.equal)}")
-            row = _row(todo, data, out / "runs" / name, costs, batch_size, protocols, pairs, device)
-            place.mkdir(parents=True, exist_ok=True)
-            write_metrics(path, row)
-            write_tables(out)
+            name = todo.name(_word(data))
+            path, run = out / "rows" / f"{name}.json", out / "runs" / name
+            row = _begun(path, todo, data, costs, settings)
+            missing = [protocol for protocol in protocols if protocol not in row["scores"]]
+            if missing:
+                say(f"{i + 1}/{len(work)} {name}, at equal {' and '.join(todo.equal)}")
+                _score(row, _trained(todo, data, run, batch_size, device), data, run, missing, pairs)
+            if missing or not set(todo.equal) <= set(row["equal"]):
+                row["equal"] = [cost for cost in EQUAL if cost in {*todo.equal, *row["equal"]}]
+                write_metrics(path, row)
+                write_tables(out)
     write_tables(out)
     return read_rows(out)
 
@@ -177,33 +186,56 @@ def time_steps(makers: dict[str, Advance], dataset: Dataset, batch_size: int, de
     return {name: statistics.median(one[name] for one in rounds) for name in makers}
 
 
-def _row(
-    work: Work, data: Dataset, run: Path, costs: dict[str, float], batch_size: int, protocols: Sequence[str],
-    pairs: int, device: str,
-) -> dict[str, Any]:  # fmt: skip
-    """What a method came to: trained, if it is not, and scored."""
-    one, seed = work.method, work.seed
-    if work.steps:
-        one.train(run, data, steps=work.steps, batch_size=batch_size, seed=seed, device=device)
-        model = load_concepts(run / "model", device=device)
-    else:
-        torch.manual_seed(seed)
-        model = untrained(one.model().to(device), data, seed)
-    scores, settings = {}, {}
-    for i, protocol in enumerate(protocols):
-        metrics = CODES + (DRAWN if i == 0 and work.steps else ())
-        with stages(f"{one.name} {protocol}") as report:
-            result = evaluate(model, data, metrics=metrics, protocol=protocol, pairs=pairs, progress=report)
-        scores[protocol] = {title: result[metric][field] for metric, field, title in score_fields([result])}
-        settings[protocol] = result["protocol"]
-        if i == 0 and work.steps:
-            write_metrics(run / "metrics.json", {"trained": result})
+def _check_settings(path: Path, settings: dict[str, Any]) -> None:
+    """InputError where the folder's rows are of other settings, which no table may mix."""
+    kept = read_json(path) if path.is_file() else settings
+    for name, value in settings.items():
+        if not isinstance(kept, dict) or kept.get(name) != value:
+            was = kept.get(name) if isinstance(kept, dict) else kept
+            raise InputError(f"{path}: is of {name} {was!r}, cannot go on with {value!r}; use another folder")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_metrics(path, settings)
+
+
+def _begun(path: Path, work: Work, data: Dataset, costs: dict[str, float], settings: dict[str, Any]) -> dict[str, Any]:
+    """The row of a file, or a new one without scores."""
+    about = describe(data)
+    if path.is_file():
+        row = read_row(path)
+        if row["data"].get("sha256") != about["sha256"]:
+            raise InputError(f"{path}: is of other images than {data.name}; use another folder, or rename the data")
+        return row
     return {
-        "method": one.name, "data": describe(data), "seed": seed, "equal": list(work.equal), "steps": work.steps,
-        "batch_size": batch_size, "seconds": work.steps * costs.get(one.name, 0.0),
-        "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad), "device": device,
-        "scores": scores, "protocols": settings, "pairs": pairs, "version": __version__,
+        "method": work.method.name, "data": about, "seed": work.seed, "equal": list(work.equal), "steps": work.steps,
+        "seconds": work.steps * costs.get(work.method.name, 0.0), **settings, "scores": {}, "protocols": {},
+        "version": __version__,
     }  # fmt: skip
+
+
+def _trained(work: Work, data: Dataset, run: Path, batch_size: int, device: str) -> ConceptModel:
+    """The model of a training in the folder `run`, which is finished first."""
+    torch.manual_seed(work.seed)
+    if work.method.name == UNTRAINED:
+        return untrained(work.method.model().to(device), data, work.seed)
+    work.method.train(run, data, steps=work.steps, batch_size=batch_size, seed=work.seed, device=device)
+    return load_concepts(run / "model", device=device)
+
+
+def _score(
+    row: dict[str, Any], model: ConceptModel, data: Dataset, run: Path, protocols: Sequence[str], pairs: int
+) -> None:
+    """Put scores of these protocols into a row; those of what is drawn by the first of all."""
+    row["parameters"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    for protocol in protocols:
+        first = not row["scores"] and row["method"] != UNTRAINED
+        with stages(f"{row['method']} {protocol}") as report:
+            result = evaluate(
+                model, data, metrics=CODES + (DRAWN if first else ()), protocol=protocol, pairs=pairs, progress=report
+            )
+        row["scores"][protocol] = {title: result[metric][field] for metric, field, title in score_fields([result])}
+        row["protocols"][protocol] = result["protocol"]
+        if first:
+            write_metrics(run / "metrics.json", {"trained": result})
 
 
 def _word(data: Dataset) -> str:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -23,18 +24,26 @@ SHOWN = {  # a score's title: its column
 TELLS = 0.05  # a corrected p below it is called a difference
 
 
-def read_rows(out: Path) -> list[dict]:
-    """The rows of a folder of `compare`, by method, data and seed; InputError for what is none."""
-    rows = [(path, read_json(path)) for path in sorted((out / "rows").glob("*.json"))]
-    for path, row in rows:
-        if not (
-            isinstance(row, dict) and {"method", "data", "seed", "equal", "steps", "seconds", "scores"} <= row.keys()
-        ):
-            raise InputError(f"{path}: is no row of a comparison; remove it to have it made")
+FIELDS: dict[str, type | tuple[type, ...]] = {
+    "method": str, "data": dict, "seed": int, "equal": list, "steps": int, "seconds": (int, float), "scores": dict,
+    "protocols": dict, "batch_size": int, "pairs": int, "device": str,
+}  # fmt: skip
+
+
+def read_row(path: Path) -> dict[str, Any]:
+    """A row that `compare` wrote; InputError for anything else."""
+    row = read_json(path)
+    whole = isinstance(row, dict) and all(isinstance(row.get(name), kind) for name, kind in FIELDS.items())
+    if not whole or row["method"] not in METHODS or not all(isinstance(s, dict) for s in row["scores"].values()):
+        raise InputError(f"{path}: is no row of a comparison; remove it to have it made")
+    return row
+
+
+def read_rows(out: Path) -> list[dict[str, Any]]:
+    """The rows of a folder of `compare`, by method and seed."""
     order = list(METHODS)
-    return sorted(
-        (row for _, row in rows if row["method"] in order), key=lambda r: (order.index(r["method"]), r["seed"])
-    )
+    rows = [read_row(path) for path in sorted((out / "rows").glob("*.json"))]
+    return sorted(rows, key=lambda row: (order.index(row["method"]), row["seed"]))
 
 
 def summarised(rows: Sequence[Mapping], protocol: str, equal: str) -> dict[str, dict[str, dict]]:
