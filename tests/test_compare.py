@@ -14,6 +14,7 @@ from encdiff.experiments.compare import compare, steps_for, time_steps
 from encdiff.experiments.compared import SHOWN, read_rows, summarised, write_tables
 from encdiff.experiments.methods import METHODS, REFERENCE, UNTRAINED
 from encdiff.experiments.significance import bootstrap_interval, pairwise
+from encdiff.training.runs import locked
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +61,8 @@ def test_each_is_trained_once_at_each_cost_and_scored_by_each_protocol(room, sco
     assert {p for p, _ in scored} == {"quick", "heldout"} and len(scored) == 2 * len(rows)
     assert all(("counterfactual" in metrics) == (p == "quick") for p, metrics in scored[:8])
     assert {path.name for path in tmp_path.iterdir()} == {
-        "rows", "runs", "settings.json", "costs.json", "compare.json", "compare.md", "scores-procedural.png", "cost-procedural.png",
+        "rows", "runs", "settings.json", "costs.json", "compare.json", "compare.md",
+        "scores-procedural-2-2-2-2-2-2.png", "cost-procedural-2-2-2-2-2-2.png",
     }  # fmt: skip
     log = (tmp_path / "runs" / "procedural-2-2-2-2-2-2-annealvae-8-seed0" / "log.csv").read_text()
     assert log.splitlines()[-1].startswith("8,")
@@ -72,11 +74,38 @@ def test_rows_are_not_made_again_even_without_their_runs(room, scored, tmp_path,
     before = compare([room], tmp_path, **few)
     count = len(scored)
     (path,) = (tmp_path / "rows").iterdir()
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"steps": -7}))
+    kept = json.loads(path.read_text())
+    path.write_text(json.dumps(kept | {"steps": -7}))
     assert [row["steps"] for row in compare([room], tmp_path, **few)] == [-7] != before and len(scored) == count
-    path.write_text("[]")
-    with pytest.raises(InputError, match="is no row of a comparison; remove it to have it made$"):
+    for damage in ([], kept | {"seed": "0"}, kept | {"data": "room"}, kept | {"scores": {"quick": []}}):
+        path.write_text(json.dumps(damage))
+        with pytest.raises(InputError, match="is no row of a comparison; remove it to have it made$"):
+            compare([room], tmp_path, **few)
+    path.write_text(json.dumps(kept))
+    path.with_name("again.json").write_text(json.dumps(kept))
+    with pytest.raises(InputError, match="is of the method, seed and cost of another row; remove one of them$"):
         compare([room], tmp_path, **few)
+
+
+def test_two_grids_of_one_name_are_two_tables(scored, tmp_path):
+    grids = [open_dataset(f"procedural:{n},2,2,2,2,2", image_size=32) for n in (2, 3)]
+    compare(grids, tmp_path, methods=[UNTRAINED], **SMALL | {"seeds": 1, "protocols": ["quick"], "equal": ["samples"]})
+    text = (tmp_path / "compare.md").read_text()
+    assert "## procedural:2,2,2,2,2,2: equal samples" in text and "## procedural:3,2,2,2,2,2: equal samples" in text
+    assert text.count("| untrained | 1 |") == 2
+
+
+def test_a_folder_is_of_one_comparison_at_a_time(room, scored, tmp_path):
+    with locked(tmp_path), pytest.raises(InputError, match="a training writes to it now, process"):
+        compare([room], tmp_path, methods=[UNTRAINED], **SMALL)
+
+
+@pytest.mark.parametrize("damage", [[1], {"seconds": {}}, {"seconds": {"encdiff": 0.0}}, {"seconds": {"encdiff": "1"}}])
+def test_damaged_costs_are_refused(damage, room, scored, tmp_path):
+    about = {"batch_size": 8, "device": "cpu", "threads": torch.get_num_threads()}
+    (tmp_path / "costs.json").write_text(json.dumps(about | damage if isinstance(damage, dict) else damage))
+    with pytest.raises(InputError, match="costs.json: (must hold the seconds of a step|is of other settings)"):
+        compare([room], tmp_path, methods=["annealvae"], **SMALL)
 
 
 def test_what_was_interrupted_goes_on(room, scored, tmp_path, monkeypatch):
@@ -155,13 +184,14 @@ def test_pairs_are_tested_and_corrected_for_their_number(rng):
     holm = [min(1, 3 * ps[0]), min(1, max(3 * ps[0], 2 * ps[1])), min(1, max(3 * ps[0], 2 * ps[1], ps[2]))]
     assert ps == sorted(ps) and [test["corrected"] for test in found] == pytest.approx(holm)
     same, other = pairwise({"x": [1, 1], "y": [1, 1]}), pairwise({"x": [1, 1], "y": [2, 2]})
-    assert same[0]["p"] == 1 and other[0]["p"] == 0
+    assert same[0]["p"] == other[0]["p"] == 1
 
 
 def row(method: str, seed: int, **scores: float) -> dict:
     scores = {title: scores.get(short.replace(" ", "_"), 0.5) for title, short in SHOWN.items()}
     return {
-        "method": method, "data": {"name": "room"}, "seed": seed, "equal": ["seconds"], "steps": 10, "seconds": 3.0,
+        "method": method, "spec": "room", "data": {"name": "room", "sha256": "0"}, "seed": seed,
+        "equal": ["seconds"], "steps": 10, "seconds": 3.0,
         "scores": {"paper": scores}, "protocols": {}, "batch_size": 8, "device": "cpu", "pairs": 4,
     }  # fmt: skip
 

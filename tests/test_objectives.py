@@ -15,6 +15,7 @@ from encdiff.diffusion.loop import run
 from encdiff.experiments import reproduce as reproducing
 from encdiff.experiments.reproduce import reproduce
 from encdiff.files.checkpoint import load_tensors
+from encdiff.models import core
 from encdiff.models.config import OBJECTIVES, PRESETS
 from encdiff.objectives.anchors import Anchors
 from encdiff.objectives.dropout import SkipDropout, drop_tokens
@@ -255,7 +256,9 @@ def test_samplers_of_a_flow_go_where_its_velocity_leads(sampler, steps):
     stages = menu.stages(sampler, schedules.flow_table(T), steps, prediction="flow")
     found = run(velocity, torch.randn_like(x0), stages)
     assert torch.allclose(found, x0, atol=1e-9)
-    assert times[0] == T - 1 and min(times) >= 0 and times == sorted(times, reverse=True)
+    assert times[0] == T - 1 and times == sorted(times, reverse=True)
+    levels = np.unique(np.round(np.array(times) + 1, 6))
+    assert np.allclose(levels, T * np.arange(1, steps + 1) / steps)  # evenly, each level once, or twice by Heun
 
 
 def test_a_flow_is_followed_back():
@@ -278,7 +281,7 @@ def test_a_model_of_flow_samples_swaps_and_inverts(images):
         for parameter in model.unet.out[-1].parameters():
             parameter.mul_(0.05)  # a field so gentle that steps follow it
     x_T = model.invert(images, steps=40)
-    back = model.reconstruct(images, x_T=x_T, sampler="euler", steps=40)
+    back = model.reconstruct(images, x_T=x_T, sampler=model.inverts_by, steps=40)
     assert (back - images).abs().mean() < 0.02 < (model.reconstruct(images, sampler="euler") - images).abs().mean()
 
 
@@ -355,20 +358,61 @@ def test_samplers_of_a_schedule_are_refused_for_a_flow(images):
             model.reconstruct(images, sampler=sampler)
     with pytest.raises(InputError, match="^prediction is 'flow', which has no schedule of DDPM"):
         _ = model.scheduler_config
+    with pytest.raises(InputError, match="^prediction is 'flow', which the published code does not have"):
+        model.save_published("never")
     with pytest.raises(InputError, match="^steps is 0, must be a whole number from 1 to 1000"):
         model.reconstruct(images, steps=0)
 
 
-@pytest.mark.parametrize("name", ["dyga", "mutual-information"])
-def test_what_is_of_a_whole_batch_is_refused_where_processes_share_it(name, monkeypatch):
+@pytest.mark.parametrize("name", ["dyga", "mutual-information", "flow-orthogonal"])
+def test_what_is_of_a_whole_batch_is_refused_in_parts(name, monkeypatch):
+    model = EncDiff(replace(TINY, **OBJECTIVES[name]))
+    with pytest.raises(InputError, match="^accumulate is 2, must be 1: .* is of a whole batch$"):
+        step.Training(model, TrainConfig(accumulate=2))
+    with pytest.raises(InputError, match="^batch_size is 1, must be at least 2 for "):
+        step.Training(model, TrainConfig(batch_size=1))
     monkeypatch.setattr(step, "processes", lambda: SimpleNamespace(size=2))
-    with pytest.raises(InputError, match="is of the scalars of a whole batch, which 2 processes share$"):
-        step.Training(EncDiff(replace(TINY, **OBJECTIVES[name])), TrainConfig())
+    with pytest.raises(InputError, match="^processes is 2, must be 1: .* is of a whole batch$"):
+        step.Training(model, TrainConfig())
+
+
+def test_two_images_at_least_exchange_concepts_and_are_compared():
+    tokens = torch.randn(1, 3, 2)
+    with pytest.raises(InputError, match="^orthogonality is of 2 images at least"):
+        orthogonality(*effects(torch.randn(3, 2, 5), tokens), tokens, key(1))
+    with pytest.raises(InputError, match="^mutual_information is of the scalars of 2 images at least, not of 1$"):
+        normal_discrepancy(torch.randn(1, 3))
+    few = torch.randn(3, 4, 2)
+    assert orthogonality(*effects(torch.randn(1, 1, 7).expand(4, 2, 7), few), few, key(3)).item() > 0.99
+
+
+def test_images_without_concepts_are_left_out():
+    tokens, weights = torch.randn(40, 4, 3), torch.randn(4, 3, 11)
+    gone = tokens.clone()
+    gone[8::8] = 0
+    own = torch.stack([orthogonality(*effects(weights, tokens[r]), tokens[r], key(2, 9)) for r in ([0, 4], [4, 0])])
+    assert own.isfinite().all()
+    gone[4::4] = 0  # only the first image of those that count is there: no pair is
+    assert orthogonality(*effects(weights, gone), gone, key(40)).item() == 0
+
+
+def test_the_effect_of_a_concept_is_not_that_of_dropped_skips(images, monkeypatch):
+    config = replace(TINY, **OBJECTIVES["flow-orthogonal"], skip_dropout=0.4)
+    model, seen = shaken(config).train(), []
+    model.encoder.eval()
+    denoise = model.denoise
+    monkeypatch.setattr(model, "denoise", lambda *given, **by: seen.append(denoise(*given, **by)) or seen[-1])
+    monkeypatch.setattr(core, "orthogonality", lambda predict, predicted, tokens, key: (
+        (predict(torch.tensor([1, 3, 1]), tokens[[1, 3, 1]]) - predicted[[1, 3, 1]]).abs().mean()
+    ))  # fmt: skip
+    model.loss(images, seed=3)
+    assert len(seen) == 2 and torch.allclose(seen[1], seen[0][[1, 3, 1]], atol=1e-5)
 
 
 def test_every_objective_is_a_preset_with_a_recipe():
     for name, changes in OBJECTIVES.items():
-        assert PRESETS[name] == replace(PRESETS["quickstart"], **changes) and name in RECIPES
+        assert PRESETS[name] == replace(PRESETS["quickstart"], **changes)
+        assert RECIPES[name] == TrainConfig.from_preset("quickstart", objective=name)
         assert PRESETS["shapes3d"].with_objective(name) == replace(PRESETS["shapes3d"], **changes)
     with pytest.raises(InputError, match="^objective 'gan' is unknown, must be one of flow, "):
         PRESETS["quickstart"].with_objective("gan")

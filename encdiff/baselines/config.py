@@ -1,7 +1,7 @@
 """What fixes a VAE's shapes and objective: one dataclass, in which each objective has its own hyper-parameters."""
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Any, Literal
 
 from encdiff.checked import Checked, Depth, NotNegative, Range, Width
@@ -74,6 +74,12 @@ class VAEConfig(Checked):
     def code_shape(self) -> tuple[int, ...]:
         """The shape of what the encoder makes of one image: (N,)."""
         return (self.concepts,)
+
+    def changed(self, **changes: Any) -> "VAEConfig":
+        """This one with some fields changed; another objective has its own defaults for what is not given."""
+        if changes.get("objective", self.objective) != self.objective:
+            changes = {name: None for each in PARAMETERS.values() for name in each} | changes
+        return replace(self, **changes)
 
     def described(self) -> dict[str, Any]:
         """As `config.json` holds it: its kind first."""

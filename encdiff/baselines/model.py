@@ -59,9 +59,12 @@ class VAE(ConceptModel):
     ) -> Tensor:  # fmt: skip
         """Codes (B, N) -> images (B, 3, S, S) in [-1, 1], the decoder's means.
 
-        It draws in one pass and without noise, so that the options of `EncDiff.sample` have no effect, `progress`
-        apart, which is called once.
+        It draws in one pass and without noise, so that of the options of `EncDiff.sample` sampler, steps, eta, gate,
+        seed and sample_ids have no effect, and x_T, token_bias and guidance are refused; `progress` is called once.
         """
+        given = {"x_T": x_T is not None, "token_bias": token_bias is not None, "guidance": guidance != 1}
+        if refused := [name for name, there in given.items() if there]:
+            raise InputError(f"{refused[0]} is given, must be left out: a VAE draws from its codes alone")
         if not isinstance(scalars, Tensor):
             raise InputError(f"scalars are {type(scalars).__name__}, must be a torch.Tensor (B, N); encode gives them")
         if scalars.ndim != 2 or scalars.shape[1:] != self.config.code_shape:

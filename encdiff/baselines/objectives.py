@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from encdiff.ops._triton import autocast_off
+
 
 def bernoulli(logits: Tensor, images: Tensor) -> Tensor:
     """-log p(x|z) of images (B, 3, S, S) in [0, 1], each number for itself the mean of a Bernoulli variable: (B,).
@@ -53,7 +55,8 @@ def dip(mean: Tensor, log_variance: Tensor | None, lambda_od: float, lambda_d: f
     equation 6. Given log-variances it is that of the codes drawn, to which the mean variance adds: DIP-II, equation 7.
     """
     centred = mean - mean.mean(0)
-    covariance = centred.T @ centred / len(mean)
+    with autocast_off(centred):
+        covariance = centred.T @ centred / len(mean)
     variance = covariance.diagonal()
     off = covariance.square().sum() - variance.square().sum()
     if log_variance is not None:

@@ -23,7 +23,7 @@ RECIPES: dict[str, VAETrainConfig] = dict.fromkeys(PRESETS, RECIPE)
 
 def vae_config(name: str, **changes: Any) -> VAEConfig:
     """A named configuration with some fields changed."""
-    return replace(PRESETS[_known(name)], **changes)
+    return PRESETS[_known(name)].changed(**changes)
 
 
 def vae_recipe(name: str, **changes: Any) -> VAETrainConfig:

@@ -65,7 +65,7 @@ def changed(config, changes: Sequence[str] | None):
         except ValueError:
             given[name] = value
     try:
-        return replace(config, **given)
+        return config.changed(**given) if hasattr(config, "changed") else replace(config, **given)
     except InputError as error:
         raise InputError(f"--set: {error}") from None
 

@@ -145,7 +145,7 @@ def train(
     else:
         model_config = EncDiffConfig.from_preset(preset or "quickstart")
         model_config = changed(model_config.with_objective(objective) if objective else model_config, changes)
-        recipe = TrainConfig.from_preset(preset or "quickstart", **given)
+        recipe = TrainConfig.from_preset(preset or "quickstart", objective=objective, **given)
     torch.manual_seed(recipe.seed)
     model = rebuilt(run, model_config) if resume else EncDiff(model_config)
     if not resume:

@@ -60,8 +60,9 @@ def _flow_stages(sampler: str, num_timesteps: int, steps: int) -> list[Stage]:
         raise InputError(f"sampler is {sampler!r}, of a DDPM schedule; a model that predicts flow takes {known}")
     if not isinstance(steps, int) or not 1 <= steps <= num_timesteps:
         raise InputError(f"steps is {steps}, must be a whole number from 1 to {num_timesteps} (the schedule's length)")
-    path = solvers.flow_path(steps, num_timesteps)
-    path = path._replace(time=[time - 1 for time in path.time])  # as trained: timestep t is at s = (t + 1) / T
+    s = [1 - i / steps for i in range(steps)]
+    time = [level * num_timesteps - 1 for level in s]  # as trained: timestep t is at s = (t + 1) / T
+    path = solvers.Path(time, [*(1 - level for level in s), 1.0], [*s, 0.0], [1.0] * (steps + 1))
     return SOLVERS[sampler](path, "flow")
 
 

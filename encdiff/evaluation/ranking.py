@@ -14,9 +14,9 @@ from encdiff.evaluation.protocol import Report
 from encdiff.evaluation.scoring import encoder_of
 from encdiff.metrics import udr
 from encdiff.metrics.factor_vae import check_at_least
-from encdiff.models import EncDiff
+from encdiff.models import ConceptModel
 
-Encoded = np.ndarray | tuple[EncDiff, Dataset]  # codes (n, N) of n images, or what gives them
+Encoded = np.ndarray | tuple[ConceptModel, Dataset]  # codes (n, N) of n images, or what gives them
 
 
 def rank_models(

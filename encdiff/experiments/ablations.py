@@ -72,7 +72,7 @@ def ablate(
 
     Args:
         dataset: labelled, of the preset's image size.
-        only: names in ABLATIONS; None: all that change the preset.
+        only: names in ABLATIONS; None: all of the paper's, that is without other objectives, that change the preset.
         first_stage: the run of `train_autoencoder`, for a preset with VQ.
         say: told what begins.
         changes: to the preset's recipe, such as steps.
@@ -90,11 +90,14 @@ def ablate(
     if not dataset.is_grid or dataset.instances > 1:
         raise InputError(f"{dataset.name}: is no complete grid of factors with one image each, which the scores need")
     settings_of(protocol)  # refuses an unknown one before anything is trained
-    configs = {name: ablated(preset, name) for name in (only or ABLATIONS)}
+    configs = {name: ablated(preset, name) for name in (only or [n for n in ABLATIONS if n not in OBJECTIVES])}
     if not only:  # the paper's presets have 20 tokens already, quickstart 40
         configs = {name: c for name, c in configs.items() if name == "unchanged" or c != configs["unchanged"]}
-    recipes = [TrainConfig.from_preset(preset, **changes, seed=seed) for seed in range(seeds)]
-    work = [(recipe, name) for recipe in recipes for name in configs]  # the whole table of one seed first
+    work = [  # the whole table of one seed first
+        (TrainConfig.from_preset(preset, objective=name if name in OBJECTIVES else None, **changes, seed=seed), name)
+        for seed in range(seeds)
+        for name in configs
+    ]
     with continuable():
         for i, (recipe, name) in enumerate(work):
             run = out / f"{name}-seed{recipe.seed}"

@@ -24,9 +24,10 @@ from encdiff.experiments.phases import continuable
 from encdiff.files.reading import read_json
 from encdiff.models import ConceptModel
 from encdiff.terminal import say
+from encdiff.training.runs import locked
 
 EQUAL = ("seconds", "samples")
-CODES, DRAWN = ("factor_vae", "dci", "mig", "infomec", "mcc", "unsupervised"), ("counterfactual",)
+CODES, DRAWN = ("factor_vae", "dci", "mig", "infomec", "mcc"), ("counterfactual",)
 ROUNDS, TIMED = 5, 3  # of timing, and steps of each method in one
 NEAR = 0.1  # methods whose steps cost the same within this take the same number of steps
 
@@ -82,11 +83,11 @@ def compare(
     chosen = [method(name) for name in methods or METHODS]
     _check(datasets, equal, protocols, seeds, chosen)
     settings = {"steps": steps, "batch_size": batch_size, "pairs": pairs, "device": torch.device(device).type}
-    _check_settings(out / "settings.json", settings)
-    costs = _costs(out / "costs.json", chosen, datasets[0], batch_size, device, say)
-    work = [(w, data) for w in _planned(chosen, costs, steps, seeds, equal) for data in datasets]
-    (out / "rows").mkdir(parents=True, exist_ok=True)
-    with continuable():
+    _check_settings(out / "settings.json", settings | {"version": __version__})
+    with continuable(), locked(out):
+        costs = _costs(out / "costs.json", chosen, datasets[0], batch_size, device, say)
+        work = [(w, data) for w in _planned(chosen, costs, steps, seeds, equal) for data in datasets]
+        (out / "rows").mkdir(parents=True, exist_ok=True)
         for i, (todo, data) in enumerate(work):
             name = todo.name(_word(data))
             path, run = out / "rows" / f"{name}.json", out / "runs" / name
@@ -147,9 +148,12 @@ def _costs(
     """Seconds of a step of each method and the reference; those in the file, if they are of this batch and device."""
     about = {"batch_size": batch_size, "device": torch.device(device).type, "threads": torch.get_num_threads()}
     kept = read_json(path) if path.is_file() else {}
-    if kept and {name: kept.get(name) for name in about} != about:
-        raise InputError(f"{path}: is of {kept}, must be of {about}; use another folder")
+    if kept and (not isinstance(kept, dict) or {name: kept.get(name) for name in about} != about):
+        raise InputError(f"{path}: is of other settings than {about}; use another folder")
     costs: dict[str, float] = kept.get("seconds", {})
+    times = costs.values() if isinstance(costs, dict) else [None]
+    if (kept and REFERENCE not in costs) or not all(isinstance(time, float) and time > 0 for time in times):
+        raise InputError(f"{path}: must hold the seconds of a step of {REFERENCE} and others; it is damaged")
     needed = [one for one in chosen if one.name != UNTRAINED and one.name not in costs]
     if not needed:
         return costs
@@ -199,16 +203,18 @@ def _check_settings(path: Path, settings: dict[str, Any]) -> None:
 
 def _begun(path: Path, work: Work, data: Dataset, costs: dict[str, float], settings: dict[str, Any]) -> dict[str, Any]:
     """The row of a file, or a new one without scores."""
-    about = describe(data)
+    about, own = describe(data), {name: value for name, value in settings.items() if name != "steps"}
     if path.is_file():
         row = read_row(path)
-        if row["data"].get("sha256") != about["sha256"]:
+        if row["data"]["sha256"] != about["sha256"]:
             raise InputError(f"{path}: is of other images than {data.name}; use another folder, or rename the data")
+        if other := [name for name, value in own.items() if row[name] != value]:
+            raise InputError(f"{path}: is of {other[0]} {row[other[0]]!r}, not {own[other[0]]!r}; use another folder")
         return row
     return {
-        "method": work.method.name, "data": about, "seed": work.seed, "equal": list(work.equal), "steps": work.steps,
-        "seconds": work.steps * costs.get(work.method.name, 0.0), **settings, "scores": {}, "protocols": {},
-        "version": __version__,
+        "method": work.method.name, "spec": data.spec or data.name, "data": about, "seed": work.seed, **own,
+        "equal": list(work.equal), "steps": work.steps, "seconds": work.steps * costs.get(work.method.name, 0.0),
+        "scores": {}, "protocols": {}, "version": __version__,
     }  # fmt: skip
 
 

@@ -25,8 +25,8 @@ TELLS = 0.05  # a corrected p below it is called a difference
 
 
 FIELDS: dict[str, type | tuple[type, ...]] = {
-    "method": str, "data": dict, "seed": int, "equal": list, "steps": int, "seconds": (int, float), "scores": dict,
-    "protocols": dict, "batch_size": int, "pairs": int, "device": str,
+    "method": str, "spec": str, "data": dict, "seed": int, "equal": list, "steps": int, "seconds": (int, float),
+    "scores": dict, "protocols": dict, "batch_size": int, "pairs": int, "device": str,
 }  # fmt: skip
 
 
@@ -34,15 +34,31 @@ def read_row(path: Path) -> dict[str, Any]:
     """A row that `compare` wrote; InputError for anything else."""
     row = read_json(path)
     whole = isinstance(row, dict) and all(isinstance(row.get(name), kind) for name, kind in FIELDS.items())
-    if not whole or row["method"] not in METHODS or not all(isinstance(s, dict) for s in row["scores"].values()):
+    if (
+        not whole
+        or row["method"] not in METHODS
+        or "sha256" not in row["data"]
+        or not all(map(_scored, row["scores"].values()))
+    ):
         raise InputError(f"{path}: is no row of a comparison; remove it to have it made")
     return row
 
 
+def _scored(scores: Any) -> bool:
+    return isinstance(scores, dict) and all(isinstance(value, int | float | str | None) for value in scores.values())
+
+
 def read_rows(out: Path) -> list[dict[str, Any]]:
-    """The rows of a folder of `compare`, by method and seed."""
-    order = list(METHODS)
-    rows = [read_row(path) for path in sorted((out / "rows").glob("*.json"))]
+    """The rows of a folder of `compare`, by method and seed; InputError where two are of one place in a table."""
+    order, seen = list(METHODS), set()
+    rows = []
+    for path in sorted((out / "rows").glob("*.json")):
+        rows.append(row := read_row(path))
+        for equal in row["equal"]:
+            place = row["spec"], row["method"], row["seed"], equal
+            if place in seen:
+                raise InputError(f"{path}: is of the method, seed and cost of another row; remove one of them")
+            seen.add(place)
     return sorted(rows, key=lambda row: (order.index(row["method"]), row["seed"]))
 
 
@@ -59,7 +75,7 @@ def summarised(rows: Sequence[Mapping], protocol: str, equal: str) -> dict[str, 
             if values and not any(isinstance(value, str | None) for value in values):
                 found.setdefault(title, {})[name] = {
                     "values": values, "mean": float(np.mean(values)),
-                    "deviation": float(np.std(values, ddof=1)) if len(values) > 1 else 0.0,
+                    "deviation": float(np.std(values, ddof=1)) if len(values) > 1 else None,
                     "interval": bootstrap_interval(values),
                 }  # fmt: skip
     return found
@@ -71,8 +87,8 @@ def write_tables(out: Path) -> None:
     if not rows:
         return
     parts, everything = [_about(rows)], []
-    for data in dict.fromkeys(row["data"]["name"] for row in rows):
-        own = [row for row in rows if row["data"]["name"] == data]
+    for data in dict.fromkeys(row["spec"] for row in rows):
+        own = [row for row in rows if row["spec"] == data]
         for equal in ("seconds", "samples"):
             for protocol in dict.fromkeys(p for row in own for p in row["scores"]):
                 found = summarised(own, protocol, equal)
@@ -95,11 +111,12 @@ def write_tables(out: Path) -> None:
 
 def _about(rows: Sequence[Mapping]) -> str:
     seeds, pairs = len({row["seed"] for row in rows}), rows[0].get("pairs")
+    clock = "of the processor" if rows[0]["device"] == "cpu" else f"on {rows[0]['device']}"
     return (
         "Means of the seeds, and the middle 95 % of bootstrapped means: how far these seeds differ. Seconds are of "
-        f"training alone, on {rows[0]['device']}, batches of {rows[0]['batch_size']}; {seeds} seeds; swaps of {pairs} "
-        "pairs for each factor. `>` and `<`: above or below EncDiff, by Welch's t-test of the seeds with Holm's "
-        f"correction over all pairs of methods, p below {TELLS:g}. With so few seeds few differences can be told.\n"
+        f"training alone, {clock}; batches of {rows[0]['batch_size']}; {seeds} seeds; swaps of {pairs} pairs for each "
+        "factor. `>` and `<`: above or below EncDiff, by Welch's t-test of the seeds with Holm's correction over all "
+        f"pairs of methods, for each score of each table by itself, p below {TELLS:g}. Few seeds tell few differences.\n"
     )
 
 
@@ -148,6 +165,6 @@ def _winners(found: Mapping[str, Mapping[str, Mapping]], tests: Mapping[str, lis
             if best in (test["a"], test["b"]) and test["corrected"] < TELLS
         }
         near = [name for name in by if name != best and name not in told]
-        rest = f"not told from it: {', '.join(near)}" if near else "told from all others"
+        rest = f"not told from it: {', '.join(near)}" if near else "told from all others" if told else "alone"
         lines.append(f"- {SHOWN[title]}: **{best}** {by[best]['mean']:.3f}; {rest}.")
     return "\n".join(lines)

@@ -51,7 +51,7 @@ def _draw_cost(axes: Axes, rows: Sequence[Mapping], protocol: str, score: str) -
     for seconds, value, name in means:
         axes.plot(seconds, value, "o", markersize=5)
         axes.annotate(name, (seconds, value), xytext=(4, 3), textcoords="offset points", fontsize=7)
-    axes.set_xlabel("seconds of training")
+    axes.set_xlabel("seconds of training (of the processor on a CPU)")
     axes.set_title(score)
     axes.margins(x=0.15)
     axes.grid(alpha=0.3)

@@ -55,7 +55,7 @@ class Diffusion(Method):
         return EncDiff(ablated(PRESET, ABLATED.get(self.name, "unchanged")))
 
     def recipe(self, **changes: Any) -> TrainConfig:
-        return TrainConfig.from_preset(self.name if self.name in OBJECTIVES else PRESET, **changes)
+        return TrainConfig.from_preset(PRESET, objective=self.name if self.name in OBJECTIVES else None, **changes)
 
     def steps(self, batch_size: int, device: str) -> Advance:
         return Training(self.model().to(device), self.recipe(batch_size=batch_size)).advance

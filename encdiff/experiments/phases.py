@@ -133,6 +133,7 @@ def _fid(model: ConceptModel, dataset: Dataset, count: int, steps: int) -> dict:
     except InputError as error:
         return {"fid": None, "undefined": str(error)}
     chosen = np.linspace(0, len(dataset) - 1, min(len(dataset), count)).astype(np.int64)
+    sampler, eta = (model.inverts_by, 1.0 if model.inverts_by == "ddim" else 0.0)  # a flow has no DDIM
     first, last = processes().part(len(chosen), BATCH)
     parts = [chosen[i : min(i + BATCH, last)] for i in range(first, last, BATCH)]  # of this process
 
@@ -143,7 +144,7 @@ def _fid(model: ConceptModel, dataset: Dataset, count: int, steps: int) -> dict:
                 images = dataset.images(part)
                 ids = torch.from_numpy(part).to(device)
                 sampled = model.reconstruct(
-                    to_float(images).to(device), sample_ids=ids, sampler="ddim", steps=steps, eta=1.0
+                    to_float(images).to(device), sample_ids=ids, sampler=sampler, steps=steps, eta=eta
                 )
                 drawn.append(features(to_uint8(sampled).cpu().numpy()))
                 real.append(features(images))
@@ -152,7 +153,7 @@ def _fid(model: ConceptModel, dataset: Dataset, count: int, steps: int) -> dict:
 
     none = np.empty((0, 0))
     distance = frechet_distance(*map(processes().concatenated, processes().together(own)))
-    return {"fid": distance, "images": len(chosen), "sampler": "ddim", "steps": steps, "eta": 1.0}
+    return {"fid": distance, "images": len(chosen), "sampler": sampler, "steps": steps, "eta": eta}
 
 
 def _read_scores(path: Path, protocol: str, dataset: Dataset) -> dict | None:

@@ -108,7 +108,8 @@ def reproduce(
     config = replace(EncDiffConfig.from_preset(name), **(QUICK_MODEL if quick else {}))
     config = config.with_objective(objective) if objective else config
     recipes = [
-        TrainConfig.from_preset(name, **(QUICK_RECIPE if quick else {}) | changes, seed=seed) for seed in range(seeds)
+        TrainConfig.from_preset(name, objective=objective, **(QUICK_RECIPE if quick else {}) | changes, seed=seed)
+        for seed in range(seeds)
     ]
     dataset = open_dataset(data or (QUICK_STAND_IN if quick else STAND_IN), config.image_size)
     about = {"name": name, "data": describe(dataset), "stand_in": data is None, "quick": quick}

@@ -25,7 +25,7 @@ def pairwise(values: Mapping[str, Sequence[float]]) -> list[dict[str, Any]]:
     """Welch's t-test of every two names, two-sided, with Holm's correction over all of them.
 
     Each with `a`, `b`, `difference` of their means, `p` and `corrected`, ordered by p. Names with fewer than two values
-    are left out; two that never vary differ surely, or not at all.
+    are left out; of two that never vary nothing can be told, and p is 1.
     """
     found: list[dict[str, Any]] = []
     for a, b in combinations([name for name, v in values.items() if len(v) > 1], 2):
@@ -41,9 +41,9 @@ def pairwise(values: Mapping[str, Sequence[float]]) -> list[dict[str, Any]]:
 
 
 def _welch(a: np.ndarray, b: np.ndarray) -> float:
-    """The two-sided p of Welch's t-test; of values that never vary 1 where they are equal, else 0."""
+    """The two-sided p of Welch's t-test; 1 of values that never vary, which say nothing of how far seeds differ."""
     if np.ptp(a) == np.ptp(b) == 0:
-        return float(a[0] == b[0])
+        return 1.0
     errors = np.array([a.var(ddof=1) / len(a), b.var(ddof=1) / len(b)])
     freedom = errors.sum() ** 2 / (errors**2 / [len(a) - 1, len(b) - 1]).sum()
     return float(2 * stats.t.sf(abs(a.mean() - b.mean()) / errors.sum() ** 0.5, freedom))

@@ -60,13 +60,15 @@ def _means(codes: np.ndarray, labels: np.ndarray, sizes: tuple[int, ...]) -> np.
 def _of_paths(paths: np.ndarray) -> dict[str, float]:
     """The scores of one factor, of its traversals (values, traversals, N)."""
     steps = np.roll(paths, -1, axis=0) - paths
-    pairs = [paths[apart:] - paths[:-apart] for apart in range(1, len(paths))]
     length, width = {}, {}
     for order in (1, 2):
         each = np.linalg.norm(steps, order, axis=2)
         length[order] = float((each.sum(axis=0) - each.max(axis=0)).mean())
-        furthest = [np.linalg.norm(pair, order, axis=2).max(axis=0) for pair in pairs]
-        width[order] = float(np.max(furthest, axis=0).mean())
+        furthest = np.zeros(paths.shape[1])
+        for apart in range(1, len(paths)):
+            far = np.linalg.norm(paths[apart:] - paths[:-apart], order, axis=2).max(axis=0)
+            furthest = np.maximum(furthest, far)
+        width[order] = float(furthest.mean())
     if not length[1]:
         return dict.fromkeys(("flatness", "flatness_l1", "flatness_l2", "axis_ratio", "linear_ratio"), 0.0)
     centred = (paths - paths.mean(axis=0)).transpose(1, 0, 2)

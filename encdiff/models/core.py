@@ -183,17 +183,20 @@ class EncDiffCore(ConceptModel):
         x_t, target = ops.q_sample(
             x0, noise, t, self.alphas_cumprod, c.prediction, seed=seed, sample_ids=sample_ids, draw=draw
         )
-        drop = SkipDropout(c.skip_dropout, key) if c.skip_dropout and self.training else None
-        predicted = self.denoise(x_t, t, tokens, drop=drop)
+        predicted = self.denoise(x_t, t, tokens, drop=self._drop(key))
         loss = losses.diffusion_loss(predicted, target, c.loss, weight)
         if c.mutual_information:
             loss = loss + c.mutual_information * normal_discrepancy(scalars)
         if c.orthogonality:
 
             def predict(rows: Tensor, others: Tensor) -> Tensor:
-                return self.denoise(x_t[rows], t[rows], others)
+                drop = self._drop(key._replace(sample_ids=key.sample_ids[rows]))  # the same of the same images
+                return self.denoise(x_t[rows], t[rows], others, drop=drop)
 
             loss = loss + c.orthogonality * orthogonality(predict, predicted, tokens, key)
         return loss
+
+    def _drop(self, key: Key) -> SkipDropout | None:
+        return SkipDropout(self.config.skip_dropout, key) if self.config.skip_dropout and self.training else None
 
     forward = loss  # what calls the model, such as DistributedDataParallel, trains it

@@ -35,6 +35,7 @@ class ConceptModel(nn.Module):
     """
 
     config: Any  # image_size, concepts, code_shape: of one image's codes
+    inverts_by = "ddim"  # the sampler that comes back from what `invert` gives
 
     @property
     @abstractmethod
@@ -82,7 +83,7 @@ class ConceptModel(nn.Module):
         """The target images with the given concepts taken from the source images; both (B, 3, S, S), as the result.
 
         x_T, sample_ids and token_bias are of the B images; for the targets' own starts x_T is `invert(target)` and the
-        sampler "ddim" in as many steps.
+        sampler `inverts_by` in as many steps.
         """
         if source.shape != target.shape:
             raise InputError(f"source {tuple(source.shape)} and target {tuple(target.shape)} must have one shape")

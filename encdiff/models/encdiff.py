@@ -72,8 +72,12 @@ class EncDiff(
     def save_published(self, path: str | Path) -> None:
         """Write a checkpoint in the published code's layout, which it reads if it knows the configuration.
 
-        A model holds one U-Net: it becomes both the trained and the averaged copy.
+        A model holds one U-Net: it becomes both the trained and the averaged copy. InputError for an objective that the
+        published code cannot sample from: a flow, anchors.
         """
+        if self.config.prediction == "flow" or self.config.anchors:
+            said = "prediction is 'flow'" if self.config.prediction == "flow" else f"anchors is {self.config.anchors}"
+            raise InputError(f"{said}, which the published code does not have; save_pretrained keeps it")
         write_published(path, self.state_dict(), self.config.scaling_factor)
 
     def save_pretrained(

@@ -109,6 +109,7 @@ def scheduler_config(config: EncDiffConfig) -> dict[str, Any]:
 
 def _prepared(scheduler: Scheduler, steps: int, model: EncDiffCore, x_T: Tensor) -> Scheduler:
     """A copy, set to so many steps; InputError unless it fits what the model was trained for."""
+    scheduler_config(model.config)  # refuses a flow, before a remedy that it has not
     copied, name = schedulers.prepare(scheduler, steps, x_T.device), type(scheduler).__name__
     config, betas = getattr(scheduler, "config", {}), getattr(scheduler, "alphas_cumprod", None)
     remedy = f"{name}.from_config(model.scheduler_config) has them"

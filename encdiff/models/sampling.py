@@ -73,11 +73,13 @@ class EncDiffSampling(EncDiffCore):
         """What `from_config` of a scheduler of diffusers needs of this model: its schedule and its prediction."""
         return scheduler_config(self.config)
 
-    def invert(self, images: Tensor, steps: int = 50) -> Tensor:
-        """The x_T from which `sampler="ddim"` in as many steps comes back to these images by their own concepts.
+    @property
+    def inverts_by(self) -> str:  # type: ignore[override]  # a model's own
+        """The sampler that comes back from what `invert` gives: "ddim", of a flow "euler"."""
+        return "euler" if self.config.prediction == "flow" else "ddim"
 
-        Of a model that predicts flow "euler".
-        """
+    def invert(self, images: Tensor, steps: int = 50) -> Tensor:
+        """The x_T from which the sampler `inverts_by`, in as many steps, leads to these images by their own concepts."""
         with evaluating(self):
             tokens = self.tokens(self._codes(images))
             if self.config.prediction == "flow":

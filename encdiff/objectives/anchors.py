@@ -43,13 +43,13 @@ class Anchors(nn.Module):
 
     def forward(self, scalars: Tensor, key: Key | None = None) -> Tensor:
         """Scalars (B, N) -> (B, N); in training mode, `key` keys the Gumbel noise and the mixtures follow."""
-        s = scalars.float()
+        s, means = scalars.float(), self.means
         logits = self._logits(s)
         if key is not None and self.training:
             self._follow(s.detach(), logits.detach().softmax(-1))
             u = key.uniform(tuple(logits.shape), GUMBEL)
             logits = logits - torch.log(-torch.log((u + 2**-25).clamp(max=1 - 2**-24)))
-        return ((logits / TEMPERATURE).softmax(-1) * self.means).sum(-1).to(scalars.dtype)
+        return ((logits / TEMPERATURE).softmax(-1) * means).sum(-1).to(scalars.dtype)
 
     def _logits(self, s: Tensor) -> Tensor:
         """log of share times density, (B, N, K), but for a constant."""

@@ -3,6 +3,9 @@
 import torch
 from torch import Tensor
 
+from encdiff.errors import InputError
+from encdiff.ops._triton import autocast_off
+
 
 def normal_discrepancy(scalars: Tensor) -> Tensor:
     """The squared maximum mean discrepancy of scalars (B, N), B at least 2, from N(0, I): float32, without bias.
@@ -18,8 +21,11 @@ def normal_discrepancy(scalars: Tensor) -> Tensor:
     """
     s = scalars.float().flatten(1)
     count, n = s.shape
+    if count < 2:
+        raise InputError(f"mutual_information is of the scalars of 2 images at least, not of {count}")
     squares = s.square().sum(1)
-    distances = (squares[:, None] + squares - 2 * s @ s.T).clamp(min=0)
+    with autocast_off(s):
+        distances = (squares[:, None] + squares - 2 * s @ s.T).clamp(min=0)
     pairs = torch.exp(-distances / (2 * n))
     among = (pairs.sum() - pairs.diagonal().sum()) / (count * (count - 1))
     between = (n / (n + 1)) ** (n / 2) * torch.exp(-squares / (2 * (n + 1))).mean()

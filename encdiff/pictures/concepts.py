@@ -99,9 +99,9 @@ def traversal(
     """One image (3, S, S), a strip per concept: its scalar from the 2nd to the 98th percentile of `codes` (n, N).
 
     `concepts` chooses some; `labels` names those that carry a factor, and only these are shown. Unless chosen they are
-    in the order of their effect. With `invert`,
-    sampling starts from the noise that leads back to the image, which keeps its details, but also traces of its shapes
-    where they change (50 steps or more, then, by DDIM); else from noise of `seed`. `progress` as for `swap_grid`.
+    in the order of their effect. With `invert`, sampling starts from the noise that leads back to the image, which
+    keeps its details, but also traces of its shapes where they change (50 steps or more, then, by the model's
+    `inverts_by`); else from noise of `seed`. `progress` as for `swap_grid`.
     """
     if columns < 2:
         raise InputError(f"columns is {columns}, must be at least 2")
@@ -115,7 +115,7 @@ def traversal(
     for row, c in enumerate(concepts):
         scalars[row, :, c] = torch.linspace(low[c].item(), high[c].item(), columns)
     x_T = model.invert(image[None], steps) if invert else None
-    sampler = "ddim" if invert else sampler  # the one that comes back
+    sampler = model.inverts_by if invert else sampler
     sampled = sample_batches(model, torch.cat([own, scalars.flatten(0, 1)]), x_T, sampler, steps, seed, progress)
 
     strips = sampled[1:].unflatten(0, (len(concepts), columns))

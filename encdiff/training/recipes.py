@@ -43,8 +43,12 @@ class TrainConfig(DescentConfig):
     timesteps: Literal["uniform", "logit-normal", "power"] = "uniform"  # their distribution: ops.timesteps
 
     @classmethod
-    def from_preset(cls, name: str, **changes: Any) -> "TrainConfig":
-        """A named recipe with some fields changed; the learning rate follows a changed batch size unless given."""
+    def from_preset(cls, name: str, *, objective: str | None = None, **changes: Any) -> "TrainConfig":
+        """A named recipe with some fields changed; the learning rate follows a changed batch size unless given.
+
+        `objective`, a name in `models.config.OBJECTIVES`, has changes of its own, which `changes` overrule.
+        """
+        changes = SUITED.get(objective or "", {}) | changes
         if name not in RECIPES:
             raise InputError(f"preset {name!r} is unknown, must be one of {', '.join(RECIPES)}")
         recipe = RECIPES[name]
@@ -54,6 +58,9 @@ class TrainConfig(DescentConfig):
             changed = replace(changed, learning_rate=rate)
         return changed
 
+
+# what an objective changes in any recipe: a flow's straight path has much noise at few of its levels
+SUITED: dict[str, dict[str, Any]] = {name: {"timesteps": "power"} for name in ("flow", "flow-orthogonal")}
 
 PAPER = TrainConfig()
 QUICKSTART = TrainConfig(  # docs/recipes.md
@@ -77,6 +84,5 @@ RECIPES: dict[str, TrainConfig] = {
     "quickstart": QUICKSTART,
     "room32": ROOM32,
     "room64": ROOM64,
-    **dict.fromkeys(OBJECTIVES, QUICKSTART),
-    **dict.fromkeys(("flow", "flow-orthogonal"), replace(QUICKSTART, timesteps="power")),
+    **{name: replace(QUICKSTART, **SUITED.get(name, {})) for name in OBJECTIVES},
 }

@@ -7,8 +7,8 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -209,6 +209,18 @@ class _Lock:
             raise InputError(f"{said}; stop that one, wait for its end, or use another folder") from None
         except OSError as error:  # not every network's file system has locks
             log.warning("%s: cannot be locked (%s); see that one training at a time writes to it", self.folder, error)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Inside, the folder is this process's alone; InputError where a training, or what trains in it, has it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = _Lock(folder)
+    lock.take()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def read_config(run_dir: str | Path) -> dict[str, Any]:

@@ -32,9 +32,7 @@ class Training(Descent):
     config: TrainConfig
 
     def __init__(self, model: EncDiff, config: TrainConfig, masters: bool | None = None, aside: bool = True):
-        whole = [name for name in ("anchors", "mutual_information") if getattr(model.config, name)]
-        if whole and processes().size > 1:
-            raise InputError(f"{whole[0]} is of the scalars of a whole batch, which {processes().size} processes share")
+        _check_whole(model, config)
         model.unet.checkpoint_activations = config.checkpoint_activations
         super().__init__(model, "unet", config, [model.first_stage], masters, aside)
         self.latents: Tensor | None = None  # of the whole data set, if that pays
@@ -91,6 +89,16 @@ class Training(Descent):
         path = samples / f"swap-{self.step:07d}.png"
         save_png(swap_grid(self.averaged_model(), images[:half], images[half : 2 * half], steps=20), path)
         return path
+
+
+def _check_whole(model: EncDiff, config: TrainConfig) -> None:
+    """InputError where the batch comes in parts, but the objective is no mean over its rows."""
+    names = [n for n in ("anchors", "mutual_information", "orthogonality") if getattr(model.config, n)]
+    parts = {"accumulate": config.accumulate, "processes": processes().size}
+    if names and (cut := [part for part, count in parts.items() if count > 1]):
+        raise InputError(f"{cut[0]} is {parts[cut[0]]}, must be 1: {names[0]} is of a whole batch")
+    if names and config.batch_size < 2:
+        raise InputError(f"batch_size is {config.batch_size}, must be at least 2 for {names[0]}")
 
 
 def _deviation(latents: Tensor) -> float:
