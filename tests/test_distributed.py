@@ -13,7 +13,7 @@ import _several
 import numpy as np
 import pytest
 import torch
-from _tiny import TINY
+from _tiny import SET_SMALLER, TINY
 
 from encdiff import EncDiff, TrainConfig, open_dataset
 from encdiff.data.loader import Batches
@@ -24,19 +24,13 @@ from encdiff.training.step import Training
 
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
-RUN = [sys.executable, "-m", "torch.distributed.run"]
-
-
-def launch(count: int, *command: str, **options) -> subprocess.CompletedProcess:
-    options = dict(capture_output=True, text=True, timeout=300, check=False, cwd=ROOT, env=ENVIRONMENT) | options
-    started = [*RUN, "--standalone", "--nproc-per-node", str(count), "--monitor-interval", "0.1", *command]
-    return subprocess.run(started, **options)
 
 
 def by_several(count: int, out: Path, *names: str) -> list[dict[str, dict]]:
-    """What each process of one launch gave, by the names of work."""
+    """What each of several processes gave, by the names of work: forks, which are spared the imports."""
     out.mkdir(exist_ok=True)
-    done = launch(count, str(ROOT / "tests/_several.py"), str(out), *names)
+    command = [sys.executable, str(ROOT / "tests/_several.py"), "--processes", str(count), str(out), *names]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=ENVIRONMENT)
     assert done.returncode == 0, done.stderr[-3000:]
     return [{n: torch.load(out / f"{n}-{rank}.pt", weights_only=False) for n in names} for rank in range(count)]
 
@@ -70,7 +64,7 @@ def test_four_processes_make_the_run_of_one(tmp_path):
 
 
 def test_two_processes_do_what_one_does(tmp_path):
-    """A launch for all: a run, parts of a batch and a first stage, shards, masters, scores, a resumed run."""
+    """At once: a run, parts of a batch and a first stage, shards, masters, scores, a resumed run."""
     one, two = tmp_path / "one", tmp_path / "two"
     two.mkdir()
     names = ["training", "parts", "shards", "masters", "first_stage", "scores", "resumed", "norm", "rows"]
@@ -205,30 +199,36 @@ def test_engine_of_a_model_in_shards(monkeypatch):
         Training(EncDiff(TINY), TrainConfig(batch_size=8, engine="compile", shard=True))
 
 
-def encdiff(*arguments: str, **options) -> subprocess.Popen:
-    command = [sys.executable, "-m", "encdiff", *arguments]
-    return subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdout=-1, stderr=-1, text=True, **options)
-
-
-def test_a_launch_is_stopped_and_refused_as_one_process_is(tmp_path):
+def test_a_launch_is_stopped_and_refused_as_one_process_is(encdiff, tmp_path):
     """SIGTERM ends it with 0, one checkpoint and one line; what cannot be ends it with 2 and one line."""
     run, data = tmp_path / "run", ["--data", "procedural:2,2,2,2,2,2", "--batch-size", "6"]
     begin = ["train", "--processes", "2", "--run", str(run), *data]
-    training = encdiff(*begin, "--steps", "100000", "--checkpoint-every", "100000")
+    command = [
+        sys.executable,
+        "-m",
+        "encdiff",
+        *begin,
+        *SET_SMALLER,
+        "--steps",
+        "100000",
+        "--checkpoint-every",
+        "100000",
+    ]
+    training = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdout=-1, stderr=-1, text=True)
     while training.poll() is None and not (run / "log.csv").is_file():
         time.sleep(0.1)
-    second = encdiff("train", "--run", str(run), *data, "--overwrite")
-    refused = second.communicate(timeout=120)[1]
+    code, refused = encdiff("train", "--run", run, *data, "--overwrite")
     training.send_signal(signal.SIGTERM)
     said, wrong = training.communicate(timeout=120)
     assert training.returncode == 0 and wrong == "", wrong
     assert said.count("stopped after step") == 1 and (run / "checkpoint.safetensors").is_file()
-    assert second.returncode == 2 and refused.count("\n") == 1, refused
-    assert "a training writes to it now, process" in refused
+    assert code == 2 and refused.startswith("error: ") and "a training writes to it now, process" in refused
 
 
 def test_commands_that_are_for_one_process():
-    done = launch(1, "-m", "--", "encdiff", "swap", "room32")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--monitor-interval", "0.1"]
+    command += ["-m", "--", "encdiff", "swap", "room32"]
+    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode and "error: swap: is for one process; start it without torchrun\n" in done.stderr
 
 
