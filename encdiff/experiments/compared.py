@@ -116,7 +116,7 @@ def _about(rows: Sequence[Mapping]) -> str:
         "Means of the seeds, and the middle 95 % of bootstrapped means: how far these seeds differ. Seconds are of "
         f"training alone, {clock}; batches of {rows[0]['batch_size']}; {seeds} seeds; swaps of {pairs} pairs for each "
         "factor. `>` and `<`: above or below EncDiff, by Welch's t-test of the seeds with Holm's correction over all "
-        f"pairs of methods, for each score of each table by itself, p below {TELLS:g}. Few seeds tell few differences.\n"
+        f"pairs of methods, for each score of each table by itself, p below {TELLS:g}. Few seeds tell few.\n"
     )
 
 

@@ -79,7 +79,7 @@ class EncDiffSampling(EncDiffCore):
         return "euler" if self.config.prediction == "flow" else "ddim"
 
     def invert(self, images: Tensor, steps: int = 50) -> Tensor:
-        """The x_T from which the sampler `inverts_by`, in as many steps, leads to these images by their own concepts."""
+        """The x_T from which the sampler `inverts_by` in as many steps leads to these images by their own concepts."""
         with evaluating(self):
             tokens = self.tokens(self._codes(images))
             if self.config.prediction == "flow":
