@@ -23,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch._dynamo  # the first optimiser of every child would
 from PIL import Image
 
 from encdiff import EncDiff
@@ -36,7 +37,7 @@ from encdiff.pictures import save_png
 from encdiff.training import AutoencoderTrainConfig, TrainConfig, train, train_autoencoder
 from tests._tiny import TINY
 
-EVERY = dict(log_every=1, checkpoint_every=2, picture_every=1)
+EVERY = dict(log_every=1, checkpoint_every=2, picture_every=3)  # a picture takes longer than a step
 ROOM, LARGER = "procedural:2,1,1,1,1,1", "procedural:5,5,5,2,2,2"
 SHARES = {"training": 0.5, "first stage": 0.2, "render": 0.15, "model files": 0.15}  # of the kills
 
