@@ -1,8 +1,11 @@
 """Work that comes out the same in one process and in several, for `tests/test_distributed.py`.
 
 torchrun --nproc-per-node N tests/_several.py OUT NAME...     # each process writes OUT/NAME-RANK.pt
+python tests/_several.py --processes N OUT NAME...            # the same of forks, which share what is imported
 """
 
+import multiprocessing
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch._dynamo  # the first optimiser of each fork would
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 sys.path.append(str(Path(__file__).parent))
@@ -27,7 +31,7 @@ from encdiff.training.step import Training
 
 DATA = "procedural:3,2,3,2,2,2"
 RECIPE = TrainConfig(
-    steps=50, batch_size=8, learning_rate=1e-3, warmup=5, decay=0.3, gradient_clip=1.0, ema=0.99, seed=3,
+    steps=20, batch_size=8, learning_rate=1e-3, warmup=5, decay=0.3, gradient_clip=1.0, ema=0.99, seed=3,
     log_every=1, checkpoint_every=1000, picture_every=1000,
 )  # fmt: skip
 VQ = dict(first_stage="vq", vq_width=32, vq_multipliers=(1,), vq_depth=1, vq_codes=16)
@@ -175,5 +179,23 @@ def main(out: Path, names: list[str]) -> None:
             torch.save(WORK[name](out), out / f"{name}-{everyone.rank}.pt")
 
 
+def fork(count: int, out: Path, names: list[str]) -> int:
+    """As torchrun starts them; 1 if one failed."""
+    torch.set_num_threads(1)  # threads do not survive a fork
+    store = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    os.environ |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+    forks = multiprocessing.get_context("fork")
+    started = []
+    for rank in range(count):
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        started.append(forks.Process(target=main, args=(out, names)))
+        started[-1].start()
+    [process.join() for process in started]
+    return int(any(process.exitcode for process in started))
+
+
 if __name__ == "__main__":
+    if sys.argv[1] == "--processes":
+        sys.exit(fork(int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4:]))
     main(Path(sys.argv[1]), sys.argv[2:])

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from _tiny import TINY
+from _tiny import SET_SMALLER, TINY
 from PIL import Image
 
 from encdiff import EncDiff, __version__
@@ -261,6 +261,7 @@ def test_a_bug_shows_its_traceback(encdiff, run, monkeypatch):
 def test_signals_save_and_exit_0(tmp_path, signum):
     folder = tmp_path / "run"
     command = [sys.executable, "-m", "encdiff", "train", "--run", str(folder), "--data", DATA, "--batch-size", "2"]
+    command += SET_SMALLER
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
     deadline = time.monotonic() + 60
