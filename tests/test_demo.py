@@ -1,12 +1,17 @@
 import json
+from functools import partial
 
 import pytest
 
+from encdiff import pictures
 from encdiff.errors import InputError
 from encdiff.experiments.demo import demo
 
 
-def test_the_whole_way(tmp_path, capsys):
+def test_the_whole_way(tmp_path, capsys, monkeypatch):
+    for drawing in (pictures.swap_grid, pictures.factor_traversal, pictures.attention_picture):
+        name = f"encdiff.experiments.demo.{drawing.__name__}"
+        monkeypatch.setattr(name, partial(drawing, steps=2))  # in place of 20
     run = tmp_path / "runs" / "demo"
     options = dict(data="procedural:2,2,2,2,2,2", protocol="quick", steps=2, batch_size=8)
     (run / "pictures").mkdir(parents=True)

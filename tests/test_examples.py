@@ -13,6 +13,7 @@ from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
+FEW = ("targets=pictures[2:])", "targets=pictures[2:], steps=2)")
 PATHS = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
 
 
@@ -37,7 +38,7 @@ def colours(path: Path) -> int:
 
 @pytest.mark.slow
 def test_own_images(tmp_path):
-    said = run("own_images", tmp_path)
+    said = run("own_images", tmp_path, steps=FEW)
     assert "500 pictures, 150 steps of 64" in said and colours(tmp_path / "swap.png") > 1000
     with open(tmp_path / "runs/own_images/log.csv") as log:
         losses = [float(row["loss"]) for row in csv.DictReader(log)]
@@ -49,7 +50,7 @@ def test_own_images_of_a_folder(tmp_path):
     for i in range(8):
         pixels = np.random.default_rng(i).integers(256, size=(40, 50, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(tmp_path / f"photos/{i}.jpg")
-    assert "8 pictures, 2 steps" in run("own_images", tmp_path, "photos", "--steps", "2")
+    assert "8 pictures, 2 steps" in run("own_images", tmp_path, "photos", "--steps", "2", steps=FEW)
     assert colours(tmp_path / "swap.png") > 1000 and not (tmp_path / "images").exists()
 
 
@@ -85,7 +86,7 @@ def test_own_sampler(tmp_path):
 
 @pytest.mark.slow
 def test_tour(tmp_path):
-    said = run("tour", tmp_path, steps=("steps=10", "steps=4"))
+    said = run("tour", tmp_path, steps=("steps=10", "steps=2"))
     assert "FactorVAE score 1.000" in said and "scale: concepts [4]" in said
     for name in ("swap", "traverse", "attend"):
         assert colours(tmp_path / f"tour-{name}.png") > 1000
