@@ -43,7 +43,7 @@ def test_checkpointed_activations_change_nothing(tmp_path, monkeypatch):
 def test_compiled_and_eager_steps_agree(tmp_path, monkeypatch):
     # traced and differentiated as for Inductor, whose C++ compiler would take minutes
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager", fullgraph=True))
-    of = replace(TINY, multipliers=(1,), attention_levels=(0,))  # test_masters.py traces TINY itself
+    of = replace(TINY, multipliers=(1,), attention_levels=(0,))  # test_masters.py traces two levels
     compiled, eager = (losses(tmp_path, engine, of, steps=20) for engine in ("compile", "eager"))
     assert compiled == pytest.approx(eager, rel=1e-3) and eager[-1] < eager[0]
 

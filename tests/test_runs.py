@@ -1,12 +1,12 @@
 """The folder of a run: one training at a time, nothing lost or left over at any moment, no foreign file touched."""
 
 import csv
+import multiprocessing
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import threading
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -166,17 +166,20 @@ def test_two_begin_in_a_new_folder_and_one_is_refused(dataset, tmp_path):
 
 
 def test_the_lock_of_a_killed_process_is_lifted(tmp_path):
-    code = (
-        "import sys, time; from encdiff.training.runs import RunFolder\n"
-        "with RunFolder(sys.argv[1]) as folder:\n folder.begin(); print('holds', flush=True); time.sleep(600)"
-    )
-    command = [sys.executable, "-c", code, str(tmp_path / "run")]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert process.stdout.readline() == "holds\n"
+    def hold() -> None:
+        with RunFolder(tmp_path / "run") as folder:
+            folder.begin()
+            begun.set()
+            time.sleep(600)
+
+    forks = multiprocessing.get_context("fork")
+    begun, process = forks.Event(), forks.Process(target=hold)
+    process.start()
+    assert begun.wait(60)
     with pytest.raises(InputError, match=f"run: a training writes to it now, process {process.pid};"):
         RunFolder(tmp_path / "run", overwrite=True)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    process.kill()
+    process.join()
     with RunFolder(tmp_path / "run", overwrite=True) as folder:
         folder.begin()
     assert names(tmp_path / "run") == ["samples"]

@@ -57,9 +57,9 @@ def raise_signal():
 def test_the_loss_falls_and_the_folder_is_complete(dataset, tmp_path):
     run, model, images = tmp_path / "run", fresh(), to_float(dataset.images(range(64)))
     before = model.loss(images, seed=0).item()
-    train(model, dataset, run, replace(CONFIG, steps=100, log_every=20, picture_every=50))
+    train(model, dataset, run, replace(CONFIG, steps=60, log_every=12, picture_every=30))
     assert model.loss(images, seed=0).item() < 0.95 * before
-    assert [row["step"] for row in rows(run)] == ["20", "40", "60", "80", "100"]
+    assert [row["step"] for row in rows(run)] == ["12", "24", "36", "48", "60"]
     assert sorted(p.name for p in run.iterdir()) == [
         "checkpoint.safetensors",
         "config.json",
@@ -67,7 +67,7 @@ def test_the_loss_falls_and_the_folder_is_complete(dataset, tmp_path):
         "model",
         "samples",
     ]
-    assert sorted(p.name for p in (run / "samples").iterdir()) == ["swap-0000050.png", "swap-0000100.png"]
+    assert sorted(p.name for p in (run / "samples").iterdir()) == ["swap-0000030.png", "swap-0000060.png"]
     assert EncDiff.from_pretrained(run / "model").config == TINY
 
 
@@ -129,10 +129,12 @@ torch.save({"t": t, "x_t": x_t, "target": target}, out)
 """
 
 
-def test_two_processes_draw_what_one_would(tmp_path):
+def test_two_processes_draw_what_one_would(tmp_path, monkeypatch):
     files = [tmp_path / f"{rank}.pt" for rank in (0, 1)]
-    processes = [subprocess.Popen([sys.executable, "-c", SHARE, str(i), str(f)]) for i, f in enumerate(files)]
-    assert [p.wait(120) for p in processes] == [0, 0]
+    process = subprocess.Popen([sys.executable, "-c", SHARE, "1", str(files[1])])
+    monkeypatch.setattr(sys, "argv", ["-c", "0", str(files[0])])
+    exec(SHARE, {})  # this process is the other one
+    assert process.wait(120) == 0
     shares = [torch.load(f, weights_only=True) for f in files]
     ids = torch.arange(12) + 10
     t = ops.timesteps(100, 7, ids, 3, kind="power")
