@@ -36,13 +36,12 @@ def quick(monkeypatch):
 
 
 @interpreted
-def test_two_families_from_the_command_line(tmp_path):
-    """The whole way: processes, interpreter, compiler, report, exit code."""
+def test_two_families_from_the_command_line(encdiff, tmp_path):
+    """The whole way: processes of the checks, interpreter, compiler, report, exit code."""
     out = tmp_path / "doctor.json"
-    command = [sys.executable, "-m", "encdiff", "doctor", "--device", "cpu", "--kernels", "geglu,adamw"]
-    done = subprocess.run([*command, "--out", str(out)], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "all 30 checks passed" in done.stdout and "0 failed" in done.stdout and "interpreted: no GPU" in done.stdout
+    code, said = encdiff("doctor", "--device", "cpu", "--kernels", "geglu,adamw", "--out", out)
+    assert code == 0, said
+    assert "all 30 checks passed" in said and "0 failed" in said and "interpreted: no GPU" in said
     found = json.loads(out.read_text())
     assert found["ok"] and len(found["findings"]) == 30
     assert {f["family"] for f in found["findings"]} == {"geglu", "adamw"}

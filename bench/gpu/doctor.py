@@ -31,7 +31,7 @@ def measure(lab: Lab) -> dict:
         if done % 20 == 0:
             lab.save("doctor", found)
 
-    names = ["geglu", "adamw"] if lab.cpu else list(kernels.families(lab.device))
+    names = ["adamw"] if lab.cpu else list(kernels.families(lab.device))
     kernels.check_all(lab.device, names, add)
     return found
 
