@@ -17,7 +17,7 @@ demo: .venv/.installed  ## render data, train a small model, evaluate it, draw p
 	.venv/bin/encdiff demo
 
 test: .venv/.installed-dev  ## run the tests, and every benchmark once as a smoke test
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --benchmark-disable tests bench
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist worksteal --benchmark-disable tests bench
 
 campaign: .venv/.installed-dev  ## minutes of random kills, full disks and damaged files; ARGS="--seed 1" for others
 	OMP_NUM_THREADS=1 .venv/bin/python -m tests.campaign.kills $(ARGS)
@@ -29,7 +29,7 @@ distributed: .venv/.installed-dev  ## minutes: processes of a launch killed at r
 
 # By hand, not in CI: some gigabytes. Its library also serves .venv, since the ABI is stable.
 oldest: .venv-oldest/.installed  ## the tests in a second environment, of the oldest torch; needs nvcc for the CUDA half
-	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n 2 tests
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n 2 --dist worksteal tests
 
 lint: .venv/.installed-dev  ## check style, formatting and types
 	.venv/bin/ruff check .

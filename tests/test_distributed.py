@@ -24,24 +24,13 @@ from encdiff.training.step import Training
 
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
-RUN = [sys.executable, "-m", "torch.distributed.run"]
 
 
-def launch(count: int, *command: str, **options) -> subprocess.CompletedProcess:
-    options = dict(capture_output=True, text=True, timeout=300, check=False, cwd=ROOT, env=ENVIRONMENT) | options
-    started = [*RUN, "--standalone", "--nproc-per-node", str(count), "--monitor-interval", "0.1", *command]
-    return subprocess.run(started, **options)
-
-
-def by_several(count: int, out: Path, *names: str, torchrun: bool = True) -> list[dict[str, dict]]:
-    """What each process of one launch gave, by the names of work; without torchrun each is spared its imports."""
+def by_several(count: int, out: Path, *names: str) -> list[dict[str, dict]]:
+    """What each of several processes gave, by the names of work: forks, which are spared the imports."""
     out.mkdir(exist_ok=True)
-    script, given = str(ROOT / "tests/_several.py"), [str(out), *names]
-    if torchrun:
-        done = launch(count, script, *given)
-    else:
-        command = [sys.executable, script, "--processes", str(count), *given]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=ENVIRONMENT)
+    command = [sys.executable, str(ROOT / "tests/_several.py"), "--processes", str(count), str(out), *names]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=ENVIRONMENT)
     assert done.returncode == 0, done.stderr[-3000:]
     return [{n: torch.load(out / f"{n}-{rank}.pt", weights_only=False) for n in names} for rank in range(count)]
 
@@ -70,12 +59,12 @@ def assert_the_same_run(several: list[dict], one: dict) -> None:
 
 
 def test_four_processes_make_the_run_of_one(tmp_path):
-    several = [found["training"] for found in by_several(4, tmp_path / "four", "training", torchrun=False)]
+    several = [found["training"] for found in by_several(4, tmp_path / "four", "training")]
     assert_the_same_run(several, _several.training(tmp_path))
 
 
 def test_two_processes_do_what_one_does(tmp_path):
-    """A launch for all: a run, parts of a batch and a first stage, shards, masters, scores, a resumed run."""
+    """At once: a run, parts of a batch and a first stage, shards, masters, scores, a resumed run."""
     one, two = tmp_path / "one", tmp_path / "two"
     two.mkdir()
     names = ["training", "parts", "shards", "masters", "first_stage", "scores", "resumed", "norm", "rows"]
@@ -237,7 +226,9 @@ def test_a_launch_is_stopped_and_refused_as_one_process_is(encdiff, tmp_path):
 
 
 def test_commands_that_are_for_one_process():
-    done = launch(1, "-m", "--", "encdiff", "swap", "room32")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--monitor-interval", "0.1"]
+    command += ["-m", "--", "encdiff", "swap", "room32"]
+    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode and "error: swap: is for one process; start it without torchrun\n" in done.stderr
 
 
