@@ -4,7 +4,7 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
-from _tiny import TINY
+from _tiny import TINY, shaken
 
 from encdiff import EncDiff, EncDiffConfig, InputError
 from encdiff.data import describe, open_dataset, to_float
@@ -29,15 +29,6 @@ def made_up(model, dataset, *, protocol, baseline) -> dict:
     settings = {"name": protocol, "seed": 0, "code": code}
     data = describe(dataset)
     return {"trained": {"factor_vae": {"eval_accuracy": 0.7}, "dci": dci, "protocol": settings, "data": data}}
-
-
-def shaken(config: EncDiffConfig) -> EncDiff:
-    """A model whose every weight matters: at the published initialisation the concepts have no effect yet."""
-    model = EncDiff(config)
-    for parameter in model.parameters():
-        if parameter.ndim > 1:
-            torch.nn.init.normal_(parameter, std=1.5 * parameter[0].numel() ** -0.5)
-    return model.eval()
 
 
 @pytest.mark.parametrize("name", ABLATIONS)
