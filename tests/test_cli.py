@@ -99,6 +99,8 @@ def test_swaps_are_judged_and_shown_beside_the_truth(encdiff, run, texts):
     del texts[:]
     assert encdiff("traverse", run, "--steps", 1, "--no-by-factor")[0] == 0 and "Traversing concepts" in texts
     assert encdiff("swap", run, "--steps", 1, "--pairs", 1, "--concepts", "0,2")[0] == 0 and "chosen" in texts
+    code, text = encdiff("swap", run, "--guidance", 2)
+    assert code == 2 and text.startswith("error: guidance is 2, must be 1: the model was trained with token_dropout 0")
     code, text = encdiff("evaluate", run, "--pairs", 5)
     assert (code, text) == (2, "error: --pairs 5: needs counterfactual among --metrics")
 

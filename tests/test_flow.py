@@ -11,6 +11,7 @@ from encdiff import EncDiff, InputError
 from encdiff.diffusion import menu, samplers, schedules
 from encdiff.diffusion.loop import run
 from encdiff.models.config import OBJECTIVES
+from encdiff.pictures import swap_grid, traversal
 
 FLOW = replace(TINY, **OBJECTIVES["flow"])
 GUIDED = replace(TINY, **OBJECTIVES["guided"])
@@ -116,3 +117,12 @@ def test_guidance_is_a_number(guidance, images):
 def test_guidance_needs_a_model_that_was_trained_for_it(images):
     with pytest.raises(InputError, match="^guidance is 2, must be 1: the model was trained with token_dropout 0"):
         shaken(TINY).reconstruct(images, guidance=2)
+
+
+def test_pictures_are_guided(images, monkeypatch):
+    model, seen = shaken(GUIDED), []
+    sample = model.sample
+    monkeypatch.setattr(model, "sample", lambda *given, **by: seen.append(by["guidance"]) or sample(*given, **by))
+    swap_grid(model, images[:1], images[1:2], steps=1, guidance=3.0)
+    traversal(model, images[0], model.encode(images), steps=1, columns=2, guidance=3.0)
+    assert seen and set(seen) == {3.0}

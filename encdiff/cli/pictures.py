@@ -34,6 +34,9 @@ class SamplerName(StrEnum):
 
 Out = Annotated[Path | None, typer.Option(help="The PNG to write. Default: in the run's pictures/.")]
 Steps = Annotated[int, typer.Option(help="Sampling steps.", min=1)]
+Guidance = Annotated[
+    float, typer.Option(help="Above 1: further from an image without concepts; needs a model of --objective guided.")
+]
 Sampler = Annotated[SamplerName, typer.Option(help="The paper's pictures: ddim with 200 steps.")]
 Concepts = Annotated[
     str | None, typer.Option(help="Such as 0,3. Default: those that carry a factor, if known, or all.")
@@ -54,6 +57,7 @@ def swap(
     by_factor: Annotated[bool, typer.Option(help="Swap together what carries one factor, once evaluated.")] = True,
     sampler: Sampler = SamplerName.dpm_solver_pp,
     steps: Steps = 20,
+    guidance: Guidance = 1.0,
     out: Out = None,
     seed: Seed = 0,
     device: Device = "auto",
@@ -79,7 +83,7 @@ def swap(
     with progress_bar("sampling") as report:
         picture = swap_grid(
             model, images[:count], images[count:], groups=groups, truth=truth, sampler=sampler.value, steps=steps,
-            seed=seed, progress=report,
+            guidance=guidance, seed=seed, progress=report,
         )  # fmt: skip
     save_picture(picture, path)
 
@@ -93,6 +97,7 @@ def traverse(
     by_factor: Annotated[bool, typer.Option(help="Move together what carries one factor, once evaluated.")] = True,
     sampler: Sampler = SamplerName.dpm_solver_pp,
     steps: Steps = 20,
+    guidance: Guidance = 1.0,
     out: Out = None,
     seed: Seed = 0,
     device: Device = "auto",
@@ -116,7 +121,7 @@ def traverse(
         paths = factor_paths(dataset, chosen[0], groups, values)
         with progress_bar("sampling") as report:
             picture = factor_traversal(
-                model, image, paths, sampler=sampler.value, steps=steps, seed=seed, progress=report
+                model, image, paths, sampler=sampler.value, steps=steps, guidance=guidance, seed=seed, progress=report
             )
         save_picture(picture, path)
         return
@@ -125,7 +130,7 @@ def traverse(
     with progress_bar("sampling") as report:
         picture = traversal(
             model, image, codes, concepts=parse_concepts(concepts), labels=labels, columns=values,
-            sampler=sampler.value, steps=steps, seed=seed, progress=report,
+            sampler=sampler.value, steps=steps, guidance=guidance, seed=seed, progress=report,
         )  # fmt: skip
     save_picture(picture, path)
 

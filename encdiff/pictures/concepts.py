@@ -30,6 +30,7 @@ def swap_grid(
     truth: Mapping[str, Tensor] | None = None,
     sampler: str = "dpm-solver++",
     steps: int = 20,
+    guidance: float = 1.0,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Image.Image:
@@ -52,7 +53,7 @@ def swap_grid(
         swapped = codes.clone()
         swapped[:, list(concepts)] = from_source[:, list(concepts)]
         scalars.append(swapped)
-    rebuilt, *swapped = sample_batches(model, torch.cat(scalars), None, sampler, steps, seed, progress).split(
+    rebuilt, *swapped = sample_batches(model, torch.cat(scalars), None, sampler, steps, seed, progress, guidance).split(
         len(codes)
     )
 
@@ -93,6 +94,7 @@ def traversal(
     invert: bool = False,
     sampler: str = "dpm-solver++",
     steps: int = 20,
+    guidance: float = 1.0,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Image.Image:
@@ -116,7 +118,8 @@ def traversal(
         scalars[row, :, c] = torch.linspace(low[c].item(), high[c].item(), columns)
     x_T = model.invert(image[None], steps) if invert else None
     sampler = model.inverts_by if invert else sampler
-    sampled = sample_batches(model, torch.cat([own, scalars.flatten(0, 1)]), x_T, sampler, steps, seed, progress)
+    together = torch.cat([own, scalars.flatten(0, 1)])
+    sampled = sample_batches(model, together, x_T, sampler, steps, seed, progress, guidance)
 
     strips = sampled[1:].unflatten(0, (len(concepts), columns))
     order = list(range(len(concepts)))
@@ -189,12 +192,14 @@ def sample_batches(
     steps: int,
     seed: int,
     progress: Progress | None,
+    guidance: float = 1.0,
 ) -> Tensor:
     """Images (n, 3, S, S) from scalars (n, N), a batch at a time; x_T (1, c, h, w) is the start of all."""
     done = []
     for batch in scalars.split(BATCH):
         start = None if x_T is None else x_T.expand(len(batch), -1, -1, -1)
-        done.append(model.sample(batch, x_T=start, sampler=sampler, steps=steps, seed=seed).cpu())
+        sampled = model.sample(batch, x_T=start, sampler=sampler, steps=steps, guidance=guidance, seed=seed)
+        done.append(sampled.cpu())
         if progress:
             progress(sum(map(len, done)), len(scalars))
     return torch.cat(done)

@@ -74,6 +74,7 @@ def factor_traversal(
     *,
     sampler: str = "dpm-solver++",
     steps: int = 20,
+    guidance: float = 1.0,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Image.Image:
@@ -91,7 +92,7 @@ def factor_traversal(
         moved = own.repeat(len(path.images), *[1] * (own.ndim - 1))
         moved[:, path.concepts] = encode_images(model, path.images.to(image.device))[:, path.concepts]
         scalars.append(moved)
-    rebuilt, *drawn = sample_batches(model, torch.cat(scalars), None, sampler, steps, seed, progress).split(
+    rebuilt, *drawn = sample_batches(model, torch.cat(scalars), None, sampler, steps, seed, progress, guidance).split(
         [len(part) for part in scalars]
     )
     sheet = Sheet(
