@@ -76,7 +76,7 @@ def test_what_samples_names_the_options_of_sample(method):
 def test_every_option_reaches_the_sampler(monkeypatch):
     model, images = EncDiff(TINY).eval(), torch.zeros(1, 3, 16, 16)
     given = dict(
-        x_T=torch.zeros(1, *model.latent_shape), sampler="ddim", steps=3, eta=0.5, gate=2, seed=4,
+        x_T=torch.zeros(1, *model.latent_shape), sampler="ddim", steps=3, eta=0.5, gate=2, guidance=1.5, seed=4,
         sample_ids=torch.tensor([5]), token_bias=torch.zeros(1, 3), progress=print,
     )  # fmt: skip
     seen = []

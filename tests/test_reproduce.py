@@ -118,7 +118,7 @@ class Faces(Dataset):
 class Colours(torch.nn.Linear):
     """In place of a model: codes are the mean of each channel, and what it samples is 10 levels too bright."""
 
-    config, latent_shape = TINY, (1, 2, 2)
+    config, latent_shape, inverts_by = TINY, (1, 2, 2), "ddim"
 
     def encode(self, images):
         return images.mean((2, 3)).detach()
