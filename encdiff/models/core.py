@@ -85,6 +85,7 @@ class EncDiffCore(ConceptModel):
 
     @property
     def anchors(self) -> Anchors | None:
+        """What draws scalars to groups, where the configuration has `anchors`."""
         return cast(Anchors, self.cond_stage_model["anchors"]) if self.config.anchors else None
 
     @property
