@@ -197,7 +197,7 @@ def test_the_loss_is_that_of_the_noise_and_what_is_added(name, images, monkeypat
         expected = expected + 0.3 * normal_discrepancy(scalars)
     if config.orthogonality:
         predict = lambda rows, other: denoise(x_t[rows], t[rows], other)  # noqa: E731
-        expected = expected + 0.1 * orthogonality(predict, predicted, tokens, key(4, seed=5))
+        expected = expected + config.orthogonality * orthogonality(predict, predicted, tokens, key(4, seed=5))
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     if config.anchors:
         assert not torch.allclose(tokens, model.bank(scalars))

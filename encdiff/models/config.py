@@ -147,7 +147,7 @@ FLOW: dict[str, Any] = {"prediction": "flow", "flow_output": "x0"}
 # other objectives of the field, each some fields of any configuration changed
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "flow": FLOW,
-    "flow-orthogonal": FLOW | {"orthogonality": 0.1},
+    "flow-orthogonal": FLOW | {"orthogonality": 0.01},
     "dyga": {"anchors": 16, "skip_dropout": 0.2, "normalize_scalars": True},
     "mutual-information": {"mutual_information": 0.3},
     "guided": {"token_dropout": 0.1},
