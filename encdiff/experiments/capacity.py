@@ -99,7 +99,7 @@ def _draw_rise(axes: Axes, rise: Rise) -> None:
     axes.set_title("AnnealVAE: KL over training" if rise.capacity is not None else "VAE: KL over training")
     axes.set_xlabel("step of training")
     axes.set_ylabel("nats an image")
-    axes.legend(fontsize=7, loc="lower right")
+    axes.legend(fontsize=7, loc="upper left", ncols=2)
     axes.grid(alpha=0.3)
 
 
@@ -126,5 +126,5 @@ def _draw_bottleneck(axes: Axes, of: Bottleneck, title: str, held: float | None)
         axes.axhline(held, color="black", linewidth=1)
         axes.plot(at, held, "ko")
         axes.annotate(
-            f"the VAE's {held:.1f} nats\nfrom t = {at} down", (at, held), xytext=(8, 6), textcoords="offset points"
+            f"the VAE's {held:.1f} nats\nfrom t = {at} down", (at, held), xytext=(10, -28), textcoords="offset points"
         )
