@@ -62,7 +62,7 @@ def test_each_is_trained_once_at_each_cost_and_scored_by_each_protocol(room, sco
     assert all(("counterfactual" in metrics) == (p == "quick") for p, metrics in scored[:8])
     assert {path.name for path in tmp_path.iterdir()} == {
         "rows", "runs", "settings.json", "costs.json", "compare.json", "compare.md",
-        "scores-procedural-2-2-2-2-2-2.png", "cost-procedural-2-2-2-2-2-2.png",
+        *(f"scores-procedural-2-2-2-2-2-2-{equal}.png" for equal in both), "cost-procedural-2-2-2-2-2-2.png",
     }  # fmt: skip
     log = (tmp_path / "runs" / "procedural-2-2-2-2-2-2-annealvae-8-seed0" / "log.csv").read_text()
     assert log.splitlines()[-1].startswith("8,")

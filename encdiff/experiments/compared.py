@@ -99,11 +99,11 @@ def write_tables(out: Path) -> None:
                     "data": data, "equal": equal, "protocol": protocol, "scores": found, "tests": tests,
                 })  # fmt: skip
                 parts.append(_section(own, data, equal, protocol, found, tests))
-        first = next(iter(own[0]["scores"]))
-        if found := summarised(own, first, "seconds") or summarised(own, first, "samples"):
-            name = "".join(c if c.isalnum() else "-" for c in data)
-            draw_scores(found, f"{data}, protocol {first}", out / f"scores-{name}.png")
-            draw_costs(own, first, out / f"cost-{name}.png")
+        first, name = next(iter(own[0]["scores"])), "".join(c if c.isalnum() else "-" for c in data)
+        for equal in ("seconds", "samples"):
+            if found := summarised(own, first, equal):
+                draw_scores(found, f"{data}: equal {equal}, protocol {first}", out / f"scores-{name}-{equal}.png")
+        draw_costs(own, first, out / f"cost-{name}.png")
     write_metrics(out / "compare.json", {"comparisons": everything})
     with atomic_path(out / "compare.md") as temporary:
         temporary.write_text("\n".join(parts), "utf-8", "surrogateescape")

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -48,8 +49,9 @@ def _draw_cost(axes: Axes, rows: Sequence[Mapping], protocol: str, score: str) -
     means = sorted((*np.mean(of, 0).tolist(), name) for (name, _), of in points.items())
     frontier = [p for i, p in enumerate(means) if not any(other[1] >= p[1] for other in means[:i])]
     axes.plot([p[0] for p in frontier], [p[1] for p in frontier], color="0.7", drawstyle="steps-post", zorder=0)
+    colours = dict(zip(dict.fromkeys(row["method"] for row in rows), colormaps["tab20"](np.arange(20)), strict=False))
     for seconds, value, name in means:
-        axes.plot(seconds, value, "o", markersize=5)
+        axes.plot(seconds, value, "o", markersize=5, color=colours[name])
         axes.annotate(name, (seconds, value), xytext=(4, 3), textcoords="offset points", fontsize=7)
     axes.set_xlabel("seconds of training (of the processor on a CPU)")
     axes.set_title(score)
