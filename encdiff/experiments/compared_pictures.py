@@ -26,7 +26,8 @@ def draw_scores(found: Mapping[str, Mapping[str, Mapping]], title: str, path: Pa
             axes.plot([place] * len(of["values"]), of["values"], "o", color="C0", markersize=4, alpha=0.7)
         axes.set_title(score)
         axes.grid(axis="y", alpha=0.3)
-        axes.tick_params(axis="x", rotation=60)
+        for label in axes.get_xticklabels():
+            label.set(rotation=45, ha="right")
     _save(figure, path)
 
 
