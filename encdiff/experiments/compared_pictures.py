@@ -15,8 +15,10 @@ DRAWN_BY = ("FactorVAE score", "DCI disentanglement", "MIG", "swaps exact")
 
 
 def draw_scores(found: Mapping[str, Mapping[str, Mapping]], title: str, path: Path) -> None:
-    """A panel for each score: each method's seeds as points, and a box where there are enough of them."""
+    """A panel for each score: each method's seeds as points, and a box around them; nothing without such scores."""
     shown = [score for score in DRAWN_BY if score in found]
+    if not shown:
+        return
     figure = Figure(figsize=(11, 3.2 * math.ceil(len(shown) / 2)), layout="constrained")
     figure.suptitle(title)
     for i, score in enumerate(shown):
@@ -34,6 +36,8 @@ def draw_scores(found: Mapping[str, Mapping[str, Mapping]], title: str, path: Pa
 def draw_costs(rows: Sequence[Mapping], protocol: str, path: Path) -> None:
     """Mean scores beside the seconds of training; a line through those that none beats in less time."""
     shown = [score for score in DRAWN_BY if any(score in row["scores"].get(protocol, {}) for row in rows)]
+    if not shown:
+        return
     figure = Figure(figsize=(11, 3.6 * math.ceil(len(shown) / 2)), layout="constrained")
     for i, score in enumerate(shown):
         axes = figure.add_subplot(math.ceil(len(shown) / 2), 2, i + 1)
